@@ -1,0 +1,78 @@
+"""Make the lock files: exact versions of everything that `make serve` and `make test` install.
+
+    python docker/lock/make_lock.py        (or: make lock)
+
+pip resolves vLLM as it would install it today. The result goes, split, into
+
+    cuda.txt   the full set, for machines with an NVIDIA GPU
+    cpu.txt    the same without what only a GPU uses, installed with --no-deps
+    test.txt   what tests and linters need on top, resolved against the rest
+
+cpu.txt leaves out torchvision, torchaudio and torchcodec: only their CUDA builds are on PyPI, and
+beside the CPU build of torch they break `import transformers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+VLLM = "vllm==0.32.0"
+TORCH = "torch==2.13.0"
+BUILD = ["setuptools>=77", "wheel"]
+TEST = [
+    "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "matplotlib", "langchain-openai", "litellm",
+]  # fmt: skip
+GPU_ONLY = re.compile(
+    r"(nvidia|cuda|nccl|flashinfer|humming|tokenspeed)\b.*|nccl4py|instanttensor|tilelang|torch[-_]c[-_]dlpack[-_]ext|"
+    r"z3[-_]solver|pynvvideocodec|quack[-_]kernels|triton|ml[-_]dtypes|fastsafetensors|opencv-python-headless|"
+    r"torchvision|torchaudio|torchcodec",
+    re.IGNORECASE,
+)
+
+
+def resolve(requirements: list[str]) -> list[str]:
+    """Ask pip what it would install into an empty environment, as sorted `name==version` lines.
+
+    pip's configuration is left out, so that a CPU build of torch that lies on this machine is not
+    taken for the release: its dependencies are not the release's.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PIP_FIND_LINKS"} | {"PIP_CONFIG_FILE": os.devnull}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command += ["--report", str(report), *requirements]
+        subprocess.run(command, check=True, env=environment)
+        found: dict[str, Any] = json.loads(report.read_text())
+    pins = {p["metadata"]["name"]: p["metadata"]["version"] for p in found["install"]}
+    return sorted((f"{name}=={version}" for name, version in pins.items()), key=str.lower)
+
+
+def without_gpu(pins: list[str]) -> list[str]:
+    return [line for line in pins if not GPU_ONLY.fullmatch(line.split("==")[0])]
+
+
+def write(name: str, lines: list[str]) -> None:
+    text = "# Made by docker/lock/make_lock.py; do not edit.\n" + "\n".join(lines) + "\n"
+    (HERE / name).write_text(text, encoding="utf-8")
+    print(f"{name}: {len(lines)} packages")
+
+
+def main() -> None:
+    everything = resolve([VLLM, TORCH, *BUILD])
+    cpu = without_gpu(everything)
+    write("cuda.txt", everything)
+    write("cpu.txt", cpu)
+    with_tests = resolve([*TEST, *(line for line in cpu if not line.startswith("vllm=="))])
+    write("test.txt", [line for line in without_gpu(with_tests) if line not in cpu])
+
+
+if __name__ == "__main__":
+    main()

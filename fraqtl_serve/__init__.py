@@ -1,0 +1,1 @@
+"""The server people run: command line, HTTP plugin, reports."""

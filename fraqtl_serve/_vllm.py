@@ -1,0 +1,18 @@
+"""Every vLLM import of this package that is not a documented extension point.
+
+The version was checked when `fraqtl_vllm._vllm` was imported.
+"""
+
+from __future__ import annotations
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from fraqtl_vllm._vllm import check_version
+
+check_version()
+
+__all__ = ["FlexibleArgumentParser", "ServeSubcommand", "cli_env_setup", "current_platform", "init_logger"]

@@ -1,0 +1,78 @@
+"""What a response says about its KV memory: the `fraqtl` object, version 1.
+
+Every figure comes from the engine: block numbers from its block manager at the moment the request
+ended, bytes from the specs its pool was built from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class KVUsage(BaseModel):
+    """The integers of the report; mirrored in `usage.kv_cache`."""
+
+    tokens: int = Field(description="KV entries written: prompt + generated - 1, summed over the sequences")
+    blocks: int = Field(description="blocks held at the end; blocks that sequences share count once")
+    block_size: int = Field(description="tokens a block")
+    shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache")
+    bytes: int = Field(description="bytes of these blocks: all layers and ranks, scales and padding included")
+    baseline_bytes: int = Field(description="bytes of the same blocks in the model's own dtype")
+    saved_bytes: int = Field(description="baseline_bytes - bytes")
+
+
+class KVReport(KVUsage):
+    """The top-level `fraqtl` object of a response."""
+
+    version: Literal[1] = 1
+    kv_format: str = Field(description="name of the KV-cache format")
+    ratio: float = Field(description="baseline_bytes / bytes")
+
+    def usage(self) -> dict[str, int]:
+        """The part that goes into `usage.kv_cache`: integers only, clients choke on anything else there."""
+        return KVUsage(**self.model_dump(include=set(KVUsage.model_fields))).model_dump()
+
+
+@dataclass
+class Ledger:
+    """Collects the engine's accounts of one HTTP request: one for every sequence of every prompt."""
+
+    kv_format: str
+    sequences: int = 0
+    """How many sequences the request asked for: n, summed over its prompts."""
+    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The last account of every sequence, by the engine's request id."""
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> KVReport | None:
+        """The report over all sequences, or None if the engine said nothing (it failed, say)."""
+        if not self.accounts:
+            return None
+        accounts = list(self.accounts.values())
+        sizes = accounts[0]
+        groups = range(len(sizes["block_size"]))
+        held = [{b for a in accounts for b in a["blocks"][g]} for g in groups]
+        shared = [
+            {
+                b
+                for key, a in self.accounts.items()
+                for b in a["blocks"][g][: self.cached_tokens.get(key, 0) // sizes["block_size"][g]]
+            }
+            for g in groups
+        ]
+        used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
+        baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
+        return KVReport(
+            kv_format=self.kv_format,
+            tokens=sum(a["tokens"] for a in accounts),
+            blocks=sum(map(len, held)),
+            block_size=sizes["block_size"][0],
+            shared_blocks=sum(map(len, shared)),
+            bytes=used,
+            baseline_bytes=baseline,
+            saved_bytes=baseline - used,
+            ratio=round(baseline / used, 4) if used else 1.0,
+        )

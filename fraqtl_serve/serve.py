@@ -1,0 +1,168 @@
+"""`fraqtl-serve serve`: vLLM's own server, with the packed cache switched on.
+
+vLLM's parser reads the command line, so every flag of `vllm serve` works unchanged; ours are one
+more group in front. Then vLLM's own entry point runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fraqtl_kernels.errors import ConfigError, FraqtlError
+from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
+from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_vllm.config import KEY, read_config
+from fraqtl_vllm.plugin import BACKEND_NAME
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_NAME = "fraqtl-demo"
+CPU_KV_CACHE_BYTES = 256 << 20
+PLUGIN_GROUPS = ("general", "platform", "stat_logger", "io_processor")
+TRACEBACK_SWITCH = "FRAQTL_TRACEBACK"
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Parse, check, and run until the server is stopped. Raises FraqtlError for what the user can mend."""
+    allow_plugin()
+    try:
+        from fraqtl_serve._vllm import ServeSubcommand, cli_env_setup
+    except ImportError as error:
+        raise ConfigError(f"vLLM can't be imported ({error}): run fraqtl-serve doctor") from error
+
+    cli_env_setup()
+    args = build_parser().parse_args(["serve", *argv])
+    configure(args)
+    try:
+        ServeSubcommand().validate(args)
+        ServeSubcommand.cmd(args)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_SWITCH):
+            raise
+        raise ConfigError(explain(error, args)) from error
+
+
+def allow_plugin() -> None:
+    """Let vLLM load our HTTP routes, which it does only for names in VLLM_PLUGINS.
+
+    That variable also filters every other group of plugins, so where it was unset all that are
+    installed are named, as they would have been loaded without it.
+    """
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is None:
+        names = {p.name for group in PLUGIN_GROUPS for p in entry_points(group=f"vllm.{group}_plugins")}
+    else:
+        names = {name for name in given.split(",") if name}
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {"fraqtl"}))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """vLLM's parser of `serve`, under our name, with our flags in a first group."""
+    from fraqtl_serve._vllm import FlexibleArgumentParser, ServeSubcommand
+
+    root = FlexibleArgumentParser(prog="fraqtl-serve")
+    parser: argparse.ArgumentParser = ServeSubcommand().subparser_init(root.add_subparsers(dest="subparser"))
+    parser.usage = "fraqtl-serve serve [MODEL] [--kv-format FORMAT] [any flag of vllm serve]"
+    parser.description = (
+        "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
+    )
+    group = parser.add_argument_group("fraqtl", "--kv-format and --no-fraqtl-report, see --help=fraqtl")
+    group.add_argument(
+        "--kv-format",
+        type=_format_name,
+        metavar="FORMAT",
+        help=f"how KV blocks are stored: {', '.join(FORMATS)} (default: {DEFAULT_FORMAT}); see fraqtl-serve formats",
+    )
+    group.add_argument(
+        "--no-fraqtl-report",
+        dest="fraqtl_report",
+        action="store_false",
+        help='leave "fraqtl" and "usage.kv_cache" out of response bodies; the headers stay',
+    )
+    parser._action_groups.remove(group)
+    parser._action_groups.insert(0, group)
+    return root
+
+
+def _format_name(name: str) -> str:
+    try:
+        return get_format(name).name
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def configure(args: argparse.Namespace) -> None:
+    """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
+    from fraqtl_serve._vllm import current_platform
+
+    model = args.model_tag or args.model if _given(args, "model") else args.model_tag
+    if model is None:
+        model = str(DEMO_MODEL)
+        args.served_model_name = args.served_model_name or [DEMO_NAME]
+    check_checkpoint(model)
+    args.model = args.model_tag = model
+    args.additional_config = _additional_config(args)
+    if args.scheduler_cls is None:
+        args.scheduler_cls = "fraqtl_vllm.scheduler.accounting_scheduler"
+    if _backend_name(args) not in (None, BACKEND_NAME):
+        raise ConfigError(f"--attention-backend {_backend_name(args)}: fraqtl-serve always uses {BACKEND_NAME}")
+    args.attention_backend = BACKEND_NAME
+    if current_platform.is_cpu():
+        args.enforce_eager = True
+        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return any(a == f"--{name}" or a.startswith(f"--{name}=") for a in sys.argv)
+
+
+def _backend_name(args: argparse.Namespace) -> str | None:
+    backend = args.attention_backend
+    return getattr(backend, "name", backend)
+
+
+def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
+    config = dict(args.additional_config or {})
+    inside = read_config(config)  # refuses unknown keys
+    section = dict(config.get(KEY, {}))
+    if args.kv_format is not None:
+        if section.get("kv_format", args.kv_format) != args.kv_format:
+            raise ConfigError(
+                f"--kv-format {args.kv_format} contradicts --additional-config, which says "
+                f"{inside.kv_format}: give one of them"
+            )
+        section["kv_format"] = args.kv_format
+    section.setdefault("kv_format", DEFAULT_FORMAT)
+    return {**config, KEY: section}
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str:
+    """One sentence for an exception that ended the start of the server."""
+    hint = f" ({TRACEBACK_SWITCH}=1 shows where)"
+    for cause in _chain(error):
+        if isinstance(cause, FraqtlError):
+            return str(cause)
+        if isinstance(cause, ValidationError):
+            return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
+        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+            return f"port {args.port} is taken: choose another with --port"
+    if "Engine core initialization failed" in str(error):
+        return "the engine did not start; the reason stands in its log above" + hint
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}{hint}"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes

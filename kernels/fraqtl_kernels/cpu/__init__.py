@@ -1,0 +1,6 @@
+"""Kernels for machines without a GPU: `write` into packed pages, `attend` over them."""
+
+from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
+from fraqtl_kernels.cpu.write import write
+
+__all__ = ["AttentionPlan", "attend", "plan_attention", "write"]

@@ -1,0 +1,74 @@
+"""Every vLLM import of this package that is not a documented extension point.
+
+These names move between minor versions, so they stand here only, behind a version check. Each is
+imported when it is first asked for: vLLM loads our platform while its own configuration module is
+half imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vllm import __version__ as VLLM_VERSION
+
+from fraqtl_kernels.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig, get_current_vllm_config
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheLayout
+    from vllm.v1.request import Request
+
+SUPPORTED_VERSION = "0.32"
+
+_HOME = {
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionSpec": "vllm.v1.kv_cache_interface",
+    "CpuPlatform": "vllm.platforms.cpu",
+    "KVCacheConfig": "vllm.v1.kv_cache_interface",
+    "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "Request": "vllm.v1.request",
+    "Scheduler": "vllm.v1.core.sched.scheduler",
+    "VllmConfig": "vllm.config",
+    "get_current_vllm_config": "vllm.config",
+    "register_kernels": "vllm.triton_utils.dispatcher",
+}
+
+__all__ = [
+    "SUPPORTED_VERSION",
+    "VLLM_VERSION",
+    "AsyncScheduler",
+    "AttentionBackendEnum",
+    "AttentionSpec",
+    "CpuPlatform",
+    "KVCacheConfig",
+    "KVCacheLayout",
+    "Request",
+    "Scheduler",
+    "VllmConfig",
+    "get_current_vllm_config",
+    "register_kernels",
+]
+
+
+def check_version(version: str = VLLM_VERSION) -> None:
+    """Raises UnsupportedError for a vLLM that this code was not written for."""
+    if not version.startswith(SUPPORTED_VERSION + "."):
+        raise UnsupportedError(
+            f"fraqtl-serve works with vLLM {SUPPORTED_VERSION}.x, but {version} is installed: "
+            f"pip install 'vllm=={SUPPORTED_VERSION}.0'"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_version()
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

@@ -1,0 +1,52 @@
+"""This project's own settings, which travel inside vLLM's configuration.
+
+--additional-config '{"fraqtl": {"kv_format": "k4v4"}}'
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
+
+KEY = "fraqtl"
+
+
+class FraqtlConfig(BaseModel):
+    """What `--additional-config` may say under "fraqtl". Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kv_format: str = DEFAULT_FORMAT
+    """The name of a KV-cache format, see `fraqtl_kernels.formats`."""
+
+    @field_validator("kv_format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        return get_format(name).name
+
+    @property
+    def format(self) -> KVFormat:
+        return get_format(self.kv_format)
+
+
+def read_config(additional_config: Any) -> FraqtlConfig:
+    """Our part of vLLM's `additional_config`. Raises ConfigError in one sentence."""
+    section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(section, dict):
+        raise ConfigError(f'--additional-config: "{KEY}" must be an object, not {section!r}')
+    try:
+        return FraqtlConfig(**section)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "extra_forbidden":
+        valid = ", ".join(FraqtlConfig.model_fields)
+        return f'--additional-config: unknown key {first["loc"][0]!r} in "{KEY}": choose one of {valid}'
+    return str(first["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,125 @@
+"""vLLM's CPU platform on the stock (CUDA) wheel, which has no CPU extension.
+
+Everything that is replaced is listed here:
+  attention backend       ours, whatever is asked for: the stock one needs the CPU extension
+  custom_ops              "none": layers run their torch versions
+  slot mapping            a torch version of the one Triton kernel that the model runner needs
+  torch.ops._C            Python versions of the three native ops that are left (`NATIVE_OPS`)
+  executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
+  default block size      16 tokens, as on GPUs: the stock kernels that want 128 are not there
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
+from fraqtl_vllm import _vllm
+from fraqtl_vllm._vllm import CpuPlatform
+from fraqtl_vllm.plugin import BACKEND_CLASS, BACKEND_NAME
+from fraqtl_vllm.support import check_supported
+
+
+def gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
+    """Sample one token a row: argmax(p / e) with e ~ Exp(1) draws from softmax(logits). (rows,) int64."""
+    noise = torch.empty_like(logits)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+NATIVE_OPS: dict[str, Callable[..., Any]] = {
+    "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
+    "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
+    "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": gumbel_argmax,
+}
+
+
+def compute_slot_mapping(
+    num_tokens: int,
+    max_num_tokens: int,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    block_table_stride: int,
+    slot_mapping: Tensor,
+    block_size: int,
+    context_parallel_size: int,
+    context_parallel_rank: int,
+    interleave_size: int,
+    pad_id: int,
+    triton_block: int,
+) -> None:
+    """slot = block_table[request, position // block size] · block size + position % block size.
+
+    The arguments are those of vLLM's `ComputeSlotMappingKernel.kernel`, in its order; slots past
+    the batch become `pad_id`.
+    """
+    starts = query_start_loc.long()
+    count = int(starts[-1])
+    request = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    position = positions[:count]
+    block = block_table[request, position // block_size].long()
+    slot_mapping[:count] = block * block_size + position % block_size
+    slot_mapping[num_tokens:max_num_tokens] = pad_id
+
+
+class CpuWithoutNativeOps(CpuPlatform):
+    """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
+
+    _library: torch.library.Library | None = None
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not None and selected_backend.name != BACKEND_NAME:
+            raise UnsupportedError(
+                f"--attention-backend {selected_backend.name} needs a GPU: on this machine choose {BACKEND_NAME}"
+            )
+        if attn_selector_config.has_sink:
+            raise UnsupportedError("the packed KV cache does not support attention sinks yet")
+        return BACKEND_CLASS
+
+    @classmethod
+    def import_kernels(cls) -> None:  # vLLM calls it many times in a process
+        if CpuWithoutNativeOps._library is not None:
+            return
+        library = CpuWithoutNativeOps._library = torch.library.Library("_C", "FRAGMENT")
+        for schema, function in NATIVE_OPS.items():
+            library.define(schema)
+            library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
+        super().check_and_update_config(vllm_config)
+        check_supported(vllm_config)
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = BLOCK_SIZE_MULTIPLE
+        if vllm_config.attention_config.backend is None:
+            vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
+        vllm_config.compilation_config.custom_ops = ["none"]
+        if vllm_config.parallel_config.world_size == 1:
+            vllm_config.parallel_config.distributed_executor_backend = "uni"
+        else:
+            _bind_ranks_to_cores(vllm_config.parallel_config.world_size)
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+
+
+def _bind_ranks_to_cores(world_size: int) -> None:
+    """Share the machine's cores among the ranks; vLLM's automatic split wants a NUMA node for each."""
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // world_size)
+    groups = [cores[(rank * share) % len(cores) :][:share] for rank in range(world_size)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)

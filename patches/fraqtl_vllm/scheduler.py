@@ -1,0 +1,83 @@
+"""vLLM's scheduler, which also says which KV blocks a request held when it ended.
+
+`--scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler` puts an account under the key
+"fraqtl" of the `kv_transfer_params` that vLLM carries from the engine to the API server. The
+server's plugin takes it out again, so clients never see it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fraqtl_vllm._vllm import AsyncScheduler, AttentionSpec, KVCacheConfig, Request, Scheduler, VllmConfig
+
+ACCOUNT_KEY = "fraqtl"
+
+
+def block_bytes(kv_cache_config: KVCacheConfig, world_size: int, dtype: Any = None) -> list[int]:
+    """Bytes of one block in every KV-cache group, over all its layers and all ranks.
+
+    With `dtype`, what the same block would take unpacked in that dtype: the baseline.
+    """
+    sizes = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if dtype is not None and isinstance(spec, AttentionSpec):
+            spec = replace(spec, dtype=dtype, state_content_bytes=None, page_size_padded=None)
+        sizes.append(spec.page_size_bytes * len(group.layer_names) * world_size)
+    return sizes
+
+
+class _Accounting:
+    """Mixed into a scheduler class. What it reads is the block manager's own table."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
+        super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **options)  # type: ignore[call-arg]
+        ranks = vllm_config.parallel_config.world_size
+        self._sizes = {
+            "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
+            "block_bytes": block_bytes(kv_cache_config, ranks),
+            "baseline_block_bytes": block_bytes(kv_cache_config, ranks, vllm_config.model_config.dtype),
+        }
+
+    def account(self, request: Request) -> dict[str, Any]:
+        """What `request` holds now: block ids per KV-cache group, tokens, and bytes per block."""
+        tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
+        return {
+            "tokens": max(0, request.num_tokens - 1),
+            "blocks": [[block.block_id for block in table if not block.is_null] for table in tables],
+            **self._sizes,
+        }
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
+        account = self.account(request)
+        kv_params, ec_params = super()._free_request(request, delay_free_blocks)  # type: ignore[misc]
+        return {**(kv_params or {}), ACCOUNT_KEY: account}, ec_params
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        for client in outputs.values():
+            for output in client.outputs:
+                request = self.requests.get(output.request_id)  # type: ignore[attr-defined]
+                # A stop string is found by the API server, after this: its last word must be known by then.
+                if request is not None and request.sampling_params and request.sampling_params.stop:
+                    output.kv_transfer_params = {
+                        **(output.kv_transfer_params or {}),
+                        ACCOUNT_KEY: self.account(request),
+                    }
+        return outputs
+
+
+class AccountingScheduler(_Accounting, Scheduler):
+    """For synchronous scheduling."""
+
+
+class AccountingAsyncScheduler(_Accounting, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+def accounting_scheduler(*, vllm_config: VllmConfig, **options: Any) -> AccountingScheduler | AccountingAsyncScheduler:
+    """Called by the engine in place of a scheduler class: only now is it settled which of the two runs."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    return (AccountingAsyncScheduler if is_async else AccountingScheduler)(vllm_config=vllm_config, **options)

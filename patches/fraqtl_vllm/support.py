@@ -1,0 +1,65 @@
+"""What the packed cache can't serve, refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import check_head_size
+from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
+from fraqtl_vllm import _vllm
+from fraqtl_vllm.config import read_config
+
+ALIBI_MODELS = ("bloom", "mpt", "baichuan")
+
+
+def check_supported(config: _vllm.VllmConfig) -> None:
+    """Raises UnsupportedError, in one sentence, for a configuration that would not work or is untested."""
+    read_config(config.additional_config)
+    for reason in _reasons(config):
+        raise UnsupportedError(f"the packed KV cache does not support {reason}")
+
+
+def _reasons(config: _vllm.VllmConfig) -> Iterator[str]:
+    cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
+    if cache.cache_dtype != "auto":
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype}: it stores its own formats, "
+            "choose one with --kv-format and leave --kv-cache-dtype out"
+        )
+    if config.speculative_config is not None:
+        yield "speculative decoding yet: leave --speculative-config out"
+    if config.kv_transfer_config is not None:
+        yield "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism: use --tensor-parallel-size"
+    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
+    if model is not None:
+        yield from _model_reasons(model)
+
+
+def _model_reasons(model: Any) -> Iterator[str]:
+    text_config = model.hf_text_config
+    if model.use_mla:
+        yield f"MLA models such as this {text_config.model_type}: their cache is compressed by design"
+    elif model.is_encoder_decoder:
+        yield f"encoder-decoder models such as this {text_config.model_type}: cross attention keeps no packed blocks"
+    elif model.is_attention_free:
+        yield f"models without attention such as this {text_config.model_type}: they keep no KV cache"
+    elif model.is_hybrid:
+        yield f"hybrid models such as this {text_config.model_type} yet"
+    elif getattr(model.attn_type, "value", model.attn_type) != "decoder":
+        yield f"encoder models such as this {text_config.model_type}: they keep no KV cache"
+    elif _uses_alibi(text_config):
+        yield f"ALiBi models such as this {text_config.model_type}"
+    else:
+        try:
+            check_head_size(model.get_head_size())
+        except UnsupportedError as error:
+            yield f"this model: {error}"
+
+
+def _uses_alibi(text_config: Any) -> bool:
+    return text_config.model_type in ALIBI_MODELS or bool(getattr(text_config, "alibi", False))

@@ -1,0 +1,90 @@
+"""A paged cache with everything that vLLM may do to one: padding, strides, shuffled blocks, poison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fraqtl_kernels import reference
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.pages import PageLayout
+
+
+@dataclass
+class PagedBatch:
+    layout: PageLayout
+    pool: Tensor
+    query: Tensor
+    key: Tensor  # (requests, longest, KV heads, D), what was written
+    value: Tensor
+    block_table: Tensor
+    query_start: Tensor
+    lengths: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.layout.head_size**-0.5
+
+
+def make_pool(layout: PageLayout, blocks: int, heads: int, padding: int = 0) -> Tensor:
+    """A pool view of vLLM's shape, poisoned: every 16-bit word is NaN, and blocks are `padding` bytes apart."""
+    block_bytes = heads * layout.page_bytes + padding
+    raw = torch.full((blocks * block_bytes,), 0xFF, dtype=torch.uint8)
+    width = layout.format.bytes_per_token(layout.head_size)
+    shape = (blocks, heads, layout.block_size, width)
+    return raw.as_strided(shape, (block_bytes, layout.page_bytes, width, 1))
+
+
+def make_batch(
+    format_name: str,
+    *,
+    head_size: int = 64,
+    block_size: int = 16,
+    kv_heads: int = 2,
+    group: int = 2,
+    lengths: tuple[int, ...] = (1, 17, 40),
+    queries: tuple[int, ...] = (1, 1, 1),
+    dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    seed: int | None = None,
+) -> PagedBatch:
+    if seed is not None:
+        torch.manual_seed(seed)
+    layout = PageLayout(FORMATS[format_name], head_size, block_size)
+    counts = [-(-n // block_size) for n in lengths]
+    pool = make_pool(layout, sum(counts) + 3, kv_heads, padding)
+    order = torch.randperm(sum(counts) + 2) + 1
+    table = torch.zeros(len(lengths), max(counts) + 1, dtype=torch.int32)
+    start = 0
+    for r, n in enumerate(counts):
+        table[r, :n] = order[start : start + n].int()
+        start += n
+    key, value = (torch.randn(len(lengths), max(lengths), kv_heads, head_size, dtype=dtype) for _ in range(2))
+    for r, n in enumerate(lengths):
+        token = torch.arange(n)
+        slots = table[r, token // block_size].long() * block_size + token % block_size
+        reference.write(pool, layout, key[r, :n], value[r, :n], slots)
+    return PagedBatch(
+        layout=layout,
+        pool=pool,
+        query=torch.randn(sum(queries), kv_heads * group, head_size, dtype=dtype),
+        key=key,
+        value=value,
+        block_table=table,
+        query_start=torch.tensor([0, *queries]).cumsum(0),
+        lengths=torch.tensor(lengths),
+    )
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out − expected‖ / ‖expected‖ in float64; NaN anywhere counts as infinite."""
+    out, expected = out.double(), expected.double()
+    return float(((out - expected).norm() / expected.norm()).nan_to_num(float("inf")))
+
+
+@pytest.fixture(params=FORMATS)
+def format_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

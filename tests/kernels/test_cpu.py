@@ -1,0 +1,119 @@
+"""CPU kernels against the reference, on the same quantised values."""
+
+import pytest
+import torch
+
+from fraqtl_kernels import cpu, reference
+from fraqtl_kernels.cpu import attention
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.pages import PageLayout
+from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | None = None) -> float:
+    options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap}
+    expected = reference.paged_attention(
+        batch.query, batch.pool, batch.layout, batch.block_table, batch.query_start, batch.lengths, **options
+    )
+    output = torch.full_like(batch.query, float("nan"))
+    plan = cpu.plan_attention(batch.query_start.tolist(), batch.lengths.tolist())
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
+    return relative_error(output, expected)
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decode(format_name: str, size: int, dtype: torch.dtype) -> None:
+    batch = make_batch(format_name, head_size=size, dtype=dtype)
+    assert error_of(batch) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 8), (4, 1), (2, 4), (3, 2)])
+def test_mqa_mha_and_gqa_in_a_mixed_batch(format_name: str, kv_heads: int, group: int) -> None:
+    batch = make_batch(
+        format_name, kv_heads=kv_heads, group=group, lengths=(5, 64, 33, 18, 90), queries=(5, 1, 7, 1, 40), padding=48
+    )
+    assert error_of(batch) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("residue", range(16))
+def test_every_length_modulo_the_block_size(format_name: str, residue: int) -> None:
+    batch = make_batch(format_name, lengths=(32 + residue, 1 + residue), queries=(3 + residue, 1))
+    assert error_of(batch) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 50, 1000])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_sliding_window_and_soft_cap(format_name: str, window: int, soft_cap: float | None) -> None:
+    batch = make_batch(format_name, lengths=(7, 61, 100, 100), queries=(7, 1, 30, 1))
+    assert error_of(batch, window, soft_cap) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_many_small_tiles_give_the_same(format_name: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TILE_TOKENS", 32)
+    monkeypatch.setattr(attention, "TILE_QUERIES", 7)
+    batch = make_batch(format_name, lengths=(7, 161, 100, 64, 16), queries=(7, 1, 100, 1, 1))
+    assert error_of(batch, window) < TOLERANCE[torch.float32]
+
+
+def test_blocks_that_a_window_has_freed_are_not_read(format_name: str) -> None:
+    batch = make_batch(format_name, lengths=(100,), queries=(1,))
+    batch.block_table[0, :4] = 0  # block 0 is still poison: vLLM's null block
+    batch.query[:] = torch.randn_like(batch.query)
+    output = torch.empty_like(batch.query)
+    plan = cpu.plan_attention([0, 1], [100])
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, scale=0.1, window=30)
+    assert output.isfinite().all()
+
+
+def test_a_larger_context_moves_the_output() -> None:
+    """The comparison above is not blind: hiding one key is an error far above the tolerance."""
+    batch = make_batch("k4v4", lengths=(40,), queries=(1,))
+    full = torch.empty_like(batch.query)
+    plan = cpu.plan_attention([0, 1], [40])
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, full, scale=batch.scale)
+    short = torch.empty_like(batch.query)
+    plan = cpu.plan_attention([0, 1], [39])
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, short, scale=batch.scale)
+    assert relative_error(short, full) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.dtype) -> None:
+    layout = PageLayout(FORMATS[format_name], 96, 32)
+    tokens, heads = 41, 3
+    # Strided views, as a fused QKV projection gives them
+    qkv = torch.randn(tokens, 4 * heads * 96, dtype=dtype)
+    key = qkv[:, heads * 96 : 2 * heads * 96].view(tokens, heads, 96)
+    value = qkv[:, 3 * heads * 96 :].view(tokens, heads, 96)
+    slots = torch.randperm(6 * 32)[:tokens]
+    slots[[3, 17, 40]] = -1
+    ours, theirs = (make_pool(layout, 6, heads, padding=64) for _ in range(2))
+    cpu.write(ours, layout, key, value, slots)
+    reference.write(theirs, layout, key, value, slots)
+    untouched = torch.ones(6 * 32, dtype=torch.bool)
+    untouched[slots[slots >= 0]] = False
+    for get in (lambda p: (p.k, p.k_scale, layout.format.k), lambda p: (p.v, p.v_scale, layout.format.v)):
+        a, b = (reference.stored_values(*get(layout.planes(pool))) for pool in (ours, theirs))
+        a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))  # (slots, heads, D)
+        # float32 rotation may round a value at the edge of two codes the other way, no more
+        assert relative_error(a[~untouched], b[~untouched]) < 2e-3
+    shape = (6, heads, layout.page_bytes)
+    pages = ours.as_strided(shape, (ours.stride(0), ours.stride(1), 1))
+    assert untouched.any() and (pages == 0xFF).any()
+
+
+def test_only_given_slots_are_written(format_name: str) -> None:
+    layout = PageLayout(FORMATS[format_name], 64, 16)
+    pool = make_pool(layout, 3, 2)
+    before = pool.clone()
+    key = torch.randn(2, 2, 64)
+    cpu.write(pool, layout, key, key, torch.tensor([-1, -1, 5]))  # mapping longer than the batch: padding
+    assert torch.equal(pool, before)
+    cpu.write(pool, layout, key, key, torch.tensor([-1, 16 + 5]))
+    changed = layout.planes((pool != before).to(torch.uint8))
+    rows = (changed.k.view(torch.uint8) != 0).any(-1).nonzero()
+    assert set(map(tuple, rows.tolist())) == {(1, 0, 5), (1, 1, 5)}

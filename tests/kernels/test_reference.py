@@ -1,0 +1,113 @@
+"""The reference itself, against definitions written out here and properties that must hold."""
+
+import math
+
+import pytest
+import torch
+
+from fraqtl_kernels import reference
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
+from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.rotation import hadamard
+from tests.kernels.conftest import make_batch, make_pool, relative_error
+
+QUANTISED = [name for name, f in FORMATS.items() if f.is_quantised]
+VECTORS = [VectorFormat(4), VectorFormat(8)]
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_hadamard_is_orthogonal_with_equal_magnitudes(size: int) -> None:
+    matrix = hadamard(size)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
+
+
+def test_hadamard_refuses_other_orders() -> None:
+    with pytest.raises(ValueError, match="no Hadamard matrix of order 72"):
+        hadamard(72)
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_quantisation_error_is_at_most_half_a_step(vector: VectorFormat) -> None:
+    x = torch.randn(200, 96, dtype=torch.float64) * torch.logspace(-3, 3, 200, dtype=torch.float64)[:, None]
+    codes, scale = reference.quantise(x, vector)
+    error = (reference.dequantise(codes, scale, vector, torch.float64) - x).abs()
+    # fp16 rounds the scale by up to 2^-11, which can move the outermost code by as much more.
+    assert (error <= scale.double()[:, None] * (0.5 + vector.midpoint * 2**-11) * 1.0001).all()
+    assert codes.min() == 0 and codes.max() == vector.levels
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_zero_tiny_huge_and_broken_vectors(vector: VectorFormat) -> None:
+    x = torch.zeros(5, 64)
+    x[1, 3], x[2, 5], x[3, 7], x[4, 9] = 1e-9, 1e9, math.nan, math.inf
+    values = reference.dequantise(*reference.quantise(x, vector), vector)
+    assert torch.equal(values[0], torch.zeros(64))
+    assert values[1].abs().max() < 1e-7
+    assert values[2].isfinite().all() and values[2].argmax() == 5
+    assert values[3].isnan().all() and values[4].isnan().all()
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_pack_and_unpack(vector: VectorFormat) -> None:
+    codes = torch.randint(0, vector.levels + 1, (7, 3, 80), dtype=torch.uint8)
+    packed = reference.pack(codes, vector)
+    assert packed.shape[-1] == vector.code_bytes(80)
+    assert torch.equal(reference.unpack(packed, vector), codes)
+
+
+def test_low_nibbles_hold_the_first_half() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(4)
+    packed = reference.pack(codes, VectorFormat(4))
+    assert torch.equal(packed & 15, codes[:32]) and torch.equal(packed >> 4, codes[32:])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_planes_fill_the_page_without_overlap(name: str, size: int) -> None:
+    layout = PageLayout(FORMATS[name], size, 32)
+    pool = make_pool(layout, 2, 3)
+    pool.zero_()
+    planes = layout.planes(pool)
+    for plane in (planes.k, planes.v, planes.k_scale, planes.v_scale):
+        if plane is not None:
+            raw = plane.view(torch.uint8)
+            assert not raw.any()  # nothing written yet by another plane
+            raw.fill_(1)
+    assert pool.bool().all()
+    assert {layout.v_offset % 16, layout.k_scale_offset % 16, layout.v_scale_offset % 16} == {0}
+
+
+def test_strange_pools_are_refused() -> None:
+    layout = PageLayout(FORMATS["k4v4"], 64, 16)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        layout.planes(make_pool(layout, 2, 2).transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="does not hold pages"):
+        layout.planes(make_pool(PageLayout(FORMATS["k8v8"], 64, 16), 2, 2))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("k8v8", 0.01), ("k8v4", 0.12), ("k4v4", 0.12)])
+def test_stored_values_are_close_to_what_was_written(name: str, limit: float) -> None:
+    batch = make_batch(name, lengths=(33,), queries=(1,))
+    planes = batch.layout.planes(batch.pool)
+    token = torch.arange(33)
+    for plane, scale, vector, x in (
+        (planes.k, planes.k_scale, batch.layout.format.k, batch.key),
+        (planes.v, planes.v_scale, batch.layout.format.v, batch.value),
+    ):
+        stored = reference.stored_values(plane, scale, vector)[batch.block_table[0, token // 16].long(), :, token % 16]
+        assert 1e-4 < relative_error(stored, x[0]) < (limit if vector.bits == 4 else 0.01)
+
+
+def test_attention_of_raw_pages_is_torch_attention() -> None:
+    batch = make_batch("fp16", lengths=(50,), queries=(50,), dtype=torch.float16)
+    out = reference.paged_attention(
+        batch.query, batch.pool, batch.layout, batch.block_table, batch.query_start, batch.lengths, scale=batch.scale
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        batch.query.double().transpose(0, 1),
+        batch.key[0].double().transpose(0, 1).repeat_interleave(2, 0),
+        batch.value[0].double().transpose(0, 1).repeat_interleave(2, 0),
+        is_causal=True,
+    ).transpose(0, 1)
+    assert relative_error(out, expected) < 1e-12
