@@ -1,0 +1,30 @@
+"""The command `fraqtl-bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fraqtl_bench import recall
+from fraqtl_kernels.errors import FraqtlError
+
+COMMANDS = (recall,)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 and one sentence for anything the user can mend."""
+    parser = argparse.ArgumentParser(prog="fraqtl-bench", description="Measure the packed KV cache.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except FraqtlError as error:
+        print(f"fraqtl-bench: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""`fraqtl-bench recall`: does a model still find a fact in a long text, for each cache format?
+
+Texts are prose with codes in it ("The code for apple is 4821."), questions go to the running
+server's chat endpoint, and an answer counts if it contains the code. Several questions share a
+text, at random depths; every format gets the same texts and questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fraqtl_bench import results
+from fraqtl_bench.demo_model.corpus import FACTS, NAMES, grammar_sentence, standard_library_prose
+from fraqtl_bench.server import running
+from fraqtl_kernels.errors import one_of
+from fraqtl_kernels.formats import FORMATS
+
+FACT_SHARE = 0.15  # of the sentences of a text
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    answer: str
+
+
+def make_questions(tokenizer: Any, context: int, count: int, per_text: int, seed: int) -> list[Question]:
+    """`count` questions about texts that are `context` tokens long, question and chat wording included."""
+    rng = random.Random(f"{seed}-{context}")
+    prose = standard_library_prose(limit_bytes=400_000)
+    questions: list[Question] = []
+    while len(questions) < count:
+        text, codes = make_text(rng, prose, tokenizer, context)
+        for name in rng.sample(sorted(codes), min(per_text, len(codes), count - len(questions))):
+            questions.append(Question(text + "\n" + FACTS["code"][1].format(k=name), codes[name]))
+    return questions
+
+
+def make_text(rng: random.Random, prose: list[str], tokenizer: Any, context: int) -> tuple[str, dict[str, str]]:
+    names = list(NAMES)
+    rng.shuffle(names)
+    budget = context - 24  # the question and the chat template's own tokens
+    sentences: list[str] = []
+    codes: dict[str, str] = {}
+    used = 0
+    while True:
+        if names and (not codes or rng.random() < FACT_SHARE):
+            name, code = names.pop(), str(rng.randrange(1000, 10000))
+            sentence = FACTS["code"][0].format(k=name, v=code)
+        else:
+            name, sentence = "", rng.choice(prose) if rng.random() < 0.5 else grammar_sentence(rng)
+        length = len(tokenizer.encode(" " + sentence, add_special_tokens=False))
+        if used + length > budget and codes:
+            return " ".join(sentences), codes
+        used += length
+        sentences.append(sentence)
+        if name:
+            codes[name] = code
+
+
+def ask(client: httpx.Client, url: str, model: str, question: Question) -> tuple[bool, int]:
+    """Whether the answer holds the code, and how many tokens the prompt had."""
+    body = {"model": model, "messages": [{"role": "user", "content": question.prompt}]}
+    reply = client.post(f"{url}/v1/chat/completions", json={**body, "temperature": 0, "max_tokens": 24}, timeout=600)
+    reply.raise_for_status()
+    payload = reply.json()
+    return question.answer in payload["choices"][0]["message"]["content"], payload["usage"]["prompt_tokens"]
+
+
+def measure(url: str, contexts: list[int], args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy per context of the model that the server at `url` runs."""
+    from transformers import AutoTokenizer
+
+    found: dict[str, Any] = {}
+    with httpx.Client() as client, Progress() as progress, ThreadPoolExecutor(args.concurrency) as pool:
+        model = client.get(f"{url}/v1/models").json()["data"][0]
+        tokenizer = AutoTokenizer.from_pretrained(model["root"])
+        for context in contexts:
+            questions = make_questions(tokenizer, context, args.questions, args.per_text, args.seed)
+            task = progress.add_task(f"context {context}", total=len(questions))
+            outcomes = []
+            for outcome in pool.map(lambda q: ask(client, url, model["id"], q), questions):
+                outcomes.append(outcome)
+                progress.advance(task)
+            right = sum(ok for ok, _ in outcomes)
+            longest = max(tokens for _, tokens in outcomes)
+            found[str(context)] = {"accuracy": right / len(outcomes), "right": right, "longest_prompt": longest}
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in args.formats:
+        if name not in FORMATS:
+            raise one_of("KV format", name, FORMATS)
+    accuracy: dict[str, Any] = {}
+    if args.url:
+        accuracy["server"] = measure(args.url, args.contexts, args)
+    else:
+        for name in args.formats:
+            with running(*args.model, "--kv-format", name) as server:
+                accuracy[name] = measure(server.url, args.contexts, args)
+    table = Table(title=f"{args.questions} questions a context, share answered right")
+    table.add_column("context", justify="right")
+    for name in accuracy:
+        table.add_column(name, justify="right")
+    for context in args.contexts:
+        table.add_row(str(context), *(f"{found[str(context)]['accuracy']:.1%}" for found in accuracy.values()))
+    Console().print(table)
+    if args.out:
+        results.save(args.out, {"recall": accuracy, "questions": args.questions, "per_text": args.per_text})
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("recall", help="find facts in long texts, per cache format", description=__doc__)
+    parser.add_argument("--model", nargs=1, default=[], help="model to serve (default: the demo model)")
+    parser.add_argument("--url", help="measure a server that already runs instead")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "k8v8", "k4v4"], metavar="FORMAT")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], metavar="TOKENS")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--per-text", type=int, default=5, help="questions that share a text (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.set_defaults(run=run)

@@ -1,0 +1,92 @@
+"""Starts, waits for and stops a real `fraqtl-serve serve`, in a process group of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 180
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start(*arguments: str, **environment: str) -> Server:
+    """Start a server on a free port, in a process group of its own; does not wait for it."""
+    port = free_port()
+    log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
+    full = [sys.executable, "-m", "fraqtl_serve", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    with log.open("wb") as out:
+        process = subprocess.Popen(full, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    return Server(f"http://127.0.0.1:{port}", process, log)
+
+
+def wait_until_ready(server: Server) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server ended with {server.process.returncode}:\n{server.log[-4000:]}")
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.3)
+    raise RuntimeError(f"the server was not ready after {START_SECONDS} s:\n{server.log[-4000:]}")
+
+
+def stop(server: Server) -> None:
+    """End the whole process group, politely first."""
+    server.process.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        server.process.wait(20)
+    if group_members(server):
+        os.killpg(server.process.pid, signal.SIGKILL)
+
+
+def group_members(server: Server) -> list[int]:
+    """Processes of the server's group that are still alive."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == server.process.pid and fields[0] != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+@contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[Server]:
+    server = start(*arguments, **environment)
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        stop(server)
