@@ -63,11 +63,22 @@ def stored_values(plane: Tensor, scale: Tensor | None, vector: VectorFormat) -> 
     return unrotate(dequantise(unpack(plane, vector), scale, vector, torch.float64), vector)
 
 
-def write(pool: Tensor, layout: PageLayout, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+def write(
+    pool: Tensor,
+    layout: PageLayout,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    key_centre: Tensor | None = None,
+) -> None:
     """Quantise tokens one by one and put them into their slots; slot -1 writes nothing.
 
     key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset.
+    key_centre: (KV heads, D), subtracted from every key that is quantised.
     """
+    if key_centre is not None and not layout.format.k.is_raw:
+        key = key.double() - key_centre.double()
     planes = layout.planes(pool)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot < 0:
@@ -96,18 +107,24 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    key_centre: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every request over its pages, in float64.
 
     For query position p and key position j <= p (and j > p - window):
-    softmax_j(cap(scale · q_p · k_j)) · v_j with cap(s) = soft_cap · tanh(s / soft_cap).
+    softmax_j(cap(scale · q_p · k_j)) · v_j with cap(s) = soft_cap · tanh(s / soft_cap). A sink takes part in the
+    softmax like a key with that score and a value of zero.
 
     query: (tokens, query heads, D), requests one after another, the last token of a request at
     position length - 1. block_table: (requests, blocks). query_start: (requests + 1,).
-    lengths: (requests,) tokens in the cache, the queries' own included. Returns float64 like query.
+    lengths: (requests,) tokens in the cache, the queries' own included. sinks: (query heads,).
+    key_centre: as for `write`, added back to the stored keys. Returns float64 like query.
     """
     planes = layout.planes(pool)
     keys = stored_values(planes.k, planes.k_scale, layout.format.k)
+    if key_centre is not None and not layout.format.k.is_raw:
+        keys = keys + key_centre.double()[:, None]
     values = stored_values(planes.v, planes.v_scale, layout.format.v)
     group = query.shape[1] // keys.shape[1]
     output = torch.zeros(query.shape, dtype=torch.float64)
@@ -124,6 +141,9 @@ def paged_attention(
         scores = torch.einsum("qhd,khd->hqk", query[first:last].double(), k) * scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, last - first, 1)], -1)
+        weights = scores.softmax(-1)[..., :length]
         output[first:last] = torch.einsum("hqk,khd->qhd", weights, v)
     return output

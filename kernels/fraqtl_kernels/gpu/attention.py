@@ -1,0 +1,202 @@
+"""The inner loop of decode and prefill: online-softmax attention of some query rows over tiles of pages.
+
+With stored codes c, scale s and zero point z (midpoint plus unpack bias, see `unpack.py`):
+
+    score_j = k_scale_j · (q·c_j - z_k · sum(q))        key scale on the scores
+    out     = Σ_j (p_j v_scale_j) · c_j - z_v · Σ_j p_j v_scale_j      value scale on the weights
+
+so no element of the cache is ever multiplied. Queries arrive scaled by softmax scale · log2(e):
+weights are powers of two, exp2(score - running maximum) (Milakov & Gimelshein, arXiv 1805.02867).
+
+Rows: row m is query token m // GROUP and query head m % GROUP of one KV head, so all query heads of
+a KV head read the codes once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fraqtl_kernels.gpu.tiles import dot16, load_halves, load_scales, rotate_halves, round16
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_query(
+    query,  # pointer to the first query token and head of the tile
+    stride_token,
+    stride_head,
+    count,  # query tokens of the tile
+    basis,
+    centre,  # pointer to the centre of the KV head
+    factor,  # softmax scale (and log2(e) without soft-cap), and 1/sqrt(D) with a rotation
+    GROUP: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    HEAD: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ROTATED: tl.constexpr,  # noqa: N803
+    HAS_CENTRE: tl.constexpr,  # noqa: N803
+    ZERO_LOW: tl.constexpr,  # noqa: N803
+    ZERO_HIGH: tl.constexpr,  # noqa: N803
+):
+    """(ROWS, HALF) halves of the rotated, scaled query in DTYPE; z_k · sum(q) and q·centre of every row, fp32."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, HALF)
+    mask = ((row // GROUP) < count)[:, None] & (column < HEAD // 2)[None, :]
+    at = query + ((row // GROUP).to(tl.int64) * stride_token + (row % GROUP) * stride_head)[:, None] + column[None, :]
+    raw_low = tl.load(at, mask=mask, other=0.0)
+    raw_high = tl.load(at + HEAD // 2, mask=mask, other=0.0)
+    if ROTATED:
+        low, high = rotate_halves(raw_low, raw_high, basis, HEAD, HALF)
+    else:
+        low, high = raw_low.to(tl.float32), raw_high.to(tl.float32)
+    low, high = low * factor, high * factor
+    constant = tl.zeros([ROWS], tl.float32)
+    if HAS_CENTRE:
+        c_low = tl.load(centre + column, mask=column < HEAD // 2, other=0.0)
+        c_high = tl.load(centre + HEAD // 2 + column, mask=column < HEAD // 2, other=0.0)
+        constant = tl.sum(low * c_low[None, :] + high * c_high[None, :], 1)
+    q_low, q_high = round16(low, DTYPE), round16(high, DTYPE)
+    # Of the rounded query, so that the bias cancels exactly
+    zero = tl.sum(q_low.to(tl.float32) * ZERO_LOW + q_high.to(tl.float32) * ZERO_HIGH, 1)
+    return q_low, q_high, zero, constant
+
+
+@triton.jit
+def attend_tiles(
+    q_low,
+    q_high,
+    q_zero,
+    q_constant,
+    position,  # (ROWS,) position of each row's query token
+    first,  # first token, a multiple of TILE
+    last,  # one past the last token
+    table_row,  # block numbers of the request
+    pool_head,  # pointer to the page of block 0 and this KV head
+    stride_block,
+    window,
+    soft_cap,
+    ROWS: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    HEAD: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    K_BITS: tl.constexpr,  # noqa: N803
+    V_BITS: tl.constexpr,  # noqa: N803
+    RAW: tl.constexpr,  # noqa: N803
+    V_OFFSET: tl.constexpr,  # noqa: N803
+    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
+    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
+    V_ZERO: tl.constexpr,  # noqa: N803
+    HAS_WINDOW: tl.constexpr,  # noqa: N803
+    HAS_CAP: tl.constexpr,  # noqa: N803
+    DEFERRED: tl.constexpr,  # noqa: N803
+    PTX: tl.constexpr,  # noqa: N803
+    STAGES: tl.constexpr,  # noqa: N803
+):
+    """Attention of the rows over tokens [first, last): (output low, high, maximum, sum), not normalised.
+
+    The maximum is in units of log2. DEFERRED keeps row sums per column of the tile and adds them up after the
+    loop: no reduction across threads inside it, for registers.
+    """
+    DTYPE: tl.constexpr = q_low.dtype  # noqa: N806
+    index = tl.arange(0, TILE)
+    high_score = tl.full([ROWS], float("-inf"), tl.float32)
+    if DEFERRED:
+        total = tl.zeros([ROWS, TILE], tl.float32)
+        weight_sum = tl.zeros([ROWS, TILE], tl.float32)
+    else:
+        total = tl.zeros([ROWS], tl.float32)
+        weight_sum = tl.zeros([ROWS], tl.float32)
+    out_low = tl.zeros([ROWS, HALF], tl.float32)
+    out_high = tl.zeros([ROWS, HALF], tl.float32)
+    for start in tl.range(first, last, TILE, num_stages=STAGES):
+        token = start + index
+        known = token < last
+        if BLOCK_SIZE % TILE == 0:
+            block = tl.load(table_row + start // BLOCK_SIZE)
+            slot = start % BLOCK_SIZE + index
+        else:
+            block = tl.load(table_row + token // BLOCK_SIZE, mask=known, other=0)
+            slot = token % BLOCK_SIZE
+        page = pool_head + block.to(tl.int64) * stride_block
+        k_low, k_high = load_halves(page + slot * (HEAD * K_BITS // 8), known, K_BITS, RAW, DTYPE, HEAD, HALF, False, PTX)
+        scores = tl.zeros([ROWS, TILE], tl.float32)
+        scores = dot16(q_low, tl.trans(k_low), scores)
+        scores = dot16(q_high, tl.trans(k_high), scores)
+        if K_BITS < 16:
+            scores = (scores - q_zero[:, None]) * load_scales(page, slot, known, K_SCALE_OFFSET)[None, :]
+        scores += q_constant[:, None]
+        if HAS_CAP:
+            # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
+            scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
+        seen = token[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            seen = seen & (token[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_high = tl.maximum(high_score, tl.max(scores, 1))
+        shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(high_score - shift)
+        high_score = new_high
+        if DEFERRED:
+            total = total * decay[:, None] + weights
+        else:
+            total = total * decay + tl.sum(weights, 1)
+        if V_BITS < 16:
+            weights *= load_scales(page, slot, known, V_SCALE_OFFSET)[None, :]
+        weights16 = round16(weights, DTYPE)
+        if V_BITS < 16:
+            if DEFERRED:
+                weight_sum = weight_sum * decay[:, None] + weights16.to(tl.float32)
+            else:
+                weight_sum = weight_sum * decay + tl.sum(weights16.to(tl.float32), 1)
+        v_row = page + V_OFFSET + slot * (HEAD * V_BITS // 8)
+        v_low, v_high = load_halves(v_row, known, V_BITS, RAW, DTYPE, HEAD, HALF, True, PTX)
+        out_low = dot16(weights16, v_low, out_low * decay[:, None])
+        out_high = dot16(weights16, v_high, out_high * decay[:, None])
+    if DEFERRED:
+        total = tl.sum(total, 1)
+        weight_sum = tl.sum(weight_sum, 1)
+    if V_BITS < 16:
+        out_low -= V_ZERO * weight_sum[:, None]
+        out_high -= V_ZERO * weight_sum[:, None]
+    return out_low, out_high, high_score, total
+
+
+@triton.jit
+def add_sink(sinks, high_score, total, GROUP: tl.constexpr, ROWS: tl.constexpr):  # noqa: N803
+    """The softmax sum with exp(sink) of the row's query head added. sinks: pointer to the KV head's first."""
+    sink = tl.load(sinks + tl.arange(0, ROWS) % GROUP).to(tl.float32) * LOG2E
+    return total + tl.exp2(tl.minimum(sink - high_score, 126.0))
+
+
+@triton.jit
+def store_rows(
+    low,
+    high,
+    output,  # pointer to the first query token and head of the tile
+    stride_token,
+    stride_head,
+    count,
+    basis,
+    factor,
+    GROUP: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    HEAD: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    ROTATED: tl.constexpr,  # noqa: N803
+):
+    """Rotate fp32 (ROWS, HALF) halves of the attention output back and store them in DTYPE."""
+    if ROTATED:
+        low, high = rotate_halves(round16(low, DTYPE), round16(high, DTYPE), basis, HEAD, HALF)
+        low, high = low * factor, high * factor
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, HALF)
+    mask = ((row // GROUP) < count)[:, None] & (column < HEAD // 2)[None, :]
+    at = output + ((row // GROUP).to(tl.int64) * stride_token + (row % GROUP) * stride_head)[:, None] + column[None, :]
+    tl.store(at, round16(low, DTYPE), mask=mask)
+    tl.store(at + HEAD // 2, round16(high, DTYPE), mask=mask)

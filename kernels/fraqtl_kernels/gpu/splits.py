@@ -1,0 +1,101 @@
+"""How a decode batch is cut into programs, on the host by upper bounds and on the device by real lengths.
+
+The grid (requests, KV heads, splits) is fixed by what the host knows without asking the device:
+the number of requests, the longest context it allows for, the number of multiprocessors. A CUDA
+graph captured with it serves every batch of that many requests. Inside, every program derives the
+same chunk length from the real lengths,
+
+    chunk = max(tiles of the whole batch · KV heads / wanted programs, own tiles / splits, 1 chunk at least MIN_TILES)
+
+so chunks are equally long over short and long requests; programs without a chunk leave at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from fraqtl_kernels.gpu.config import Tuning, rows_for
+
+PROGRAMS_PER_SM = 2  # resident at once, by registers and shared memory
+SLACK = 2  # grid programs per wanted program, so that uneven lengths still split evenly
+MIN_TILES = tl.constexpr(2)
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Launch shape of one decode batch, made from host numbers only.
+
+    requests, queries: the most requests and query tokens a request of the batch (or of the graph).
+    splits: programs along the context. programs: how many are wanted at once.
+    """
+
+    requests: int
+    queries: int
+    query_heads: int
+    kv_heads: int
+    splits: int
+    programs: int
+    tuning: Tuning
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        return rows_for(self.group * self.queries)
+
+    def scratch_floats(self, head_size: int) -> int:
+        """fp32 numbers of scratch that `decode` needs: a partial output and a log-sum per split and query row."""
+        if self.splits == 1:
+            return 0
+        return self.requests * self.query_heads * self.queries * self.splits * (head_size + 1)
+
+
+def choose_splits(requests: int, kv_heads: int, longest: int, tile: int, multiprocessors: int) -> int:
+    """Programs along the context for a batch of at most `requests` of at most `longest` tokens."""
+    wanted = PROGRAMS_PER_SM * multiprocessors * SLACK
+    chunks = triton.cdiv(longest, tile * MIN_TILES.value)
+    return max(1, min(wanted // (requests * kv_heads), chunks, MAX_SPLITS))
+
+
+@triton.jit
+def first_visible(length, count, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
+    """The first token that the first of `count` query tokens sees, rounded down to a tile."""
+    first = length * 0
+    if HAS_WINDOW:
+        first = tl.maximum(length - count - window + 1, 0) // TILE * TILE
+    return first
+
+
+@triton.jit
+def chunk_tokens(
+    first,
+    length,
+    lengths,
+    query_start,
+    requests,
+    kv_heads,
+    splits,
+    programs,
+    window,
+    HAS_WINDOW: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+):
+    """Tokens of one split of a request that sees [first, length), a multiple of TILE."""
+    tiles = first * 0
+    for start in range(0, requests, 256):
+        r = start + tl.arange(0, 256)
+        n = tl.load(lengths + r, mask=r < requests, other=0)
+        if HAS_WINDOW:
+            count = tl.load(query_start + r + 1, mask=r < requests, other=0)
+            count -= tl.load(query_start + r, mask=r < requests, other=0)
+            n = tl.minimum(n, count + window + TILE)
+        tiles += tl.sum((n + TILE - 1) // TILE, 0).to(tiles.dtype)
+    chunk = tl.cdiv(tiles * kv_heads, programs)
+    chunk = tl.maximum(chunk, tl.cdiv(tl.cdiv(length - first, TILE), splits))
+    return tl.maximum(chunk, MIN_TILES) * TILE

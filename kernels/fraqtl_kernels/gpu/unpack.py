@@ -1,0 +1,118 @@
+"""From packed codes to 16-bit floats that a tensor core takes: a portable way and an inline-PTX way.
+
+Both return the code plus a constant ("bias"), exactly. The kernels never subtract the zero point
+per element; they take it out of the sums. For a row of weights w and codes c
+
+    Σ w (c - midpoint) = Σ w (c + bias) - (midpoint + bias) · Σ w
+
+and `zero_points` gives midpoint + bias. The PTX way sets the bits of a float whose unit in the last
+place is 1 around the code ("magic number", Kim et al., arXiv 2211.10017): per 8 nibbles 2 byte permutations, 4 three-input logic
+operations and the subtractions that keep the constant small. A bias adds rounding noise to the sum that it
+is taken out of, so values (summed over the whole context) are centred to c - 8, and keys (summed over D
+numbers) only where the bias would be 1024.
+
+Inline PTX acts on 4 codes of one 32-bit register; no result depends on how a tile is laid out over threads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fraqtl_kernels.formats import VectorFormat
+
+# Bytes b0..b3 of $4 -> halves (b0, b1), (b2, b3): $0, $1 low nibbles, $2, $3 high nibbles.
+# 0x6400 is 1024 with the nibble in bits 0..3, 0x5400 is 64 with the nibble in bits 4..7.
+_NIBBLES_FP16 = """{
+    .reg .b32 a, b, m;
+    prmt.b32 a, $4, 0, 0x4140;
+    prmt.b32 b, $4, 0, 0x4342;
+    mov.b32 m, 0x64086408;
+    lop3.b32 $0, a, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $1, b, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $2, a, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $3, b, 0x00f000f0, 0x54005400, 0xea;
+    sub.rn.f16x2 $0, $0, m;
+    sub.rn.f16x2 $1, $1, m;
+"""
+_CENTRE_HIGH_FP16 = """
+    mov.b32 m, 0x54805480;
+    sub.rn.f16x2 $2, $2, m;
+    sub.rn.f16x2 $3, $3, m;
+"""
+# 0x43 as the upper byte is bf16 128 with the nibble in bits 0..3. No sub.bf16x2 before sm_90: x · 1 - 136.
+_NIBBLES_BF16 = """{
+    .reg .b32 a, b, m, o;
+    shr.u32 b, $4, 4;
+    and.b32 a, $4, 0x0f0f0f0f;
+    and.b32 b, b, 0x0f0f0f0f;
+    prmt.b32 $0, a, 0x43434343, 0x4140;
+    prmt.b32 $1, a, 0x43434343, 0x4342;
+    prmt.b32 $2, b, 0x43434343, 0x4140;
+    prmt.b32 $3, b, 0x43434343, 0x4342;
+"""
+_CENTRE_BF16 = """
+    mov.b32 m, 0xc308c308;
+    mov.b32 o, 0x3f803f80;
+    fma.rn.bf16x2 $0, $0, o, m;
+    fma.rn.bf16x2 $1, $1, o, m;
+    fma.rn.bf16x2 $2, $2, o, m;
+    fma.rn.bf16x2 $3, $3, o, m;
+"""
+# 8-bit codes in fp16: 1024 + c, less 1152. (bf16 has too few bits for the trick: the portable way serves it.)
+_BYTES_FP16 = """{
+    .reg .b32 m;
+    mov.b32 m, 0x64806480;
+    prmt.b32 $0, $2, 0x64646464, 0x4140;
+    prmt.b32 $1, $2, 0x64646464, 0x4342;
+    sub.rn.f16x2 $0, $0, m;
+    sub.rn.f16x2 $1, $1, m;
+}"""
+
+NIBBLES_FP16 = tl.constexpr(_NIBBLES_FP16 + "}")
+NIBBLES_FP16_CENTRED = tl.constexpr(_NIBBLES_FP16 + _CENTRE_HIGH_FP16 + "}")
+NIBBLES_BF16 = tl.constexpr(_NIBBLES_BF16 + "}")
+NIBBLES_BF16_CENTRED = tl.constexpr(_NIBBLES_BF16 + _CENTRE_BF16 + "}")
+BYTES_FP16 = tl.constexpr(_BYTES_FP16)
+
+
+def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool) -> tuple[float, float]:
+    """What the unpacked low and high half of a vector hold where the value is zero: midpoint + bias.
+
+    dtype: torch.float16 or torch.bfloat16, the type unpacked to. Raw vectors have (0, 0).
+    """
+    if vector.is_raw:
+        return 0.0, 0.0
+    half = dtype == torch.float16
+    if not ptx or (vector.bits == 8 and not half):
+        return vector.midpoint, vector.midpoint
+    if vector.bits == 8 or (centred and vector.bits == 4):
+        return -0.5, -0.5
+    return (-0.5, vector.midpoint + 64) if half else (vector.midpoint + 128, vector.midpoint + 128)
+
+
+@triton.jit
+def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):  # noqa: N803
+    """uint8 tile of any shape -> (low nibbles, high nibbles) in DTYPE, plus the bias of `zero_points`."""
+    if PTX:
+        if DTYPE == tl.float16:
+            asm: tl.constexpr = NIBBLES_FP16_CENTRED if CENTRED else NIBBLES_FP16
+            dtypes: tl.constexpr = (tl.float16, tl.float16)
+        else:
+            asm: tl.constexpr = NIBBLES_BF16_CENTRED if CENTRED else NIBBLES_BF16
+            dtypes: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        low, high = tl.inline_asm_elementwise(asm, "=&r,=&r,=&r,=&r,r", [codes], dtype=dtypes, is_pure=True, pack=4)
+    else:
+        low = (codes & 15).to(tl.float32).to(DTYPE)
+        high = (codes >> 4).to(tl.float32).to(DTYPE)
+    return low, high
+
+
+@triton.jit
+def unpack_bytes(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):  # noqa: N803
+    """uint8 tile of any shape -> DTYPE, plus the bias of `zero_points`."""
+    if PTX and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(BYTES_FP16, "=&r,=&r,r", [codes], dtype=DTYPE, is_pure=True, pack=4)
+    else:
+        return codes.to(tl.float32).to(DTYPE)
