@@ -32,6 +32,7 @@ class Accounting:
         return ledger
 
     def close(self, ledger: Ledger) -> None:
+        ledger.closed = True
         self._open = {key: other for key, other in self._open.items() if other is not ledger}
 
     def watch(self, engine_client: Any) -> None:
@@ -44,7 +45,7 @@ class Accounting:
             prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             ledger = current_ledger.get()
-            if ledger is not None:
+            if ledger is not None and not ledger.closed:  # tasks can outlive the request they inherit it from
                 ledger.sequences += sampling_params.n
                 self._open[request_id] = ledger
             return generate(prompt, sampling_params, request_id, *args, **kwargs)

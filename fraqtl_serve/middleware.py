@@ -69,7 +69,7 @@ class _Request:
             return True
         if b'"include_usage"' not in self._body:
             return False
-        options = json.loads(self._body).get("stream_options") or {}
+        options = (_parse(self._body) or {}).get("stream_options") or {}
         return bool(options.get("include_usage"))
 
 
@@ -114,8 +114,8 @@ class _Response:
                 (b"x-fraqtl-kv-bytes", str(report.bytes).encode()),
                 (b"x-fraqtl-kv-saved-bytes", str(report.saved_bytes).encode()),
             ]
-            if self.in_body:
-                self.body = _dump(decorate(json.loads(self.body), report))
+            if self.in_body and (payload := _parse(self.body)) is not None:
+                self.body = _dump(decorate(payload, report))
         headers.append((b"content-length", str(len(self.body)).encode()))
         await self.forward({**self.start, "headers": headers})
         await self.forward({**message, "body": self.body})
@@ -127,6 +127,15 @@ def decorate(payload: dict[str, Any], report: KVReport) -> dict[str, Any]:
     if isinstance(payload.get("usage"), dict):
         payload["usage"]["kv_cache"] = report.usage()
     return payload
+
+
+def _parse(body: bytes | bytearray) -> dict[str, Any] | None:
+    """The JSON object in `body`; None for anything else, which is not ours to judge."""
+    try:
+        payload = json.loads(body)
+    except ValueError:
+        return None
+    return payload if isinstance(payload, dict) else None
 
 
 def _dump(payload: dict[str, Any]) -> bytes:
@@ -162,7 +171,9 @@ class StreamDecorator:
         # Only a chunk that ends a choice or carries the usage is worth parsing.
         if b'"finish_reason":"' not in event and b'"choices":[]' not in event:
             return event
-        payload = json.loads(event[len(b"data: ") :])
+        payload = _parse(event[len(b"data: ") :])
+        if payload is None:
+            return event
         self.finished += sum(choice.get("finish_reason") is not None for choice in payload.get("choices", ()))
         if not self._is_ours(payload):
             return event

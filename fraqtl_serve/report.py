@@ -46,6 +46,8 @@ class Ledger:
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last account of every sequence, by the engine's request id."""
     cached_tokens: dict[str, int] = field(default_factory=dict)
+    closed: bool = False
+    """The response is out: what comes now is nobody's."""
 
     def report(self) -> KVReport | None:
         """The report over all sequences, or None if the engine said nothing (it failed, say)."""
@@ -55,14 +57,7 @@ class Ledger:
         sizes = accounts[0]
         groups = range(len(sizes["block_size"]))
         held = [{b for a in accounts for b in a["blocks"][g]} for g in groups]
-        shared = [
-            {
-                b
-                for key, a in self.accounts.items()
-                for b in a["blocks"][g][: self.cached_tokens.get(key, 0) // sizes["block_size"][g]]
-            }
-            for g in groups
-        ]
+        shared = [{b for key in self.accounts for b in self._found_in_cache(key, g)} for g in groups]
         used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
         baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
         return KVReport(
@@ -76,3 +71,10 @@ class Ledger:
             saved_bytes=baseline - used,
             ratio=round(baseline / used, 4) if used else 1.0,
         )
+
+    def _found_in_cache(self, key: str, group: int) -> list[int]:
+        """The blocks of one sequence that a prefix-cache hit gave it and that it still held at its end."""
+        account = self.accounts[key]
+        hits = self.cached_tokens.get(key, 0) // account["block_size"][group] - account["skipped"][group]
+        blocks: list[int] = account["blocks"][group][: max(0, hits)]
+        return blocks

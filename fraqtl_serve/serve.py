@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -39,11 +38,14 @@ def serve(argv: Sequence[str]) -> None:
         raise ConfigError(f"vLLM can't be imported ({error}): run fraqtl-serve doctor") from error
 
     cli_env_setup()
-    args = build_parser().parse_args(["serve", *argv])
-    configure(args)
+    args = argparse.Namespace()
     try:
+        args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+        configure(args)
         ServeSubcommand().validate(args)
         ServeSubcommand.cmd(args)
+    except FraqtlError:
+        raise
     except Exception as error:
         if os.environ.get(TRACEBACK_SWITCH):
             raise
@@ -70,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     root = FlexibleArgumentParser(prog="fraqtl-serve")
     parser: argparse.ArgumentParser = ServeSubcommand().subparser_init(root.add_subparsers(dest="subparser"))
+    parser.set_defaults(model=None)  # tells a model in the file of --config from vLLM's own default
     parser.usage = "fraqtl-serve serve [MODEL] [--kv-format FORMAT] [any flag of vllm serve]"
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
@@ -103,7 +106,7 @@ def configure(args: argparse.Namespace) -> None:
     """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
     from fraqtl_serve._vllm import current_platform
 
-    model = args.model_tag or args.model if _given(args, "model") else args.model_tag
+    model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)
         args.served_model_name = args.served_model_name or [DEMO_NAME]
@@ -121,17 +124,15 @@ def configure(args: argparse.Namespace) -> None:
             args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
 
 
-def _given(args: argparse.Namespace, name: str) -> bool:
-    return any(a == f"--{name}" or a.startswith(f"--{name}=") for a in sys.argv)
-
-
 def _backend_name(args: argparse.Namespace) -> str | None:
     backend = args.attention_backend
     return getattr(backend, "name", backend)
 
 
 def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
-    config = dict(args.additional_config or {})
+    config = args.additional_config or {}
+    if not isinstance(config, dict):
+        raise ConfigError(f"--additional-config must be a JSON object, not {config!r}")
     inside = read_config(config)  # refuses unknown keys
     section = dict(config.get(KEY, {}))
     if args.kv_format is not None:

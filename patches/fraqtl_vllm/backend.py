@@ -123,7 +123,9 @@ class FraqtlImpl(AttentionImpl[FraqtlMetadata]):
         if sinks is not None:
             raise UnsupportedError("the packed KV cache does not support attention sinks yet")
         if attn_type != AttentionType.DECODER:
-            raise UnsupportedError(f"the packed KV cache does not support {attn_type} attention, only decoders")
+            raise UnsupportedError(
+                f"the packed KV cache does not support {AttentionType(attn_type).value} attention, only decoders"
+            )
         if config.device_config.device_type != "cpu":
             raise UnsupportedError("this version attends packed blocks on the CPU only; its GPU kernels are to come")
         self.num_heads = num_heads

@@ -49,4 +49,6 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         valid = ", ".join(FraqtlConfig.model_fields)
         return f'--additional-config: unknown key {first["loc"][0]!r} in "{KEY}": choose one of {valid}'
+    if first["type"] != "value_error":
+        return f"--additional-config: {'.'.join(map(str, (KEY, *first['loc'])))}: {first['msg']}"
     return str(first["msg"]).removeprefix("Value error, ")

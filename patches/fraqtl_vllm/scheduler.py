@@ -42,11 +42,15 @@ class _Accounting:
         }
 
     def account(self, request: Request) -> dict[str, Any]:
-        """What `request` holds now: block ids per KV-cache group, tokens, and bytes per block."""
+        """What `request` holds now: block ids per KV-cache group, tokens, and bytes per block.
+
+        skipped: how many blocks at the start of the sequence a sliding window has left behind.
+        """
         tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
         return {
             "tokens": max(0, request.num_tokens - 1),
             "blocks": [[block.block_id for block in table if not block.is_null] for table in tables],
+            "skipped": [sum(block.is_null for block in table) for table in tables],
             **self._sizes,
         }
 

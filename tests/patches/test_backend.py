@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_vllm.backend import FraqtlBackend, FraqtlImpl, FraqtlMetadataBuilder
+
+# Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
+BYTES = {
+    "bf16": (256, 320, 384, 512, 1024),
+    "fp16": (256, 320, 384, 512, 1024),
+    "k8v8": (132, 164, 196, 260, 516),
+    "k8v4": (100, 124, 148, 196, 388),
+    "k4v4": (68, 84, 100, 132, 260),
+}
+SIZES = (64, 80, 96, 128, 256)
+
+
+@pytest.fixture(autouse=True)
+def own_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The format is kept on the class; give it back to the other tests."""
+    monkeypatch.setattr(FraqtlBackend, "kv_format", FraqtlBackend.kv_format)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_size", "content"),
+    [(name, size, n) for name, row in BYTES.items() for size, n in zip(SIZES, row, strict=True)],
+)
+def test_bytes_of_a_spec(name: str, head_size: int, content: int) -> None:
+    FraqtlBackend.kv_format = FORMATS[name]
+    stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=head_size, dtype=torch.bfloat16)
+    spec = FraqtlBackend.customize_spec(stock)
+    assert spec.page_size_bytes == 32 * 3 * content
+    assert (spec.dtype, spec.state_content_bytes) == (torch.uint8, content)
+    assert (spec.block_size, spec.num_kv_heads, spec.head_size) == (32, 3, head_size)
+    assert stock.state_content_bytes is None
+
+
+def test_sliding_window_stays_in_the_spec() -> None:
+    stock = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=128)
+    spec = FraqtlBackend.customize_spec(stock)
+    assert isinstance(spec, SlidingWindowSpec)
+    assert (spec.sliding_window, spec.page_size_bytes) == (128, 2176)
+
+
+def test_what_vllm_asks_the_backend() -> None:
+    assert FraqtlBackend.get_name() == "FRAQTL"
+    assert AttentionBackendEnum["FRAQTL"].get_class() is FraqtlBackend
+    assert FraqtlBackend.get_impl_cls() is FraqtlImpl
+    assert FraqtlBackend.get_builder_cls() is FraqtlMetadataBuilder
+    assert FraqtlBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+    assert FraqtlBackend.get_supported_head_sizes() == [64, 80, 96, 128, 256] == list(HEAD_SIZES)
+    (sizes,) = FraqtlBackend.get_supported_kernel_block_sizes()
+    assert isinstance(sizes, MultipleOf) and sizes.base == 16
+    assert FraqtlBackend.forward_includes_kv_cache_update is False
+    assert FraqtlBackend.supports_sliding_window() and not FraqtlBackend.supports_kv_connector()
+    assert FraqtlBackend.supported_dtypes == [torch.float16, torch.bfloat16, torch.float32]
+
+
+def make_layer(device: str = "cpu", additional_config: Any = None, **options: Any) -> FraqtlImpl:
+    config = VllmConfig(additional_config=additional_config or {}, device_config=DeviceConfig(device="cpu"))
+    config.device_config.device_type = device
+    with set_current_vllm_config(config):
+        return FraqtlImpl(**{"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2, **options})
+
+
+def test_format_of_a_layer_is_that_of_the_specs() -> None:
+    layer = make_layer(additional_config={"fraqtl": {"kv_format": "k8v8"}})
+    assert layer.kv_format is FORMATS["k8v8"]
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    assert FraqtlBackend.customize_spec(spec).state_content_bytes == 132
+
+
+def test_layer_without_options() -> None:
+    layer = make_layer(num_kv_heads=None, logits_soft_cap=0.0)
+    assert (layer.num_kv_heads, layer.soft_cap, layer.sliding_window) == (4, None, None)
+    assert layer.kv_format is FORMATS["k4v4"]
+
+
+def test_profiling_run_attends_nothing() -> None:
+    query, output = torch.ones(3, 4, 64), torch.full((3, 4, 64), torch.nan)
+    out = make_layer().forward(None, query, query, query, torch.empty(0), None, output)
+    assert out is output
+    assert torch.equal(out, torch.zeros(3, 4, 64))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"head_size": 72}, "head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256"),
+        ({"alibi_slopes": [0.5]}, "the packed KV cache does not support ALiBi models"),
+        ({"sinks": torch.zeros(4)}, "the packed KV cache does not support attention sinks yet"),
+        (
+            {"attn_type": AttentionType.ENCODER_ONLY},
+            "the packed KV cache does not support encoder_only attention, only decoders",
+        ),
+        ({"device": "cuda"}, "this version attends packed blocks on the CPU only; its GPU kernels are to come"),
+    ],
+)
+def test_refused_layers(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        make_layer(**options)
+    assert str(error.value) == sentence

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_vllm.config import FraqtlConfig, read_config
+
+
+# vLLM also takes an object of the user's own class in the place of the dictionary.
+@pytest.mark.parametrize("given", [{}, None, {"other": {"kv_format": "k8v8"}}, object(), {"fraqtl": {}}])
+def test_default(given: Any) -> None:
+    assert read_config(given).kv_format == "k4v4"
+
+
+def test_format_by_name() -> None:
+    config = read_config({"fraqtl": {"kv_format": "k8v4"}, "other": 1})
+    assert config.kv_format == "k8v4"
+    assert config.format is FORMATS["k8v4"]
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"kv_fromat": "k4v4"}, "--additional-config: unknown key 'kv_fromat' in \"fraqtl\": choose one of kv_format"),
+        ({"kv_format": "int3"}, "unknown KV format 'int3': choose one of bf16, fp16, "),
+        ({"kv_format": 4}, "--additional-config: fraqtl.kv_format: Input should be a valid string"),
+        ({"kv_format": None}, "--additional-config: fraqtl.kv_format: Input should be a valid string"),
+        ("k4v4", "--additional-config: \"fraqtl\" must be an object, not 'k4v4'"),
+        (None, '--additional-config: "fraqtl" must be an object, not None'),
+    ],
+)
+def test_refusals(section: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_config({"fraqtl": section})
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_do_not_change() -> None:
+    config = FraqtlConfig(kv_format="k8v8")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.kv_format = "k4v4"

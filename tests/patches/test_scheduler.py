@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+
+from fraqtl_vllm.scheduler import _Accounting, block_bytes
+
+PACKED: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8, "state_content_bytes": 68}
+FULL = FullAttentionSpec(block_size=16, **PACKED)
+WINDOW = SlidingWindowSpec(block_size=32, sliding_window=128, **PACKED)
+PADDED = FullAttentionSpec(block_size=16, page_size_padded=4096, **PACKED)
+
+
+def pool(*groups: tuple[Any, int]) -> KVCacheConfig:
+    """A pool of so many layers of each spec."""
+    layers = (KVCacheGroupSpec([f"layer.{i}" for i in range(count)], spec) for spec, count in groups)
+    return KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=list(layers))
+
+
+def test_packed_bytes_of_a_block() -> None:
+    # 2 heads · 16 tokens · 68 bytes = 2176, over 3 layers.
+    assert block_bytes(pool((FULL, 3)), 1) == [6528]
+
+
+def test_ranks_add_up() -> None:
+    assert block_bytes(pool((FULL, 3)), 4) == [26112]
+    assert block_bytes(pool((FULL, 3)), 4, torch.bfloat16) == [98304]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 16384)])
+def test_baseline_is_in_the_models_dtype(dtype: torch.dtype, expected: int) -> None:
+    # 2 heads · 16 tokens · (64 + 64) numbers
+    assert block_bytes(pool((FULL, 1)), 1, dtype) == [expected]
+
+
+def test_groups_of_full_and_sliding_window_attention() -> None:
+    both = pool((FULL, 1), (WINDOW, 5))
+    assert block_bytes(both, 1) == [2176, 21760]
+    assert block_bytes(both, 1, torch.bfloat16) == [8192, 81920]
+
+
+def test_padding_counts_in_the_pool_and_not_in_the_baseline() -> None:
+    assert block_bytes(pool((PADDED, 2)), 1) == [8192]
+    assert block_bytes(pool((PADDED, 2)), 1, torch.float16) == [16384]
+
+
+class StockScheduler:
+    """What the account reads of vLLM's scheduler: requests and their block tables."""
+
+    def __init__(self, *, vllm_config: Any, kv_cache_config: Any, log_stats: bool = False) -> None:
+        self.tables: dict[str, list[list[Any]]] = {}
+        self.requests: dict[str, Any] = {}
+        self.kv_cache_manager = SimpleNamespace(get_blocks=lambda key: SimpleNamespace(blocks=self.tables[key]))
+        self.log_stats = log_stats
+        self.connector_says: dict[str, Any] | None = None
+
+    def _free_request(self, request: Any, delay_free_blocks: bool = False) -> tuple[Any, Any]:
+        del self.tables[request.request_id]
+        return self.connector_says, {"delayed": delay_free_blocks}
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        return model_runner_output
+
+
+class Scheduler(_Accounting, StockScheduler):
+    connector_says: dict[str, Any] | None
+
+
+def make_scheduler(*, world_size: int = 1) -> Any:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=world_size), model_config=SimpleNamespace(dtype=torch.bfloat16)
+    )
+    scheduler = Scheduler(vllm_config=config, kv_cache_config=pool((FULL, 1), (WINDOW, 1)), log_stats=True)
+    assert scheduler.log_stats
+    return scheduler
+
+
+def admit(scheduler: Any, key: str, *tables: list[int], tokens: int = 40, stop: Any = None) -> Any:
+    """A request with these block tables; 0 is vLLM's null block."""
+    scheduler.tables[key] = [[SimpleNamespace(block_id=b, is_null=b == 0) for b in table] for table in tables]
+    request = SimpleNamespace(request_id=key, num_tokens=tokens, sampling_params=SimpleNamespace(stop=stop))
+    scheduler.requests[key] = request
+    return request
+
+
+def test_account_is_the_block_managers_table() -> None:
+    scheduler = make_scheduler(world_size=2)
+    request = admit(scheduler, "a", [5, 3, 9], [0, 0, 7], tokens=40)
+    assert scheduler.account(request) == {
+        "tokens": 39,
+        "blocks": [[5, 3, 9], [7]],
+        "skipped": [0, 2],
+        "block_size": [16, 32],
+        "block_bytes": [4352, 8704],
+        "baseline_block_bytes": [16384, 32768],
+    }
+
+
+def test_account_before_the_first_token() -> None:
+    scheduler = make_scheduler()
+    account = scheduler.account(admit(scheduler, "a", [], [], tokens=0))
+    assert (account["tokens"], account["blocks"], account["skipped"]) == (0, [[], []], [0, 0])
+
+
+@pytest.mark.parametrize("connector_says", [None, {"remote_host": "10.0.0.1"}])
+def test_account_is_taken_before_the_blocks_are_freed(connector_says: dict[str, Any] | None) -> None:
+    scheduler = make_scheduler()
+    scheduler.connector_says = connector_says
+    request = admit(scheduler, "a", [5], [7])
+    kv_params, others = scheduler._free_request(request, delay_free_blocks=True)
+    assert kv_params.pop("fraqtl")["blocks"] == [[5], [7]]
+    assert kv_params == (connector_says or {})
+    assert others == {"delayed": True}
+    assert scheduler.tables == {}
+
+
+def test_requests_with_a_stop_string_tell_after_every_step() -> None:
+    # It is the API server that finds the string, when the engine has nothing left to say.
+    scheduler = make_scheduler()
+    admit(scheduler, "stops", [5], [7], stop=["\n"])
+    admit(scheduler, "runs", [6], [8])
+    outputs = [
+        SimpleNamespace(request_id=key, kv_transfer_params=params)
+        for key, params in (("stops", {"remote_host": "10.0.0.1"}), ("runs", None), ("gone", None))
+    ]
+    clients = scheduler.update_from_output(None, {0: SimpleNamespace(outputs=outputs)})
+    stops, runs, gone = clients[0].outputs
+    assert stops.kv_transfer_params["fraqtl"]["blocks"] == [[5], [7]]
+    assert stops.kv_transfer_params["remote_host"] == "10.0.0.1"
+    assert (runs.kv_transfer_params, gone.kv_transfer_params) == (None, None)
+
+
+def test_pooling_requests_have_no_sampling_parameters() -> None:
+    scheduler = make_scheduler()
+    admit(scheduler, "a", [5], [7]).sampling_params = None
+    output = SimpleNamespace(request_id="a", kv_transfer_params=None)
+    scheduler.update_from_output(None, {0: SimpleNamespace(outputs=[output])})
+    assert output.kv_transfer_params is None

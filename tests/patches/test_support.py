@@ -1,0 +1,157 @@
+"""Every configuration that is refused, and its sentence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from transformers import AutoConfig
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.platforms import current_platform
+
+from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_vllm.support import check_supported
+
+PREFIX = "the packed KV cache does not support "
+
+
+def make_model(model_type: str = "llama", head_size: int = 64, config: Any = None, **kind: Any) -> Any:
+    """What vLLM's ModelConfig says about a model: an ordinary decoder, but for what `kind` changes."""
+    ordinary = {
+        "use_mla": False,
+        "is_encoder_decoder": False,
+        "is_attention_free": False,
+        "is_hybrid": False,
+        "attn_type": "decoder",
+    }
+    text_config = AutoConfig.for_model(model_type) if config is None else config
+    return SimpleNamespace(hf_text_config=text_config, get_head_size=lambda: head_size, **{**ordinary, **kind})
+
+
+def make_config(**parts: Any) -> Any:
+    """A configuration that is served, but for what `parts` changes."""
+    served = {
+        "cache_config": CacheConfig(),
+        "parallel_config": ParallelConfig(),
+        "model_config": make_model(),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "additional_config": {},
+    }
+    return SimpleNamespace(**{**served, **parts})
+
+
+def refusal(**parts: Any) -> str:
+    with pytest.raises(UnsupportedError) as error:
+        check_supported(make_config(**parts))
+    sentence = str(error.value)
+    assert sentence.startswith(PREFIX)
+    assert "\n" not in sentence
+    return sentence.removeprefix(PREFIX)
+
+
+def test_ordinary_configuration_is_served() -> None:
+    check_supported(make_config())
+    check_supported(make_config(model_config=None))
+    check_supported(make_config(parallel_config=ParallelConfig(tensor_parallel_size=2)))
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int4_per_token_head", "turboquant_4bit_nc"])
+def test_stock_cache_formats(dtype: Any) -> None:
+    assert refusal(cache_config=CacheConfig(cache_dtype=dtype)) == (
+        f"--kv-cache-dtype {dtype}: it stores its own formats, "
+        "choose one with --kv-format and leave --kv-cache-dtype out"
+    )
+
+
+def test_speculative_decoding() -> None:
+    said = refusal(speculative_config=SimpleNamespace(method="ngram"))
+    assert said == "speculative decoding yet: leave --speculative-config out"
+
+
+def test_connectors() -> None:
+    connector = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    assert refusal(kv_transfer_config=connector) == (
+        "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
+    )
+
+
+def test_context_parallelism() -> None:
+    decode = ParallelConfig(tensor_parallel_size=2, decode_context_parallel_size=2)
+    prefill = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=2)
+    for parallel in (decode, prefill):
+        assert refusal(parallel_config=parallel) == "context parallelism: use --tensor-parallel-size"
+
+
+def test_block_sizes() -> None:
+    assert refusal(cache_config=CacheConfig(block_size=24)) == "--block-size 24: it must be a multiple of 16"
+    check_supported(make_config(cache_config=CacheConfig(block_size=48)))
+    # A size that vLLM chose itself is not the user's to mend: the platform sets it afterwards.
+    chosen = SimpleNamespace(cache_dtype="auto", block_size=24, user_specified_block_size=False)
+    check_supported(make_config(cache_config=chosen))
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            make_model("deepseek_v3", use_mla=True),
+            "MLA models such as this deepseek_v3: their cache is compressed by design",
+        ),
+        (
+            make_model("t5", is_encoder_decoder=True),
+            "encoder-decoder models such as this t5: cross attention keeps no packed blocks",
+        ),
+        (
+            make_model("mamba", is_attention_free=True),
+            "models without attention such as this mamba: they keep no KV cache",
+        ),
+        (make_model("jamba", is_hybrid=True), "hybrid models such as this jamba yet"),
+        (
+            make_model("bert", attn_type="encoder_only"),
+            "encoder models such as this bert: they keep no KV cache",
+        ),
+        (make_model("bloom"), "ALiBi models such as this bloom"),
+        (make_model("mpt"), "ALiBi models such as this mpt"),
+        (make_model(config=SimpleNamespace(model_type="baichuan")), "ALiBi models such as this baichuan"),
+        (make_model(config=AutoConfig.for_model("falcon", alibi=True)), "ALiBi models such as this falcon"),
+        (
+            make_model(head_size=72),
+            "this model: head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256",
+        ),
+    ],
+)
+def test_models(model: Any, sentence: str) -> None:
+    assert refusal(model_config=model) == sentence
+
+
+def test_falcon_without_alibi_is_served() -> None:
+    check_supported(make_config(model_config=make_model(config=AutoConfig.for_model("falcon", alibi=False))))
+
+
+def test_attention_types_that_vllm_gives_as_an_enum() -> None:
+    decoder, encoder = SimpleNamespace(value="decoder"), SimpleNamespace(value="encoder_only")
+    check_supported(make_config(model_config=make_model(attn_type=decoder)))
+    assert refusal(model_config=make_model(attn_type=encoder)).startswith("encoder models")
+
+
+def test_our_own_section_is_read_first() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'typo'"):
+        check_supported(make_config(additional_config={"fraqtl": {"typo": 1}}, speculative_config=object()))
+
+
+def test_models_are_asked_what_vllm_answers() -> None:
+    """The names that `make_model` stands for."""
+    asked = ("use_mla", "is_encoder_decoder", "is_attention_free", "is_hybrid", "attn_type", "get_head_size")
+    assert [name for name in asked if not hasattr(ModelConfig, name)] == []
+    assert "hf_text_config" in ModelConfig.__dataclass_fields__
+
+
+@pytest.mark.skipif(
+    type(current_platform).__name__ != "CpuWithoutNativeOps", reason="another platform checks the configuration here"
+)
+def test_refused_while_vllm_builds_its_configuration() -> None:
+    with pytest.raises(ValidationError, match="--block-size 24: it must be a multiple of 16"):
+        VllmConfig(cache_config=CacheConfig(block_size=24))

@@ -1,0 +1,84 @@
+"""An engine client that looks like vLLM's `AsyncLLM` to our accounting, with nothing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.metrics.stats import PrefillStats
+
+from fraqtl_vllm.scheduler import ACCOUNT_KEY
+
+
+def account(
+    *blocks: list[int],
+    tokens: int = 20,
+    block_size: tuple[int, ...] = (16,),
+    block_bytes: tuple[int, ...] = (2176,),
+    baseline_block_bytes: tuple[int, ...] = (8192,),
+    skipped: tuple[int, ...] = (0,),
+) -> dict[str, Any]:
+    """What the engine says about a sequence: one list of blocks for every KV-cache group.
+
+    The sizes are those of one layer with two heads of 64 dimensions: 2 · 16 · 68 and 2 · 16 · 256 bytes.
+    """
+    return {
+        "tokens": tokens,
+        "blocks": list(blocks),
+        "skipped": list(skipped),
+        "block_size": list(block_size),
+        "block_bytes": list(block_bytes),
+        "baseline_block_bytes": list(baseline_block_bytes),
+    }
+
+
+class FakeProcessor:
+    """In the place of vLLM's `OutputProcessor`."""
+
+    def __init__(self) -> None:
+        self.request_states: dict[str, Any] = {}
+        self.seen: list[Any] = []
+
+    def process_outputs(self, engine_core_outputs: list[Any], timestamp: float | None = None) -> str:
+        self.seen += engine_core_outputs
+        return f"processed {len(engine_core_outputs)} at {timestamp}"
+
+
+class FakeEngine:
+    def __init__(self, *accounts: dict[str, Any]) -> None:
+        self.accounts = accounts
+        self.output_processor = FakeProcessor()
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[str, None]:
+        """Ends every sequence at once, each with its own one of `accounts`."""
+        for key, said in zip(self.admit(request_id, sampling_params.n), self.accounts, strict=False):
+            self.say(key, {ACCOUNT_KEY: said})
+        yield f"{prompt} {options}"
+
+    def admit(self, request_id: str, n: int = 1) -> list[str]:
+        """Know a request as vLLM does; returns the engine's own ids of its sequences."""
+        if n == 1:
+            states = {f"{request_id}-5eed": SimpleNamespace(external_req_id=request_id, parent_req=None)}
+        else:
+            parent = SimpleNamespace(external_req_id=request_id)
+            states = {
+                f"{i}_{request_id}-5eed": SimpleNamespace(external_req_id=f"{i}_{request_id}", parent_req=parent)
+                for i in range(n)
+            }
+        self.output_processor.request_states |= states
+        return list(states)
+
+    def say(self, key: str, kv_transfer_params: dict[str, Any] | None = None, cached: int | None = None) -> Any:
+        """Send one output of the sequence `key` through the processor; returns that output."""
+        output = EngineCoreOutput(
+            request_id=key,
+            new_token_ids=[1],
+            kv_transfer_params=kv_transfer_params,
+            prefill_stats=None if cached is None else PrefillStats(num_cached_tokens=cached),
+        )
+        self.output_processor.process_outputs([output])
+        return output

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import asyncio
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.report import Ledger
+from fraqtl_vllm.scheduler import ACCOUNT_KEY
+from tests.serve.fake_engine import FakeEngine, account
+
+ONE = SimpleNamespace(n=1)
+TWO = SimpleNamespace(n=2)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def accounting(engine: FakeEngine) -> Accounting:
+    accounting = Accounting("k4v4")
+    accounting.watch(engine)
+    return accounting
+
+
+def in_context(function: Any) -> Any:
+    """Run in a context of its own, as an HTTP request does."""
+
+    async def run() -> Any:
+        return function()
+
+    return asyncio.run(run())
+
+
+def start(accounting: Accounting, engine: FakeEngine, request_id: str = "r", params: Any = ONE) -> Ledger:
+    def handle() -> Ledger:
+        ledger = accounting.open()
+        engine.generate("hi", params, request_id)
+        return ledger
+
+    ledger: Ledger = in_context(handle)
+    return ledger
+
+
+def test_account_goes_to_the_ledger_of_its_request(accounting: Accounting, engine: FakeEngine) -> None:
+    first, second = start(accounting, engine, "first"), start(accounting, engine, "second")
+    (key,) = engine.admit("first")
+    engine.say(key, {ACCOUNT_KEY: account([1, 2])})
+    assert first.accounts == {"first-5eed": account([1, 2])}
+    assert second.accounts == {}
+    assert (first.sequences, first.kv_format) == (1, "k4v4")
+
+
+def test_account_is_taken_out_of_the_output(accounting: Accounting, engine: FakeEngine) -> None:
+    start(accounting, engine)
+    (key,) = engine.admit("r")
+    assert engine.say(key, {ACCOUNT_KEY: account([1])}).kv_transfer_params is None
+    kept = engine.say(key, {ACCOUNT_KEY: account([1]), "remote_host": "10.0.0.1"})
+    assert kept.kv_transfer_params == {"remote_host": "10.0.0.1"}
+
+
+def test_outputs_without_an_account_are_left_alone(accounting: Accounting, engine: FakeEngine) -> None:
+    start(accounting, engine)
+    (key,) = engine.admit("r")
+    assert engine.say(key).kv_transfer_params is None
+    assert engine.say(key, {"remote_host": "10.0.0.1"}).kv_transfer_params == {"remote_host": "10.0.0.1"}
+    assert [output.request_id for output in engine.output_processor.seen] == [key, key]
+
+
+def test_last_account_of_a_sequence_counts(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.say(key, {ACCOUNT_KEY: account([1], tokens=16)})
+    engine.say(key, {ACCOUNT_KEY: account([1, 2], tokens=17)})
+    assert ledger.accounts == {key: account([1, 2], tokens=17)}
+
+
+def test_sequences_of_one_request_share_its_ledger(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine, params=TWO)
+    first, second = engine.admit("r", n=2)
+    engine.say(first, {ACCOUNT_KEY: account([1, 2])})
+    engine.say(second, {ACCOUNT_KEY: account([1, 3])})
+    assert ledger.sequences == 2
+    assert ledger.accounts == {"0_r-5eed": account([1, 2]), "1_r-5eed": account([1, 3])}
+
+
+def test_prompts_of_one_request_share_its_ledger(accounting: Accounting, engine: FakeEngine) -> None:
+    def handle() -> Ledger:
+        ledger = accounting.open()
+        engine.generate("hi", TWO, "cmpl-0")
+        engine.generate("ho", ONE, "cmpl-1")
+        return ledger
+
+    ledger = in_context(handle)
+    for key in (*engine.admit("cmpl-0", n=2), *engine.admit("cmpl-1")):
+        engine.say(key, {ACCOUNT_KEY: account([1])})
+    assert ledger.sequences == 3
+    assert sorted(ledger.accounts) == ["0_cmpl-0-5eed", "1_cmpl-0-5eed", "cmpl-1-5eed"]
+
+
+def test_cached_tokens_are_those_of_the_prefill(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.say(key, cached=48)
+    engine.say(key)
+    engine.say(key, {ACCOUNT_KEY: account([1, 2, 3, 4])})
+    assert ledger.cached_tokens == {key: 48}
+    report = ledger.report()
+    assert report is not None and report.shared_blocks == 3
+
+
+def test_sequences_nobody_knows_are_ignored(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine)
+    assert engine.say("stranger-5eed", {ACCOUNT_KEY: account([1])}, cached=16).kv_transfer_params is None
+    (unwatched,) = engine.admit("another")  # a request that no ledger was opened for
+    assert engine.say(unwatched, {ACCOUNT_KEY: account([1])}).kv_transfer_params is None
+    assert (ledger.accounts, ledger.cached_tokens) == ({}, {})
+
+
+def test_closed_ledger_takes_nothing_more(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    accounting.close(ledger)
+    output = engine.say(key, {ACCOUNT_KEY: account([1])})
+    assert output.kv_transfer_params is None
+    assert ledger.accounts == {}
+
+
+def test_close_leaves_nothing_behind(accounting: Accounting, engine: FakeEngine) -> None:
+    first = start(accounting, engine, "first", TWO)
+    second = start(accounting, engine, "second")
+    accounting.close(first)
+    assert accounting._open == {"second": second}
+    accounting.close(first)
+    accounting.close(second)
+    assert accounting._open == {}
+
+
+def test_task_that_outlives_its_request_reopens_nothing(accounting: Accounting, engine: FakeEngine) -> None:
+    async def run() -> Ledger:
+        async def late() -> None:
+            await asyncio.sleep(0.01)
+            engine.generate("hi", ONE, "late")
+
+        ledger = accounting.open()
+        task = asyncio.create_task(late())
+        accounting.close(ledger)
+        await task
+        return ledger
+
+    ledger = asyncio.run(run())
+    assert (accounting._open, ledger.sequences) == ({}, 0)
+
+
+def test_requests_outside_http_are_not_accounted(accounting: Accounting, engine: FakeEngine) -> None:
+    in_context(lambda: engine.generate("hi", ONE, "r"))
+    assert accounting._open == {}
+
+
+def test_concurrent_requests_do_not_mix(accounting: Accounting, engine: FakeEngine) -> None:
+    async def request(number: int) -> Ledger:
+        ledger = accounting.open()
+        await asyncio.sleep(0)  # every other request opens its ledger before any of them generates
+        engine.generate("hi", ONE, f"r{number}")
+        await asyncio.sleep(0)
+        (key,) = engine.admit(f"r{number}")
+        engine.say(key, {ACCOUNT_KEY: account([number])})
+        return ledger
+
+    async def run() -> list[Ledger]:
+        return await asyncio.gather(*map(request, range(8)))
+
+    ledgers = asyncio.run(run())
+    assert [ledger.accounts for ledger in ledgers] == [{f"r{i}-5eed": account([i])} for i in range(8)]
+
+
+def test_wrapped_methods_pass_everything_on(accounting: Accounting, engine: FakeEngine) -> None:
+    async def run() -> list[str]:
+        return [out async for out in engine.generate("hi", ONE, request_id="r", lora_request="adapter", priority=3)]
+
+    assert asyncio.run(run()) == ["hi {'lora_request': 'adapter', 'priority': 3}"]
+    assert engine.output_processor.process_outputs([], timestamp=1.5) == "processed 0 at 1.5"
+
+
+def test_vllm_has_what_is_wrapped() -> None:
+    """The names that the fake engine stands for; a new vLLM must not drop them."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    assert list(inspect.signature(AsyncLLM.generate).parameters)[:4] == [
+        "self",
+        "prompt",
+        "sampling_params",
+        "request_id",
+    ]
+    assert "engine_core_outputs" in inspect.signature(OutputProcessor.process_outputs).parameters
+    assert {"external_req_id", "parent_req"} <= set(inspect.signature(RequestState.__init__).parameters)
+    assert "external_req_id" in ParentRequest.__annotations__

@@ -1,0 +1,489 @@
+"""The command line, up to where an engine would start."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ValidationError, field_validator
+from safetensors.numpy import save_file
+
+from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_serve import doctor, serve
+from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.cli import main
+
+BYTES_AT_64 = {"bf16": 256, "fp16": 256, "k8v8": 132, "k8v4": 100, "k4v4": 68}
+
+
+def run(*arguments: str) -> int:
+    """The exit status of the command, run in this process."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+        raise SystemExit(0)
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `serve` sets for the engine must not leak into other tests."""
+    monkeypatch.setenv("VLLM_PLUGINS", "fraqtl")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.delenv(serve.TRACEBACK_SWITCH, raising=False)
+
+
+# ---- formats
+
+
+def test_formats_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("formats") == 0
+    out = capsys.readouterr().out
+    assert "head size 128" in out
+    cells = {row[0]: row for line in out.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 6}
+    assert set(cells) == {name + "*" if name == "k4v4" else name for name in FORMATS}
+    assert cells["bf16"][1:5] == ["bfloat16", "bfloat16", "512", "1.00"]
+    assert cells["k8v4"][1:5] == ["INT8, fp16 scale a token", "INT4, rotated, fp16 scale a token", "196", "2.61"]
+    assert cells["k4v4*"][3:5] == ["132", "3.88"]
+
+
+def test_formats_table_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    run("formats", "--head-size", "64")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    assert all(f" {name}" in out for name in FORMATS)
+
+
+def test_formats_json(capsys: pytest.CaptureFixture[str]) -> None:
+    run("formats", "--json", "--head-size", "64")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["head_size"] == 64
+    rows = {row["name"]: row for row in printed["formats"]}
+    assert list(rows) == list(FORMATS)
+    assert {name: rows[name]["bytes_per_token_and_head"] for name in BYTES_AT_64} == BYTES_AT_64
+    assert [name for name, row in rows.items() if row["default"]] == ["k4v4"]
+    assert (rows["bf16"]["ratio"], rows["k4v4"]["ratio"]) == (1.0, 3.765)
+
+
+def test_formats_refuses_other_head_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("formats", "--head-size", "72") == 2
+    assert "choose from 64, 80, 96, 128, 256" in capsys.readouterr().err
+
+
+# ---- doctor
+
+
+def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("doctor", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["python"] == platform.python_version()
+    assert report["packages"]["vllm"] == version("vllm")
+    assert report["packages"]["fraqtl-serve"] == version("fraqtl-serve")
+    if report["gpu"] is None:
+        assert (report["platform"], report["backend"]) == ("CpuWithoutNativeOps", "FRAQTL, on the CPU")
+        assert (status, report["problems"]) == (0, [])
+    else:
+        assert status == 1
+
+
+def test_doctor_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run("doctor")
+    printed = capsys.readouterr()
+    assert f"{'vllm':18} {version('vllm')}" in printed.out
+    assert ("no problems found" in printed.out) == (status == 0)
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **installed: str | None) -> list[str]:
+    """What doctor finds where these packages have these versions, and no others are installed."""
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor, "_examine_platform", lambda report: None)
+    return doctor.examine().problems
+
+
+def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert problems(monkeypatch, vllm="0.32.1", torch="2.11.0") == []
+    assert problems(monkeypatch, vllm="0.32.1", torch="2.13.0+cpu", torchvision=None) == []
+    (missing,) = problems(monkeypatch, vllm=None)
+    assert missing.startswith("vLLM is not installed: pip install vllm==0.32.0")
+    (old,) = problems(monkeypatch, vllm="0.31.4")
+    assert old == "vLLM 0.31.4 is installed, but this version works with 0.32.x"
+    (vision,) = problems(monkeypatch, vllm="0.32.0", torch="2.13.0+cpu", torchvision="0.26.0")
+    assert vision.endswith("pip uninstall torchvision")
+    monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
+    (left_out,) = problems(monkeypatch, vllm="0.32.0")
+    assert left_out.startswith("VLLM_PLUGINS leaves fraqtl out")
+    assert run("doctor") == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"problem: {left_out}\n"
+    assert "no problems" not in printed.out
+
+
+def test_doctor_misses_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [SimpleNamespace(name="other")])
+    found = problems(monkeypatch, vllm="0.32.0")
+    assert [p.split(":")[0] for p in found] == [
+        "entry point vllm.general_plugins",
+        "entry point vllm.platform_plugins",
+        "entry point vllm.endpoint_plugins",
+    ]
+
+
+# ---- the command line itself
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("server") == 2
+    err = capsys.readouterr().err
+    assert "invalid choice: 'server'" in err
+    assert all(name in err for name in ("serve", "formats", "doctor"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == version("fraqtl-serve") + "\n"
+
+
+def test_unknown_format_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "fraqtl_serve", "serve", "--kv-format", "int3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    usage, sentence = done.stderr.splitlines()
+    assert usage.startswith("usage: fraqtl-serve serve [MODEL]")
+    assert "unknown KV format 'int3': choose one of " in sentence
+    assert all(name in sentence for name in FORMATS)
+
+
+def test_missing_model_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "/no/such/model") == 2
+    assert capsys.readouterr().err == "fraqtl-serve: model path /no/such/model does not exist\n"
+
+
+def test_missing_file_of_flags_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "--config", "/no/such/flags.yaml") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fraqtl-serve: FileNotFoundError: ")
+    assert "/no/such/flags.yaml" in last
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(serve.TRACEBACK_SWITCH, "1")
+    with pytest.raises(FileNotFoundError):
+        main(["serve", "--config", "/no/such/flags.yaml"])
+
+
+# ---- which plugins vLLM loads
+
+INSTALLED = {
+    "vllm.general_plugins": ["fraqtl", "lora_filesystem_resolver"],
+    "vllm.platform_plugins": ["fraqtl", "metal"],
+    "vllm.stat_logger_plugins": ["statsd"],
+    "vllm.io_processor_plugins": [],
+    "vllm.endpoint_plugins": ["fraqtl", "admin_routes"],
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # Unset: all that vLLM would have loaded, but none of the routes that it loads only by name.
+        (None, ["fraqtl", "lora_filesystem_resolver", "metal", "statsd"]),
+        ("", ["fraqtl"]),
+        ("fraqtl", ["fraqtl"]),
+        ("lora_filesystem_resolver", ["fraqtl", "lora_filesystem_resolver"]),
+        ("not_installed,admin_routes,fraqtl", ["admin_routes", "fraqtl", "not_installed"]),
+    ],
+)
+def test_plugin_is_added_and_none_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(serve, "entry_points", lambda group: [SimpleNamespace(name=n) for n in INSTALLED[group]])
+    if given is None:
+        monkeypatch.delenv("VLLM_PLUGINS")
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", given)
+    serve.allow_plugin()
+    assert sorted(os.environ["VLLM_PLUGINS"].split(",")) == expected
+
+
+def test_every_group_of_vllm_is_thought_of() -> None:
+    from vllm import plugins
+
+    groups = {value for name, value in vars(plugins).items() if name.endswith("_PLUGINS_GROUP")}
+    assert groups == set(INSTALLED)
+    assert {f"vllm.{name}_plugins" for name in serve.PLUGIN_GROUPS} == groups - {"vllm.endpoint_plugins"}
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder with a configuration and one file of weights."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"w": np.zeros((8, 8), np.float32)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def refusal(model: str | Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_checkpoint(str(model))
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_whole_checkpoint_passes(checkpoint: Path) -> None:
+    check_checkpoint(str(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/model", "org/model.v1"])
+def test_hugging_face_ids_are_left_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_checkpoint(name)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./model", "../model", "~/model", "some/local/folder"])
+def test_missing_path(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(path) == f"model path {path} does not exist"
+
+
+def test_folder_without_a_configuration(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    assert refusal(checkpoint) == f"model folder {checkpoint} has no config.json"
+    (checkpoint / "params.json").write_text("{}")  # Mistral's own format
+    check_checkpoint(str(checkpoint))
+
+
+def test_single_file_is_left_to_vllm(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    check_checkpoint(str(file))
+
+
+@pytest.mark.parametrize("text", [b'{"model_type": "llama"', b"", b"\xff\xfe{}"])
+def test_broken_configuration(checkpoint: Path, text: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(text)
+    assert refusal(checkpoint).startswith(f"{checkpoint / 'config.json'} is not valid JSON: ")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda whole: whole[:-1], id="last byte missing"),
+        pytest.param(lambda whole: whole[:20], id="cut in the header"),
+        pytest.param(lambda whole: b"", id="empty"),
+        pytest.param(lambda whole: b"\xff" * len(whole), id="garbage"),
+        pytest.param(lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 3\n", id="Git LFS pointer"),
+    ],
+)
+def test_broken_weights(checkpoint: Path, damage: Any) -> None:
+    file = checkpoint / "model-00002-of-00002.safetensors"
+    file.write_bytes(damage((checkpoint / "model.safetensors").read_bytes()))
+    assert refusal(checkpoint).startswith(f"{file} is not a readable safetensors file: ")
+
+
+def test_link_to_nowhere(checkpoint: Path) -> None:
+    file = checkpoint / "other.safetensors"
+    file.symlink_to(checkpoint / "gone")
+    assert refusal(checkpoint).startswith(f"{file} is not a readable safetensors file: ")
+
+
+# ---- our flags become vLLM's
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return serve.build_parser()
+
+
+def configured(parser: argparse.ArgumentParser, *arguments: str) -> argparse.Namespace:
+    args = parser.parse_args(["serve", *arguments])
+    serve.configure(args)
+    return args
+
+
+def test_defaults(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model")
+    assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
+    assert args.additional_config == {"fraqtl": {"kv_format": "k4v4"}}
+    assert args.attention_backend == "FRAQTL"
+    assert args.scheduler_cls == "fraqtl_vllm.scheduler.accounting_scheduler"
+    assert args.fraqtl_report is True
+
+
+def test_demo_model_where_none_is_named(
+    parser: argparse.ArgumentParser, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "DEMO_MODEL", checkpoint)
+    args = configured(parser)
+    assert (args.model, args.served_model_name) == (str(checkpoint), ["fraqtl-demo"])
+
+
+def test_model_named_by_a_flag(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "--model", "org/model")
+    assert (args.model, args.served_model_name) == ("org/model", None)
+
+
+def test_model_named_in_a_file_of_flags(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("model: org/model\nkv-format: k8v8\n")
+    args = configured(parser, "--config", str(file))
+    assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
+    assert args.additional_config == {"fraqtl": {"kv_format": "k8v8"}}
+
+
+def test_vllms_own_model_wins_nowhere(parser: argparse.ArgumentParser) -> None:
+    assert parser.parse_args(["serve"]).model is None
+
+
+def test_format_beside_the_users_own_additional_config(parser: argparse.ArgumentParser) -> None:
+    given = '{"other": 1, "fraqtl": {"kv_format": "k8v4"}}'
+    args = configured(parser, "org/model", "--additional-config", given)
+    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    args = configured(parser, "org/model", "--additional-config", given, "--kv-format", "k8v4")
+    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    args = configured(parser, "org/model", "--additional-config", '{"other": 1}', "--kv-format", "bf16")
+    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "bf16"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--kv-format", "k8v8", "--additional-config", '{"fraqtl": {"kv_format": "k8v4"}}'],
+            "--kv-format k8v8 contradicts --additional-config, which says k8v4: give one of them",
+        ),
+        (
+            ["--additional-config", '{"fraqtl": {"kv_fromat": "k8v4"}}'],
+            "--additional-config: unknown key 'kv_fromat' in \"fraqtl\": choose one of ",
+        ),
+        (["--additional-config", '{"fraqtl": {"kv_format": "int3"}}'], "unknown KV format 'int3': choose one of bf16,"),
+        (
+            ["--additional-config", '{"fraqtl": "k8v4"}'],
+            "--additional-config: \"fraqtl\" must be an object, not 'k8v4'",
+        ),
+        (["--additional-config", "k8v4"], "--additional-config must be a JSON object, not 'k8v4'"),
+        (["--attention-backend", "TRITON_ATTN"], "--attention-backend TRITON_ATTN: fraqtl-serve always uses FRAQTL"),
+    ],
+)
+def test_refused_arguments(parser: argparse.ArgumentParser, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        configured(parser, "org/model", *arguments)
+    assert str(error.value).startswith(sentence)
+
+
+def test_switches(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model", "--no-fraqtl-report", "--attention-backend", "FRAQTL")
+    assert (args.fraqtl_report, args.attention_backend) == (False, "FRAQTL")
+    assert configured(parser, "org/model", "--scheduler-cls", "my.Scheduler").scheduler_cls == "my.Scheduler"
+
+
+def test_size_of_the_cache_on_a_cpu(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fraqtl_serve._vllm.current_platform", SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    args = configured(parser, "org/model")
+    assert (args.enforce_eager, args.kv_cache_memory_bytes) == (True, 268435456)
+    assert configured(parser, "org/model", "--kv-cache-memory-bytes", "1000").kv_cache_memory_bytes == 1000
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert configured(parser, "org/model").kv_cache_memory_bytes is None
+
+
+def test_gpu_keeps_vllms_defaults(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fraqtl_serve._vllm.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    args = configured(parser, "org/model")
+    assert (args.enforce_eager, args.kv_cache_memory_bytes) == (False, None)
+
+
+# ---- one sentence for what ended the start
+
+
+class Picky(BaseModel):
+    value: int
+
+    @field_validator("value")
+    @classmethod
+    def _refuse(cls, value: int) -> int:
+        raise UnsupportedError("the packed KV cache does not support this")
+
+
+def explained(error: BaseException) -> str:
+    """What is said about an exception that was raised while another part of vLLM gave up."""
+    try:
+        try:
+            raise error
+        except BaseException as cause:
+            raise RuntimeError("Engine process failed\nto start") from cause
+    except RuntimeError as outer:
+        sentence = serve.explain(outer, argparse.Namespace(port=8123))
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_our_own_error_speaks_for_itself() -> None:
+    assert explained(UnsupportedError("head size 72 is not supported")) == "head size 72 is not supported"
+
+
+def test_our_own_error_inside_pydantics() -> None:
+    with pytest.raises(ValidationError) as error:
+        Picky(value=1)
+    assert explained(error.value) == "the packed KV cache does not support this"
+
+
+def test_pydantics_own_error() -> None:
+    with pytest.raises(ValidationError) as error:
+        Picky(value="many")  # type: ignore[arg-type]
+    assert explained(error.value).startswith("Input should be a valid integer")
+
+
+def test_port_in_use() -> None:
+    taken = OSError(errno.EADDRINUSE, "Address already in use")
+    assert explained(taken) == "port 8123 is taken: choose another with --port"
+
+
+def test_other_os_errors_are_not_about_the_port() -> None:
+    assert "port" not in explained(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_engine_that_did_not_start() -> None:
+    error = RuntimeError("Engine core initialization failed. See root cause above.")
+    sentence = serve.explain(error, argparse.Namespace())
+    assert sentence == "the engine did not start; the reason stands in its log above (FRAQTL_TRACEBACK=1 shows where)"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (KeyError("x"), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
+        (ValueError(""), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
+    ],
+)
+def test_unknown_errors(error: Exception, sentence: str) -> None:
+    assert explained(error) == sentence
+
+
+def test_error_without_a_message() -> None:
+    sentence = serve.explain(MemoryError(" \n"), argparse.Namespace())
+    assert sentence == "MemoryError: no message (FRAQTL_TRACEBACK=1 shows where)"
+
+
+def test_chain_that_bites_its_tail() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__context__, second.__context__ = second, first
+    assert serve.explain(first, argparse.Namespace()) == "ValueError: first (FRAQTL_TRACEBACK=1 shows where)"

@@ -1,0 +1,540 @@
+"""The middleware around a small Starlette application; only the engine behind it is fake."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.middleware import ReportMiddleware, StreamDecorator
+from fraqtl_serve.report import Ledger
+from tests.serve.fake_engine import FakeEngine, account
+
+CHAT = "/v1/chat/completions"
+INTEGERS = {
+    "tokens": 20,
+    "blocks": 2,
+    "block_size": 16,
+    "shared_blocks": 0,
+    "bytes": 4352,
+    "baseline_bytes": 16384,
+    "saved_bytes": 12032,
+}
+REPORT = {**INTEGERS, "version": 1, "kv_format": "k4v4", "ratio": 3.7647}
+# The second sequence shares block 1 with the first: three blocks.
+REPORT_OF_TWO = {**REPORT, "tokens": 42, "blocks": 3, "bytes": 6528, "baseline_bytes": 24576, "saved_bytes": 18048}
+ACCOUNTS = (account([1, 2], tokens=20), account([1, 3], tokens=22))
+DONE = b"data: [DONE]\n\n"
+
+
+def compact(payload: Any) -> bytes:
+    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sse(payload: dict[str, Any]) -> bytes:
+    return b"data: " + compact(payload) + b"\n\n"
+
+
+def chunk(text: str, *, index: int = 0, finish: str | None = None) -> dict[str, Any]:
+    choice = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+USAGE_CHUNK = {"id": "chatcmpl-1", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 16}}
+PLAIN_STREAM = [sse(chunk("Grüß")), sse(chunk(" 😀\n\n", finish="stop")), DONE]
+USAGE_STREAM = [*PLAIN_STREAM[:2], sse(USAGE_CHUNK), DONE]
+
+
+@dataclass
+class Answer:
+    """What the middleware sent, message by message."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    bodies: list[bytes] = field(default_factory=list)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.bodies)
+
+    @property
+    def json(self) -> dict[str, Any]:
+        payload: dict[str, Any] = json.loads(self.body)
+        return payload
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
+        else:
+            self.bodies.append(message.get("body", b""))
+
+
+def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: Any) -> Starlette:
+    """vLLM's application in small: every route runs the engine, then answers with `respond()`."""
+
+    async def handle(request: Request) -> Response:
+        body = json.loads(await request.body())
+        async for _ in request.app.state.engine.generate("hi", SimpleNamespace(n=body.get("n", 1)), "chatcmpl-1"):
+            pass
+        return respond()
+
+    paths = (CHAT, "/v1/completions", "/v1/embeddings", "/v1/models")
+    app = Starlette(routes=[Route(path, handle, methods=["GET", "POST"]) for path in paths])
+    app.add_middleware(ReportMiddleware, in_body=in_body)
+    app.state.args = Namespace(**args)
+    app.state.engine = FakeEngine(*ACCOUNTS)
+    app.state.fraqtl_accounting = Accounting("k4v4")
+    app.state.fraqtl_accounting.watch(app.state.engine)
+    return app
+
+
+def make_scope(path: str = CHAT, method: str = "POST", **scope: Any) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        **scope,
+    }
+
+
+async def never() -> Any:
+    await asyncio.Event().wait()
+
+
+def messages(*bodies: bytes) -> Callable[[], Any]:
+    """A `receive` that gives the request's body in these pieces, and then hears nothing more."""
+    rest = iter([{"type": "http.request", "body": b, "more_body": b is not bodies[-1]} for b in bodies])
+
+    async def receive() -> Any:
+        return next(rest, None) or await never()
+
+    return receive
+
+
+def ask(app: Starlette, request: dict[str, Any] | None = None, path: str = CHAT, method: str = "POST") -> Answer:
+    answer = Answer()
+    asyncio.run(app(make_scope(path, method), messages(compact(request or {})), answer.send))
+    assert app.state.fraqtl_accounting._open == {}
+    return answer
+
+
+def stream_of(pieces: Iterable[bytes]) -> Callable[[], Response]:
+    async def body() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    return lambda: StreamingResponse(body(), media_type="text/event-stream")
+
+
+def with_report(event: bytes, report: dict[str, Any] = REPORT) -> dict[str, Any]:
+    """What the payload of `event` must have become, written out."""
+    payload: dict[str, Any] = {**json.loads(event.removeprefix(b"data: ")), "fraqtl": report}
+    if payload.get("usage"):
+        payload["usage"]["kv_cache"] = {key: report[key] for key in INTEGERS}
+    return payload
+
+
+def check_decorated(out: bytes, events: list[bytes], where: int | None, report: dict[str, Any] = REPORT) -> None:
+    """`out` is `events`, byte for byte, but for the report in event number `where`."""
+    got = [event + b"\n\n" for event in out.split(b"\n\n")[:-1]]
+    assert len(got) == len(events)
+    for number, (event, expected) in enumerate(zip(got, events, strict=True)):
+        if number == where:
+            assert json.loads(event.removeprefix(b"data: ")) == with_report(expected, report)
+        else:
+            assert event == expected
+
+
+# ---- JSON responses
+
+
+def test_json_body_and_headers() -> None:
+    answer = ask(make_app(lambda: JSONResponse({"id": "chatcmpl-1", "usage": {"prompt_tokens": 5}})))
+    assert answer.json == {
+        "id": "chatcmpl-1",
+        "usage": {"prompt_tokens": 5, "kv_cache": INTEGERS},
+        "fraqtl": REPORT,
+    }
+    assert answer.headers["x-fraqtl-kv-bytes"] == "4352"
+    assert answer.headers["x-fraqtl-kv-saved-bytes"] == "12032"
+    assert answer.headers["content-length"] == str(len(answer.body))
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_json_body_without_usage() -> None:
+    answer = ask(make_app(lambda: JSONResponse({"id": "cmpl-1", "usage": None})), path="/v1/completions")
+    assert answer.json == {"id": "cmpl-1", "usage": None, "fraqtl": REPORT}
+
+
+def test_text_of_the_answer_is_untouched() -> None:
+    text = 'Grüß 😀 "quoted" \\n </s>\u2028'
+    answer = ask(make_app(lambda: JSONResponse({"text": text})))
+    assert answer.json["text"] == text
+    assert answer.headers["content-length"] == str(len(answer.body))
+
+
+def test_json_body_that_comes_in_pieces() -> None:
+    whole = compact({"text": "Grüß", "usage": {}})
+
+    async def body() -> AsyncIterator[bytes]:
+        for i in range(len(whole)):
+            yield whole[i : i + 1]
+
+    answer = ask(make_app(lambda: StreamingResponse(body(), media_type="application/json; charset=utf-8")))
+    assert answer.json == {"text": "Grüß", "usage": {"kv_cache": INTEGERS}, "fraqtl": REPORT}
+    assert answer.headers["content-length"] == str(len(answer.body))
+
+
+def test_two_sequences_make_one_report() -> None:
+    assert ask(make_app(lambda: JSONResponse({})), {"n": 2}).json == {"fraqtl": REPORT_OF_TWO}
+
+
+def test_body_stays_as_it_is_where_the_report_is_switched_off() -> None:
+    answer = ask(make_app(lambda: JSONResponse({"usage": {}}), in_body=False))
+    assert answer.body == b'{"usage":{}}'
+    assert answer.headers["content-length"] == "12"
+    assert answer.headers["x-fraqtl-kv-bytes"] == "4352"
+    assert answer.headers["x-fraqtl-kv-saved-bytes"] == "12032"
+
+
+@pytest.mark.parametrize("body", [b"{ not JSON", b"[1, 2]", b"\xff\xfe\x00", b""])
+def test_body_that_is_no_json_object_passes(body: bytes) -> None:
+    answer = ask(make_app(lambda: Response(body, media_type="application/json")))
+    assert answer.body == body
+    assert answer.headers["content-length"] == str(len(body))
+
+
+def test_nothing_is_said_where_the_engine_said_nothing() -> None:
+    app = make_app(lambda: Response(b'{ "usage": {} }', media_type="application/json"))
+    app.state.engine.accounts = ()
+    answer = ask(app)
+    assert answer.body == b'{ "usage": {} }'
+    assert answer.headers == {"content-length": "15", "content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "respond",
+    [
+        lambda: Response(b'{ "error": {"code": 400} }', 400, media_type="application/json"),
+        lambda: JSONResponse({"error": {"message": "boom"}}, 500),
+        lambda: PlainTextResponse("{} is not JSON here"),
+        lambda: Response(b"\x00\xff", media_type="application/octet-stream"),
+        lambda: Response(status_code=200),
+    ],
+)
+def test_errors_and_other_bodies_pass(respond: Callable[[], Response]) -> None:
+    expected = respond()
+    answer = ask(make_app(respond))
+    assert (answer.status, answer.body) == (expected.status_code, expected.body)
+    assert answer.headers == dict(expected.headers)
+
+
+@pytest.mark.parametrize(("path", "method"), [("/v1/embeddings", "POST"), ("/v1/models", "GET"), (CHAT, "GET")])
+def test_other_paths_and_methods_are_untouched(path: str, method: str) -> None:
+    answer = ask(make_app(lambda: JSONResponse({"usage": {}})), path=path, method=method)
+    assert answer.body == b'{"usage":{}}'
+    assert answer.headers == {"content-length": "12", "content-type": "application/json"}
+
+
+def test_path_under_a_root_path() -> None:
+    answer = Answer()
+    scope = make_scope("/api" + CHAT, root_path="/api")
+    asyncio.run(make_app(lambda: JSONResponse({}))(scope, messages(b"{}"), answer.send))
+    assert answer.json == {"fraqtl": REPORT}
+
+
+def test_before_the_engine_is_up() -> None:
+    app = make_app(lambda: JSONResponse({"usage": {}}))
+    answer = Answer()
+    del app.state.fraqtl_accounting
+    asyncio.run(app(make_scope(), messages(b"{}"), answer.send))
+    assert answer.body == b'{"usage":{}}'
+
+
+def test_concurrent_requests_have_their_own_reports() -> None:
+    async def handle(request: Request) -> Response:
+        number = json.loads(await request.body())["number"]
+        engine = FakeEngine(account(list(range(number)), tokens=number))
+        request.app.state.fraqtl_accounting.watch(engine)
+        outputs = engine.generate("hi", SimpleNamespace(n=1), f"r{number}")
+        await asyncio.sleep(0)
+        async for _ in outputs:
+            pass
+        return JSONResponse({})
+
+    app = make_app(lambda: JSONResponse({}))
+    app.router.routes = [Route(CHAT, handle, methods=["POST"])]
+    answers = [Answer() for _ in range(6)]
+
+    async def run() -> None:
+        sent = (app(make_scope(), messages(compact({"number": i})), a.send) for i, a in enumerate(answers))
+        await asyncio.gather(*sent)
+
+    asyncio.run(run())
+    assert [answer.json["fraqtl"]["tokens"] for answer in answers] == [0, 1, 2, 3, 4, 5]
+    assert [answer.headers["x-fraqtl-kv-bytes"] for answer in answers] == [str(2176 * i) for i in range(6)]
+
+
+# ---- streams
+
+
+def test_finish_chunk_is_decorated() -> None:
+    answer = ask(make_app(stream_of(PLAIN_STREAM)), {"stream": True})
+    check_decorated(answer.body, PLAIN_STREAM, where=1)
+    assert not [name for name in answer.headers if "fraqtl" in name]  # they went out before the report was known
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}])
+def test_finish_chunk_is_decorated_unless_usage_was_asked_for(options: Any) -> None:
+    request = {"stream": True, "stream_options": options, "messages": ['"include_usage": true']}
+    check_decorated(ask(make_app(stream_of(PLAIN_STREAM)), request).body, PLAIN_STREAM, where=1)
+
+
+def test_usage_chunk_is_decorated() -> None:
+    request = {"stream": True, "stream_options": {"include_usage": True}}
+    check_decorated(ask(make_app(stream_of(USAGE_STREAM)), request).body, USAGE_STREAM, where=2)
+
+
+def test_usage_wish_in_a_request_that_comes_in_pieces() -> None:
+    whole = compact({"stream": True, "stream_options": {"include_usage": True}})
+    answer, app = Answer(), make_app(stream_of(USAGE_STREAM))
+    asyncio.run(app(make_scope(), messages(whole[:45], whole[45:]), answer.send))
+    check_decorated(answer.body, USAGE_STREAM, where=2)
+
+
+def test_usage_chunk_that_the_server_forces() -> None:
+    app = make_app(stream_of(USAGE_STREAM), enable_force_include_usage=True)
+    check_decorated(ask(app, {"stream": True}).body, USAGE_STREAM, where=2)
+
+
+def test_usage_in_every_chunk() -> None:
+    usage = {"usage": {"prompt_tokens": 5, "completion_tokens": 1}}
+    events = [sse({**chunk("a"), **usage}), sse({**chunk("b", finish="length"), **usage}), sse(USAGE_CHUNK), DONE]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = ask(make_app(stream_of(events)), {"stream": True, "stream_options": options})
+    check_decorated(answer.body, events, where=2)
+
+
+def test_last_finish_chunk_of_two_sequences_is_decorated() -> None:
+    events = [
+        sse(chunk("a", index=1)),
+        sse(chunk("b", index=1, finish="stop")),
+        sse(chunk("c")),
+        sse(chunk("", finish="length")),
+        DONE,
+    ]
+    answer = ask(make_app(stream_of(events)), {"stream": True, "n": 2})
+    check_decorated(answer.body, events, where=3, report=REPORT_OF_TWO)
+
+
+def test_one_chunk_that_ends_two_sequences() -> None:
+    both = chunk("a", finish="stop")
+    both["choices"] += chunk("b", index=1, finish="stop")["choices"]
+    answer = ask(make_app(stream_of([sse(both), DONE])), {"stream": True, "n": 2})
+    check_decorated(answer.body, [sse(both), DONE], where=0, report=REPORT_OF_TWO)
+
+
+def test_words_that_look_like_the_end_are_not_the_end() -> None:
+    text = '"finish_reason":"stop" "choices":[] data: {"usage":1}\n\ndata: [DONE]\n\n'
+    events = [sse(chunk(text)), sse(chunk("", finish="stop")), DONE]
+    check_decorated(ask(make_app(stream_of(events))).body, events, where=1)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [sse(chunk("cut off")), DONE],
+        [b'data: {"error": {"message":"boom"}}\n\n', DONE],
+        [b'data: {"finish_reason":"stop" but not JSON}\n\n', DONE],
+        [b": ping\n\n", b"event: message\ndata: {}\n\n", b"data: no end"],
+        [],
+    ],
+)
+def test_stream_without_an_end_passes(events: list[bytes]) -> None:
+    assert ask(make_app(stream_of(events))).body == b"".join(events)
+
+
+def test_stream_passes_where_the_engine_said_nothing() -> None:
+    app = make_app(stream_of(PLAIN_STREAM))
+    app.state.engine.accounts = ()
+    assert ask(app).bodies == [*PLAIN_STREAM, b""]
+
+
+def test_stream_passes_where_the_report_is_switched_off() -> None:
+    assert ask(make_app(stream_of(PLAIN_STREAM), in_body=False)).bodies == [*PLAIN_STREAM, b""]
+
+
+def test_events_cut_at_every_byte() -> None:
+    whole = b"".join(USAGE_STREAM)
+    app = make_app(stream_of(whole[i : i + 1] for i in range(len(whole))), enable_force_include_usage=True)
+    check_decorated(ask(app).body, USAGE_STREAM, where=2)
+
+
+def test_cut_inside_a_character() -> None:
+    whole = b"".join(PLAIN_STREAM)
+    middle = whole.index("😀".encode()) + 2
+    with pytest.raises(UnicodeDecodeError):
+        whole[:middle].decode()
+    check_decorated(ask(make_app(stream_of([whole[:middle], whole[middle:]]))).body, PLAIN_STREAM, where=1)
+
+
+def test_every_event_leaves_in_the_message_that_completes_it() -> None:
+    first, second, last = PLAIN_STREAM
+    answer = ask(make_app(stream_of([first, second[:20], second[20:] + last[:6], last[6:]])))
+    counts = [body.count(b"\n\n") for body in answer.bodies]
+    assert answer.bodies[0] == first
+    assert counts == [1, 0, 1, 1, 0]
+
+
+def test_vllms_own_chunks_are_recognised() -> None:
+    from vllm.entrypoints.generate.base.protocol import DeltaMessage
+    from vllm.entrypoints.openai.chat_completion.protocol import (
+        ChatCompletionResponseStreamChoice,
+        ChatCompletionStreamResponse,
+    )
+    from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    def event(choices: list[Any], usage: Any = None) -> bytes:
+        payload = ChatCompletionStreamResponse(model="m", choices=choices, usage=usage)
+        return f"data: {payload.model_dump_json(exclude_unset=True)}\n\n".encode()
+
+    def choice(finish: str | None) -> Any:
+        return ChatCompletionResponseStreamChoice(index=0, delta=DeltaMessage(content="hi"), finish_reason=finish)
+
+    events = [event([choice(None)]), event([choice("stop")]), event([], UsageInfo(prompt_tokens=3)), DONE]
+    check_decorated(ask(make_app(stream_of(events))).body, events, where=1)
+    check_decorated(ask(make_app(stream_of(events), enable_force_include_usage=True)).body, events, where=2)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[list[bytes], int | None, int, bool]:
+    """Events, the number of the one that must carry the report, how many sequences, whether usage was asked for."""
+    n = draw(st.integers(1, 3))
+    events = [sse(chunk(text)) for text in draw(st.lists(st.text(max_size=12), max_size=4))]
+    ends = [sse(chunk(draw(st.text(max_size=6)), index=i, finish="stop")) for i in draw(st.permutations(range(n)))]
+    events += ends[: draw(st.integers(0, n))]
+    complete = len(events) > 0 and events[-1] == ends[-1]
+    usage = draw(st.booleans())
+    if usage and complete:
+        events.append(sse(USAGE_CHUNK))
+    where = len(events) - 1 if complete else None
+    return [*events, DONE], where, n, usage
+
+
+@given(stream=streams(), cuts=st.lists(st.integers(0, 1500), max_size=12))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_random_cuts_change_nothing(stream: tuple[list[bytes], int | None, int, bool], cuts: list[int]) -> None:
+    events, where, n, usage = stream
+    whole = b"".join(events)
+    edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    ledger = Ledger("k4v4", sequences=n, accounts={"a": ACCOUNTS[0]})
+    decorator = StreamDecorator(ledger, usage_chunk=usage)
+    sent = received = b""
+    for i, (start, end) in enumerate(pairwise(edges)):
+        received += whole[start:end]
+        sent += decorator.feed(whole[start:end], last=i == len(edges) - 2)
+        assert sent.count(b"\n\n") == received.count(b"\n\n")  # nothing complete is held back
+    check_decorated(sent, events, where)
+    uncut = StreamDecorator(ledger, usage_chunk=usage).feed(whole, last=True)
+    assert sent == uncut
+
+
+# ---- ends nobody wished for
+
+
+def broken(pieces: list[bytes], then: BaseException | None, seen: list[int], app: Starlette) -> Response:
+    """A stream that notes how many ledgers are open, and ends with an exception or not at all."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            seen.append(len(app.state.fraqtl_accounting._open))
+            yield piece
+        if then is not None:
+            raise then
+        await never()
+
+    return StreamingResponse(body(), media_type="text/event-stream")
+
+
+def test_ledger_is_closed_when_the_client_hangs_up_between_messages() -> None:
+    seen: list[int] = []
+    app = make_app(lambda: broken(PLAIN_STREAM[:1], None, seen, app))
+    answer = Answer()
+    gone = asyncio.Event()
+    body = [{"type": "http.request", "body": b"{}"}]
+
+    async def receive() -> Any:
+        if body:
+            return body.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await answer.send(message)
+        if answer.bodies:
+            gone.set()
+
+    asyncio.run(app(make_scope(asgi={"spec_version": "2.3"}), receive, send))
+    assert (seen, answer.bodies) == ([1], PLAIN_STREAM[:1])
+    assert app.state.fraqtl_accounting._open == {}
+
+
+def test_ledger_is_closed_when_sending_fails() -> None:
+    seen: list[int] = []
+    app = make_app(lambda: broken(PLAIN_STREAM[:2], None, seen, app))
+    answer = Answer()
+
+    async def send(message: Any) -> None:
+        if len(answer.bodies) == 1:
+            raise OSError("connection lost")
+        await answer.send(message)
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(app(make_scope(), messages(b"{}"), send))
+    assert seen == [1, 1]
+    assert app.state.fraqtl_accounting._open == {}
+
+
+def test_ledger_is_closed_when_the_stream_breaks() -> None:
+    seen: list[int] = []
+    app = make_app(lambda: broken(PLAIN_STREAM[:1], RuntimeError("engine died"), seen, app))
+    answer = Answer()
+    with pytest.raises(RuntimeError, match="engine died"):
+        asyncio.run(app(make_scope(), messages(b"{}"), answer.send))
+    assert (seen, answer.bodies) == ([1], PLAIN_STREAM[:1])
+    assert app.state.fraqtl_accounting._open == {}
+
+
+def test_ledger_is_closed_when_the_application_raises() -> None:
+    def respond() -> Response:
+        assert len(app.state.fraqtl_accounting._open) == 1
+        raise RuntimeError("engine died")
+
+    app = make_app(respond)
+    answer = Answer()
+    with pytest.raises(RuntimeError, match="engine died"):
+        asyncio.run(app(make_scope(), messages(b"{}"), answer.send))
+    assert (answer.status, answer.body) == (500, b"Internal Server Error")
+    assert app.state.fraqtl_accounting._open == {}

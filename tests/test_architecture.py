@@ -1,0 +1,106 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    "fraqtl_kernels": ROOT / "kernels" / "fraqtl_kernels",
+    "fraqtl_vllm": ROOT / "patches" / "fraqtl_vllm",
+    "fraqtl_serve": ROOT / "fraqtl_serve",
+    "fraqtl_bench": ROOT / "bench" / "fraqtl_bench",
+}
+# What each package may import of ours and of vLLM, itself apart.
+BELOW = {
+    "fraqtl_kernels": set[str](),
+    "fraqtl_vllm": {"fraqtl_kernels", "vllm"},
+    "fraqtl_serve": {"fraqtl_kernels", "fraqtl_vllm", "vllm"},
+    "fraqtl_bench": {"fraqtl_kernels"},
+}
+# vLLM's documented extension points; whatever else is needed of it stands in a package's _vllm.py.
+EXTENSION_POINTS = {
+    "fraqtl_vllm/backend.py": {"vllm.v1.attention.backend"},
+    "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
+    "fraqtl_serve/doctor.py": {"vllm.platforms"},
+}
+REGISTRIES = (
+    ("pypi", "org"),
+    ("pythonhosted", "org"),
+    ("download.pytorch", "org"),
+    ("pypi.nvidia", "com"),
+    ("wheels.vllm", "ai"),
+    ("anaconda", "org"),
+    ("npmjs", "org"),
+    ("npmjs", "com"),
+    ("crates", "io"),
+)
+
+
+def files(package: str) -> list[Path]:
+    return sorted(SOURCES[package].rglob("*.py"))
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that is imported, also inside functions, and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def imports_of(package: str) -> Iterator[tuple[str, str]]:
+    """(file, module) of a whole package."""
+    for file in files(package):
+        short = f"{package}/{file.relative_to(SOURCES[package]).as_posix()}"
+        yield from ((short, module) for module in imports(file.read_text(encoding="utf-8")))
+
+
+def test_the_scan_sees_imports_wherever_they_stand() -> None:
+    source = "import a.b as c, d\nfrom e.f import g\ndef h():\n    from . import i\n    if True:\n        import j\n"
+    assert sorted(imports(source)) == [".", "a.b", "d", "e.f", "j"]
+    assert ("fraqtl_vllm/backend.py", "fraqtl_kernels.pages") in imports_of("fraqtl_vllm")
+    assert ("fraqtl_serve/doctor.py", "vllm.platforms") in imports_of("fraqtl_serve")
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_imports_point_downwards(package: str) -> None:
+    watched = {*SOURCES, "vllm"} - BELOW[package] - {package}
+    wrong = [f"{file}: {module}" for file, module in imports_of(package) if module.split(".")[0] in watched]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_imports_are_absolute(package: str) -> None:
+    assert [f"{file}: {module}" for file, module in imports_of(package) if module.startswith(".")] == []
+
+
+@pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve"])
+def test_vllm_stands_in_one_module_of_a_package(package: str) -> None:
+    wrong = [
+        f"{file}: {module}"
+        for file, module in imports_of(package)
+        if module.split(".")[0] == "vllm"
+        and not file.endswith("/_vllm.py")
+        and module not in EXTENSION_POINTS.get(file, ())
+    ]
+    assert wrong == []
+
+
+def test_no_source_names_a_package_registry() -> None:
+    """Where packages come from is the machine's own setting."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    tracked = [ROOT / name for name in listed.split("\0") if name and not name.endswith(".md")]
+    assert ROOT / "pyproject.toml" in tracked
+    hosts = [".".join(parts).encode() for parts in REGISTRIES]
+    wrong = []
+    for file in filter(Path.is_file, tracked):
+        content = file.read_bytes()
+        wrong += [f"{file.relative_to(ROOT)}: {host.decode()}" for host in hosts if host in content]
+    assert wrong == []
