@@ -65,6 +65,42 @@ def load_query(
 
 
 @triton.jit
+def load_blocks(table_row, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
+    """Block number(s) of the tile at `start`: one if a block holds the tile, else (TILE,). Block 0 past the end."""
+    if BLOCK_SIZE % TILE == 0:
+        return tl.load(table_row + start // BLOCK_SIZE, mask=start < last, other=0)
+    else:
+        token = start + tl.arange(0, TILE)
+        return tl.load(table_row + token // BLOCK_SIZE, mask=token < last, other=0)
+
+
+@triton.jit
+def load_tile_scales(
+    pool_head,
+    block,
+    stride_block,
+    start,
+    last,
+    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    K_BITS: tl.constexpr,  # noqa: N803
+    V_BITS: tl.constexpr,  # noqa: N803
+    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
+    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
+):
+    """(TILE,) fp16 scales of keys and values of the tile at `start`, zero past the end and for raw vectors."""
+    token = start + tl.arange(0, TILE)
+    page = pool_head + block.to(tl.int64) * stride_block
+    k_scale = tl.zeros([TILE], tl.float16)
+    v_scale = tl.zeros([TILE], tl.float16)
+    if K_BITS < 16:
+        k_scale = load_scales(page + K_SCALE_OFFSET, token % BLOCK_SIZE, token < last)
+    if V_BITS < 16:
+        v_scale = load_scales(page + V_SCALE_OFFSET, token % BLOCK_SIZE, token < last)
+    return k_scale, v_scale
+
+
+@triton.jit
 def attend_tiles(
     q_low,
     q_high,
@@ -112,22 +148,39 @@ def attend_tiles(
         weight_sum = tl.zeros([ROWS], tl.float32)
     out_low = tl.zeros([ROWS, HALF], tl.float32)
     out_high = tl.zeros([ROWS, HALF], tl.float32)
+    # Triton pipelines the codes and their block numbers (STAGES apart over two levels of loads), but no loads of
+    # 2 bytes: the scales of a tile are loaded one tile ahead by hand, from block numbers loaded two tiles ahead.
+    block = load_blocks(table_row, first, last, BLOCK_SIZE, TILE)
+    next_block = load_blocks(table_row, first + TILE, last, BLOCK_SIZE, TILE)
+    k_scale, v_scale = load_tile_scales(
+        pool_head, block, stride_block, first, last, BLOCK_SIZE, TILE, K_BITS, V_BITS, K_SCALE_OFFSET, V_SCALE_OFFSET
+    )
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         token = start + index
         known = token < last
-        if BLOCK_SIZE % TILE == 0:
-            block = tl.load(table_row + start // BLOCK_SIZE)
-            slot = start % BLOCK_SIZE + index
-        else:
-            block = tl.load(table_row + token // BLOCK_SIZE, mask=known, other=0)
-            slot = token % BLOCK_SIZE
+        next_k_scale, next_v_scale = load_tile_scales(
+            pool_head,
+            next_block,
+            stride_block,
+            start + TILE,
+            last,
+            BLOCK_SIZE,
+            TILE,
+            K_BITS,
+            V_BITS,
+            K_SCALE_OFFSET,
+            V_SCALE_OFFSET,
+        )
+        next_block = load_blocks(table_row, start + 2 * TILE, last, BLOCK_SIZE, TILE)
+        block = load_blocks(table_row, start, last, BLOCK_SIZE, TILE)
         page = pool_head + block.to(tl.int64) * stride_block
+        slot = start % BLOCK_SIZE + index if BLOCK_SIZE % TILE == 0 else token % BLOCK_SIZE
         k_low, k_high = load_halves(page + slot * (HEAD * K_BITS // 8), known, K_BITS, RAW, DTYPE, HEAD, HALF, False, PTX)
         scores = tl.zeros([ROWS, TILE], tl.float32)
         scores = dot16(q_low, tl.trans(k_low), scores)
         scores = dot16(q_high, tl.trans(k_high), scores)
         if K_BITS < 16:
-            scores = (scores - q_zero[:, None]) * load_scales(page, slot, known, K_SCALE_OFFSET)[None, :]
+            scores = (scores - q_zero[:, None]) * k_scale.to(tl.float32)[None, :]
         scores += q_constant[:, None]
         if HAS_CAP:
             # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
@@ -146,7 +199,7 @@ def attend_tiles(
         else:
             total = total * decay + tl.sum(weights, 1)
         if V_BITS < 16:
-            weights *= load_scales(page, slot, known, V_SCALE_OFFSET)[None, :]
+            weights *= v_scale.to(tl.float32)[None, :]
         weights16 = round16(weights, DTYPE)
         if V_BITS < 16:
             if DEFERRED:
@@ -157,6 +210,7 @@ def attend_tiles(
         v_low, v_high = load_halves(v_row, known, V_BITS, RAW, DTYPE, HEAD, HALF, True, PTX)
         out_low = dot16(weights16, v_low, out_low * decay[:, None])
         out_high = dot16(weights16, v_high, out_high * decay[:, None])
+        k_scale, v_scale = next_k_scale, next_v_scale
     if DEFERRED:
         total = tl.sum(total, 1)
         weight_sum = tl.sum(weight_sum, 1)

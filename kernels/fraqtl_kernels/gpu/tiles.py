@@ -108,6 +108,6 @@ def _convert(x, RAW: tl.constexpr, DTYPE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def load_scales(page, slot, mask, OFFSET: tl.constexpr):  # noqa: N803
-    """(TILE,) fp16 scales as fp32, zero where masked. page: pointer(s) to pages, slot: token within the block."""
-    return tl.load((page + OFFSET + slot * 2).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
+def load_scales(plane, slot, mask):
+    """(TILE,) fp16 scales, zero where masked. plane: pointer(s) to the scales of pages, slot: token of the block."""
+    return tl.load((plane + slot * 2).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0)
