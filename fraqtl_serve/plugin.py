@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.middleware import ReportMiddleware
+from fraqtl_serve.shutdown import BoundedShutdown
 from fraqtl_vllm.config import read_config
 
 
@@ -20,6 +21,7 @@ class FraqtlEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args
+        app.add_middleware(BoundedShutdown)
         app.add_middleware(ReportMiddleware, in_body=getattr(args, "fraqtl_report", True))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

@@ -36,9 +36,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(*arguments: str, **environment: str) -> Server:
-    """Start a server on a free port, in a process group of its own; does not wait for it."""
-    port = free_port()
+def start(*arguments: str, port: int | None = None, **environment: str) -> Server:
+    """Start a server, on a free port if none is given, in a process group of its own; does not wait for it."""
+    port = port or free_port()
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
     full = [sys.executable, "-m", "fraqtl_serve", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}
@@ -61,7 +61,7 @@ def wait_until_ready(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """End the whole process group, politely first."""
+    """End the whole process group, politely first; does nothing if it has ended."""
     server.process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(20)

@@ -1,0 +1,119 @@
+"""Runs vLLM's engine on prompts in a fresh process and tells what it saw, for tests of the engine itself.
+
+    python -m tests.e2e.engine <<< '{"engine": {...}, "prompts": [[token ids]], "sampling": {}, "rounds": 1}'
+
+In that process the engine core is not a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=0), so
+the pool tensors and the block manager can be looked at directly; with tensor parallelism they can't.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARK = "RESULT "
+DEMO_MODEL = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
+
+
+@dataclass(frozen=True)
+class Run:
+    texts: list[str]
+    tokens: list[list[int]]
+    preemptions: int
+    cached_tokens: list[int]
+    pool: dict[str, Any]
+    log: str
+
+
+def run(
+    prompts: list[list[int]],
+    *,
+    kv_format: str = "k4v4",
+    model: str | Path = DEMO_MODEL,
+    sampling: dict[str, Any] | None = None,
+    rounds: int = 1,
+    in_process: bool = True,
+    **engine: Any,
+) -> Run:
+    """Greedy text of every prompt. `rounds` > 1 runs the same prompts again; the last round counts."""
+    options = {"model": str(model), "enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16"}
+    options |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "disable_log_stats": False}
+    options |= {"additional_config": {"fraqtl": {"kv_format": kv_format}}, **engine}
+    job = {"engine": options, "prompts": prompts, "sampling": sampling or {}, "rounds": rounds}
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.engine"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        raise RuntimeError(f"engine run failed ({done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}")
+    return Run(**json.loads(lines[-1].removeprefix(MARK)), log=done.stdout + done.stderr)
+
+
+def _main(job: dict[str, Any]) -> None:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    pools = _pools(llm)
+    before = [_digest(pool) for pool in pools]
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 16, **job["sampling"]})
+    memory = [_resident_bytes()]
+    outputs: list[Any] = []
+    for _ in range(job["rounds"]):
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        memory.append(_resident_bytes())
+    counters = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    result = {
+        "texts": [o.outputs[0].text for o in outputs],
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "preemptions": counters.get("vllm:num_preemptions", 0),
+        "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
+        "pool": {
+            "dtypes": sorted({str(p.dtype) for p in pools}),
+            "shapes": [list(p.shape) for p in pools],
+            "bytes": sum(
+                p.untyped_storage().nbytes() for p in {p.untyped_storage().data_ptr(): p for p in pools}.values()
+            ),
+            "changed": [_digest(p) != b for p, b in zip(pools, before, strict=True)],
+            "resident_growth": memory[-1] - memory[0],
+        },
+    }
+    print(MARK + json.dumps(result), flush=True)
+
+
+def _pools(llm: Any) -> list[Any]:
+    """The KV-cache tensor of every layer, or nothing if the engine lives in other processes."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return [] if core is None else list(core.model_executor.driver_worker.worker.model_runner.kv_caches)
+
+
+def _digest(tensor: Any) -> int:
+    import torch
+
+    return int(tensor.to(torch.int64).sum())
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+if __name__ == "__main__":
+    _main(json.load(sys.stdin))

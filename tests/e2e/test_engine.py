@@ -1,0 +1,93 @@
+"""The engine with packed pages: what lies in its memory, and that scheduling never changes the text."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from tests.e2e.engine import Run, run
+from tests.e2e.prompts import recall_prompt
+
+LENGTHS = (*range(150, 182), 400, 401, 733, 1000)  # two lengths for every residue of 16, and longer ones
+PAIRS = [recall_prompt(n, seed=n) for n in LENGTHS]
+PROMPTS = [ids for ids, _ in PAIRS]
+ANSWERS = [text for _, text in PAIRS]
+BUDGET = 32 << 20
+
+
+@cache
+def unconstrained() -> Run:
+    return run(PROMPTS, max_num_batched_tokens=16384)
+
+
+def cache_tokens(result: Run) -> int:
+    found = re.search(r"KV cache size: ([\d,]+) tokens", result.log)
+    assert found, "vLLM did not log its KV cache size"
+    return int(found[1].replace(",", ""))
+
+
+def test_the_demo_model_answers() -> None:
+    assert {n % 16 for n in LENGTHS} == set(range(16))
+    right = sum(text == answer for text, answer in zip(unconstrained().texts, ANSWERS, strict=True))
+    assert right >= 0.9 * len(ANSWERS)
+
+
+def test_capacity_at_equal_memory() -> None:
+    packed, plain = (run(PROMPTS[:1], kv_format=f, kv_cache_memory_bytes=BUDGET) for f in ("k4v4", "bf16"))
+    assert cache_tokens(plain) == BUDGET // (4 * 2 * 16 * 256) * 16  # layers x heads x tokens x bytes
+    assert cache_tokens(packed) / cache_tokens(plain) >= 3.75
+
+
+def test_the_pool_is_packed_bytes_and_nothing_else() -> None:
+    packed = run(PROMPTS[:8], kv_cache_memory_bytes=BUDGET)
+    assert packed.pool["dtypes"] == ["torch.uint8"]
+    blocks = BUDGET // (4 * 2 * 16 * 68)
+    assert packed.pool["shapes"] == [[blocks, 2, 16, 68]] * 4
+    assert packed.pool["bytes"] == blocks * 4 * 2 * 16 * 68 <= BUDGET
+    assert packed.pool["changed"] == [True] * 4
+
+
+def test_memory_does_not_grow_with_the_size_of_an_fp16_cache() -> None:
+    """A cache that would need 960 MiB in FP16, filled by the run: a hidden copy of it would show."""
+    prompts = [recall_prompt(1000, seed=i)[0] for i in range(24)]
+    result = run(prompts, kv_cache_memory_bytes=255 << 20, max_num_batched_tokens=2048, rounds=2)
+    # First touch of the pool's own pages counts too: 24 requests of 1,000 tokens hold 13 MB packed, 50 MB in FP16.
+    assert result.pool["resident_growth"] < 400 << 20
+
+
+@pytest.mark.parametrize("chunk", [32, 57])
+def test_chunked_prefill(chunk: int) -> None:
+    result = run(PROMPTS, max_num_batched_tokens=chunk, max_num_seqs=8)
+    assert result.texts == unconstrained().texts
+
+
+def test_prefix_caching_hits_give_the_same_text() -> None:
+    result = run(PROMPTS, enable_prefix_caching=True, rounds=2)
+    assert sum(n > 0 for n in result.cached_tokens) >= len(PROMPTS) - 1
+    assert result.texts == unconstrained().texts
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preemption_in_a_tiny_pool(prefix_caching: bool) -> None:
+    prompts = PROMPTS[:32]
+    # Past the end of the answer two tokens can be nearly even; in float32 rounding doesn't decide between them.
+    options = {"sampling": {"max_tokens": 48, "ignore_eos": True}, "dtype": "float32"}
+    free = run(prompts, enable_prefix_caching=prefix_caching, **options)
+    tight = run(
+        prompts,
+        **options,
+        enable_prefix_caching=prefix_caching,
+        max_model_len=256,
+        kv_cache_memory_bytes=128 * 4 * 2 * 16 * 68,  # 128 blocks: ten of the 32 requests fit
+        max_num_batched_tokens=512,
+    )
+    assert free.preemptions == 0
+    assert tight.preemptions > 0
+    assert tight.texts == free.texts
+
+
+def test_tensor_parallel_2() -> None:
+    result = run(PROMPTS, tensor_parallel_size=2, in_process=False)
+    assert result.texts == unconstrained().texts

@@ -1,0 +1,122 @@
+"""What a user sees when the server can't start, and that nothing stays behind when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+
+from tests.e2e.engine import DEMO_MODEL
+from tests.e2e.server import Server, group_members, running, start, stop
+
+MLA = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "vocab_size": 2048,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def last_words(*arguments: str, port: int | None = None) -> str:
+    """The last line of a server that must fail to start, with exit status 2."""
+    server = start(*arguments, port=port)
+    try:
+        assert server.process.wait(60) == 2, server.log[-3000:]
+        assert not group_members(server)
+    finally:
+        stop(server)
+    return server.log.strip().splitlines()[-1]
+
+
+def model_folder(tmp_path: Path, **config: object) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_unknown_format() -> None:
+    said = last_words("--kv-format", "int3")
+    assert "unknown KV format 'int3': choose one of bf16, fp16, k8v8, k8v4, k4v4" in said
+
+
+def test_another_kv_cache_dtype() -> None:
+    said = last_words("--kv-cache-dtype", "fp8")
+    assert said.startswith("fraqtl-serve: the packed KV cache does not support --kv-cache-dtype fp8")
+    assert "--kv-format" in said
+
+
+def test_mla_model(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, **MLA)
+    assert "does not support MLA models" in last_words(str(folder))
+
+
+def test_missing_path() -> None:
+    assert last_words("/no/such/model") == "fraqtl-serve: model path /no/such/model does not exist"
+
+
+def test_corrupt_weights(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = last_words(str(folder))
+    assert said.startswith(f"fraqtl-serve: {weights} is not a readable safetensors file")
+
+
+def test_speculative_decoding() -> None:
+    flags = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}')
+    assert "does not support speculative decoding" in last_words(*flags)
+
+
+def test_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = last_words(port=taken.getsockname()[1])
+    assert "is taken: choose another with --port" in said
+
+
+def generate_slowly(server: Server) -> None:
+    body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 4000, "ignore_eos": True}
+    with suppress(httpx.HTTPError):  # cut off or answered with what there is: either is fine
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+
+
+def test_ctrl_c_during_generation_leaves_no_process() -> None:
+    with running() as server:
+        client = threading.Thread(target=generate_slowly, args=(server,))
+        client.start()
+        time.sleep(3)
+        assert len(group_members(server)) >= 2
+        server.process.send_signal(signal.SIGINT)
+        try:
+            server.process.wait(30)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running 30 s after Ctrl-C:\n{server.log[-3000:]}") from None
+        client.join(30)
+        deadline = time.monotonic() + 15
+        while group_members(server) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert group_members(server) == []
