@@ -55,7 +55,7 @@ class _Request:
     def __init__(self, receive: Receive, *, usage_forced: bool) -> None:
         self._receive = receive
         self._usage_forced = usage_forced
-        self._body = b""
+        self._body = bytearray()  # grows in place: a body can be many megabytes in many pieces
 
     async def receive(self) -> Message:
         message = await self._receive()
