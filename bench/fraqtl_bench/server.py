@@ -36,12 +36,12 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(*arguments: str, port: int | None = None, **environment: str) -> Server:
+def start(*arguments: str, port: int | None = None, environment: dict[str, str] | None = None) -> Server:
     """Start a server, on a free port if none is given, in a process group of its own; does not wait for it."""
     port = port or free_port()
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
     full = [sys.executable, "-m", "fraqtl_serve", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     with log.open("wb") as out:
         process = subprocess.Popen(full, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     return Server(f"http://127.0.0.1:{port}", process, log)
@@ -83,8 +83,8 @@ def group_members(server: Server) -> list[int]:
 
 
 @contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[Server]:
-    server = start(*arguments, **environment)
+def running(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    server = start(*arguments, environment=environment)
     try:
         wait_until_ready(server)
         yield server

@@ -136,6 +136,7 @@ class FraqtlImpl(AttentionImpl[FraqtlMetadata]):
         self.soft_cap = logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        cpu.warm_up()
         self.kv_format = FraqtlBackend.kv_format = read_config(config.additional_config).format
 
     def do_kv_cache_update(

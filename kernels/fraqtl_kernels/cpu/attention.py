@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.cpu.decode import decode
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.reference import rotate, unpack, unrotate
 
 TILE_TOKENS = 4096  # keys gathered at once, over all requests of a bucket
+DECODE_QUERIES = 8  # up to so many query tokens a request take the compiled kernel
 TILE_QUERIES = 256  # query tokens of one request attended at once
 
 
@@ -98,7 +100,10 @@ def attend(
         rows, count, query_heads, size = q.shape
         # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
         q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
-        out = _attend_bucket(q, planes, layout, block_table, bucket, window, soft_cap)
+        if count <= DECODE_QUERIES:
+            out = decode(q, pool, layout, block_table, bucket.rows, bucket.positions, window=window, soft_cap=soft_cap)
+        else:
+            out = _attend_bucket(q, planes, layout, block_table, bucket, window, soft_cap)
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
         output[bucket.tokens] = unrotate(out, layout.format.v).to(output.dtype)
 

@@ -1,0 +1,232 @@
+"""CPU decode attention, compiled: few queries a request, all of its keys, straight from the pages.
+
+The work is split into runs of blocks of one (request, KV head), so that a single long request keeps
+all cores busy. A run walks its pages once: the codes of a block become floats in a buffer that
+stays in the first-level cache, all query heads of the KV head use it, and an online softmax
+(Milakov & Gimelshein, arXiv 1805.02867) keeps a maximum, a sum and a weighted value a query.
+`combine` joins the runs of a request: out = Σ e^(max_i - max) · acc_i / Σ e^(max_i - max) · sum_i.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import get_num_threads, njit, prange
+from torch import Tensor
+
+from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
+from fraqtl_kernels.pages import PageLayout
+
+RUN_TOKENS = 512  # no run is shorter than this, unless the context is
+RUNS_PER_THREAD = 4
+
+# Not "ninf" and "nnan": hidden keys are -inf, and a NaN must come out as one.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+_LOG2_E = np.float32(1.4426950408889634)
+_LN_2 = np.float32(0.6931471805599453)
+
+
+@cache
+def _half_table() -> Any:
+    """The float32 value of every fp16 bit pattern: 256 KiB, one look-up a scale."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
+    """`count` rows of codes from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
+    if bits == 4:
+        half_size = size // 2
+        for n in range(count):
+            row, at = start + n * half_size, n * size
+            for d in range(half_size):
+                tile[at + d] = np.float32(raw[row + d] & 15)
+            for d in range(half_size):
+                tile[at + half_size + d] = np.float32(raw[row + d] >> 4)
+    elif bits == 8:
+        for d in range(count * size):
+            tile[d] = np.float32(raw[start + d])
+    elif bits == 16:
+        for d in range(count * size):
+            tile_bits[d] = np.int32(raw16[start // 2 + d]) << 16
+    else:
+        for d in range(count * size):
+            tile[d] = half[raw16[start // 2 + d]]
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _exp(x, power, power_bits, count):
+    """x[:count] = e^x for x <= 0, to a few units in the last place; vectorises, which libm's does not.
+
+    e^x = 2^n · e^r with n = round(x · log2 e), |r| <= ln(2)/2 and a Taylor polynomial for e^r.
+    """
+    for i in range(count):
+        y = max(x[i], np.float32(-87.0))
+        n = np.floor(y * _LOG2_E + np.float32(0.5))
+        r = y - n * _LN_2
+        e = np.float32(1 / 5040) * r + np.float32(1 / 720)
+        e = e * r + np.float32(1 / 120)
+        e = e * r + np.float32(1 / 24)
+        e = e * r + np.float32(1 / 6)
+        e = e * r + np.float32(0.5)
+        e = (e * r + np.float32(1)) * r + np.float32(1)
+        power_bits[i] = (np.int32(n) + np.int32(127)) << 23
+        x[i] = e * power[i] if x[i] > np.float32(-87.0) else (x[i] if x[i] != x[i] else np.float32(0))
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, window, soft_cap, highest, total, out):
+    """See `decode`. runs: (runs, 3) request of the bucket, its first block and the one after its last.
+
+    sizes: block size, K bits, V bits, block stride, head stride, V offset, K and V scale offsets.
+    """
+    block_size, k_bits, v_bits, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes
+    heads, queries, size = q.shape[1], q.shape[2], q.shape[3]
+    for item in prange(runs.shape[0] * heads):
+        run, head = item // heads, item % heads
+        request = runs[run, 0]
+        tile_bits = np.empty(block_size * size, np.int32)
+        tile = tile_bits.view(np.float32)
+        weights = np.empty(block_size, np.float32)
+        power_bits = np.empty(block_size, np.int32)
+        power = power_bits.view(np.float32)
+        values = np.zeros((queries, size), np.float32)
+        scores = np.empty((queries, block_size), np.float32)
+        best = np.full(queries, -np.inf, np.float32)
+        sums = np.zeros(queries, np.float32)
+        newest, oldest = positions[request, -1], positions[request, 0]
+        for block in range(runs[run, 1], runs[run, 2]):
+            page = np.int64(table[request, block]) * block_stride + head * head_stride
+            base = block * block_size
+            begin = max(0, oldest - window + 1 - base) if window > 0 else 0
+            end = min(block_size, newest + 1 - base)
+            _load_codes(raw, raw16, half, page, end, size, k_bits, tile, tile_bits)
+            for m in range(queries):
+                for n in range(begin, end):
+                    dot = np.float32(0)
+                    for d in range(size):
+                        dot += q[request, head, m, d] * tile[n * size + d]
+                    scores[m, n] = dot
+            if k_bits < 16:
+                for n in range(begin, end):
+                    scale = half[raw16[(page + ks_offset) // 2 + n]]
+                    for m in range(queries):
+                        scores[m, n] = (scores[m, n] - scales[0] * q_sum[request, head, m]) * scale
+            _load_codes(raw, raw16, half, page + v_offset, end, size, v_bits, tile, tile_bits)
+            for m in range(queries):
+                position = positions[request, m % positions.shape[1]]
+                last = min(end, position + 1 - base)
+                first = max(begin, position - window + 1 - base) if window > 0 else begin
+                if last <= first:
+                    continue
+                top = best[m]
+                for n in range(first, last):
+                    if soft_cap > 0:
+                        scores[m, n] = soft_cap * np.tanh(scores[m, n] / soft_cap)
+                    top = max(top, scores[m, n]) if scores[m, n] == scores[m, n] else scores[m, n]
+                for n in range(first, last):
+                    weights[n - first] = scores[m, n] - top
+                _exp(weights, power, power_bits, last - first)
+                decay = np.exp(best[m] - top)
+                sums[m] *= decay
+                for d in range(size):
+                    values[m, d] *= decay
+                best[m] = top
+                for n in range(first, last):
+                    weight = weights[n - first]
+                    sums[m] += weight
+                    if v_bits < 16:
+                        weight *= half[raw16[(page + vs_offset) // 2 + n]]
+                    for d in range(size):
+                        values[m, d] += weight * (tile[n * size + d] - scales[1])
+        highest[run, head] = best
+        total[run, head] = sums
+        out[run, head] = values
+
+
+def decode(
+    q: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """Attention of a bucket of requests over their pages.
+
+    q: (R, KV heads, M, D) float32, rotated and scaled, M = query heads a KV head x query tokens, the
+    tokens innermost. rows: (R,) rows of `block_table`. positions: (R, Q). Returns (R, KV heads, M, D)
+    float32, in the basis in which V is stored.
+    """
+    block_table = block_table[rows]  # a copy, so its memory layout, and with it the compiled code, is always the same
+    runs = _split_runs(positions, layout.block_size, pool.shape[1], window)
+    shape = (len(runs), *q.shape[1:3])
+    highest, total = torch.empty(shape), torch.empty(shape)
+    out = torch.empty(*shape, q.shape[-1])
+    raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
+    k, v = layout.format.k, layout.format.v
+    offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
+    sizes = (layout.block_size, _kind(k), _kind(v), pool.stride(0), pool.stride(1), *offsets)
+    midpoints = (0.0 if k.is_raw else k.midpoint, 0.0 if v.is_raw else v.midpoint)
+    _decode(
+        q.numpy(),
+        q.sum(-1).numpy(),
+        raw,
+        raw.view(np.uint16),
+        _half_table(),
+        block_table.numpy(),
+        positions.numpy(),
+        runs.numpy(),
+        sizes,
+        np.array(midpoints, np.float32),
+        window or 0,
+        np.float32(soft_cap or 0),
+        highest.numpy(),
+        total.numpy(),
+        out.numpy(),
+    )
+    return _combine(runs[:, 0], len(rows), highest, total, out)
+
+
+def warm_up() -> None:
+    """Compile the kernel, or load it from Numba's cache on disk, so that no request has to wait for it."""
+    layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
+    pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
+    table, rows, positions = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1).long(), torch.zeros(1, 1).long()
+    decode(torch.zeros(1, 1, 1, 64), pool, layout, table, rows, positions, window=None, soft_cap=None)
+
+
+def _kind(vector: VectorFormat) -> int:
+    return 17 if vector.raw_dtype == torch.float16 else int(vector.bits)
+
+
+def _split_runs(positions: Tensor, block_size: int, heads: int, window: int | None) -> Tensor:
+    """(runs, 3): request, first block, block after the last; runs of a request next to each other."""
+    first = (positions[:, 0] - (window or 1 << 62) + 1).clamp_min(0) // block_size
+    after = positions[:, -1] // block_size + 1
+    wanted = max(1, RUNS_PER_THREAD * get_num_threads() // heads)
+    length = max(RUN_TOKENS // block_size, -(-int((after - first).sum()) // wanted))
+    runs = [
+        (request, start, min(start + length, end))
+        for request, (begin, end) in enumerate(zip(first.tolist(), after.tolist(), strict=True))
+        for start in range(begin, end, length)
+    ]
+    return torch.tensor(runs)
+
+
+def _combine(request: Tensor, count: int, highest: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """Join the runs of every request; see the module's docstring."""
+    if len(request) == count:
+        return out / total[..., None]
+    index = request[:, None, None].expand_as(highest)
+    top = highest.new_full((count, *highest.shape[1:]), -torch.inf).scatter_reduce(0, index, highest, "amax")
+    # A run that a query sees nothing of has -inf; where all have, its request can't be in the batch.
+    weight = (highest - top[request]).exp()
+    joined = torch.zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
+    return joined / torch.zeros_like(top).index_add_(0, request, total * weight)[..., None]
