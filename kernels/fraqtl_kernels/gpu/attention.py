@@ -31,15 +31,15 @@ def load_query(
     basis,
     centre,  # pointer to the centre of the KV head
     factor,  # softmax scale (and log2(e) without soft-cap), and 1/sqrt(D) with a rotation
-    GROUP: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-    ROTATED: tl.constexpr,  # noqa: N803
-    HAS_CENTRE: tl.constexpr,  # noqa: N803
-    ZERO_LOW: tl.constexpr,  # noqa: N803
-    ZERO_HIGH: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
+    ZERO_LOW: tl.constexpr,
+    ZERO_HIGH: tl.constexpr,
 ):
     """(ROWS, HALF) halves of the rotated, scaled query in DTYPE; z_k · sum(q) and q·centre of every row, fp32."""
     row = tl.arange(0, ROWS)
@@ -65,7 +65,7 @@ def load_query(
 
 
 @triton.jit
-def load_blocks(table_row, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
+def load_blocks(table_row, start, last, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Block number(s) of the tile at `start`: one if a block holds the tile, else (TILE,). Block 0 past the end."""
     if BLOCK_SIZE % TILE == 0:
         return tl.load(table_row + start // BLOCK_SIZE, mask=start < last, other=0)
@@ -81,22 +81,24 @@ def load_tile_scales(
     stride_block,
     start,
     last,
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    K_BITS: tl.constexpr,  # noqa: N803
-    V_BITS: tl.constexpr,  # noqa: N803
-    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
+    oldest,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    K_SCALE_OFFSET: tl.constexpr,
+    V_SCALE_OFFSET: tl.constexpr,
 ):
-    """(TILE,) fp16 scales of keys and values of the tile at `start`, zero past the end and for raw vectors."""
+    """(TILE,) fp16 scales of keys and values of the tile at `start`; zero outside [oldest, last), and if raw."""
     token = start + tl.arange(0, TILE)
+    known = (token < last) & (token >= oldest)
     page = pool_head + block.to(tl.int64) * stride_block
     k_scale = tl.zeros([TILE], tl.float16)
     v_scale = tl.zeros([TILE], tl.float16)
     if K_BITS < 16:
-        k_scale = load_scales(page + K_SCALE_OFFSET, token % BLOCK_SIZE, token < last)
+        k_scale = load_scales(page + K_SCALE_OFFSET, token % BLOCK_SIZE, known)
     if V_BITS < 16:
-        v_scale = load_scales(page + V_SCALE_OFFSET, token % BLOCK_SIZE, token < last)
+        v_scale = load_scales(page + V_SCALE_OFFSET, token % BLOCK_SIZE, known)
     return k_scale, v_scale
 
 
@@ -109,35 +111,37 @@ def attend_tiles(
     position,  # (ROWS,) position of each row's query token
     first,  # first token, a multiple of TILE
     last,  # one past the last token
+    oldest,  # tokens before it are seen by no row, and their blocks may be freed
     table_row,  # block numbers of the request
     pool_head,  # pointer to the page of block 0 and this KV head
     stride_block,
     window,
     soft_cap,
-    ROWS: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    K_BITS: tl.constexpr,  # noqa: N803
-    V_BITS: tl.constexpr,  # noqa: N803
-    RAW: tl.constexpr,  # noqa: N803
-    V_OFFSET: tl.constexpr,  # noqa: N803
-    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    V_ZERO: tl.constexpr,  # noqa: N803
-    HAS_WINDOW: tl.constexpr,  # noqa: N803
-    HAS_CAP: tl.constexpr,  # noqa: N803
-    DEFERRED: tl.constexpr,  # noqa: N803
-    PTX: tl.constexpr,  # noqa: N803
-    STAGES: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    K_SCALE_OFFSET: tl.constexpr,
+    V_SCALE_OFFSET: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    DEFERRED: tl.constexpr,
+    PTX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Attention of the rows over tokens [first, last): (output low, high, maximum, sum), not normalised.
 
     The maximum is in units of log2. DEFERRED keeps row sums per column of the tile and adds them up after the
     loop: no reduction across threads inside it, for registers.
     """
-    DTYPE: tl.constexpr = q_low.dtype  # noqa: N806
+    DTYPE: tl.constexpr = q_low.dtype
     index = tl.arange(0, TILE)
     high_score = tl.full([ROWS], float("-inf"), tl.float32)
     if DEFERRED:
@@ -153,17 +157,29 @@ def attend_tiles(
     block = load_blocks(table_row, first, last, BLOCK_SIZE, TILE)
     next_block = load_blocks(table_row, first + TILE, last, BLOCK_SIZE, TILE)
     k_scale, v_scale = load_tile_scales(
-        pool_head, block, stride_block, first, last, BLOCK_SIZE, TILE, K_BITS, V_BITS, K_SCALE_OFFSET, V_SCALE_OFFSET
+        pool_head,
+        block,
+        stride_block,
+        first,
+        last,
+        oldest,
+        BLOCK_SIZE,
+        TILE,
+        K_BITS,
+        V_BITS,
+        K_SCALE_OFFSET,
+        V_SCALE_OFFSET,
     )
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         token = start + index
-        known = token < last
+        known = (token < last) & (token >= oldest)
         next_k_scale, next_v_scale = load_tile_scales(
             pool_head,
             next_block,
             stride_block,
             start + TILE,
             last,
+            oldest,
             BLOCK_SIZE,
             TILE,
             K_BITS,
@@ -175,13 +191,16 @@ def attend_tiles(
         block = load_blocks(table_row, start, last, BLOCK_SIZE, TILE)
         page = pool_head + block.to(tl.int64) * stride_block
         slot = start % BLOCK_SIZE + index if BLOCK_SIZE % TILE == 0 else token % BLOCK_SIZE
-        k_low, k_high = load_halves(page + slot * (HEAD * K_BITS // 8), known, K_BITS, RAW, DTYPE, HEAD, HALF, False, PTX)
+        k_low, k_high = load_halves(
+            page + slot * (HEAD * K_BITS // 8), known, K_BITS, RAW, DTYPE, HEAD, HALF, False, PTX
+        )
         scores = tl.zeros([ROWS, TILE], tl.float32)
         scores = dot16(q_low, tl.trans(k_low), scores)
         scores = dot16(q_high, tl.trans(k_high), scores)
         if K_BITS < 16:
             scores = (scores - q_zero[:, None]) * k_scale.to(tl.float32)[None, :]
-        scores += q_constant[:, None]
+        if HAS_CENTRE:
+            scores += q_constant[:, None]
         if HAS_CAP:
             # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
             scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
@@ -221,7 +240,7 @@ def attend_tiles(
 
 
 @triton.jit
-def add_sink(sinks, high_score, total, GROUP: tl.constexpr, ROWS: tl.constexpr):  # noqa: N803
+def add_sink(sinks, high_score, total, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """The softmax sum with exp(sink) of the row's query head added. sinks: pointer to the KV head's first."""
     sink = tl.load(sinks + tl.arange(0, ROWS) % GROUP).to(tl.float32) * LOG2E
     return total + tl.exp2(tl.minimum(sink - high_score, 126.0))
@@ -237,12 +256,12 @@ def store_rows(
     count,
     basis,
     factor,
-    GROUP: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-    ROTATED: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
     """Rotate fp32 (ROWS, HALF) halves of the attention output back and store them in DTYPE."""
     if ROTATED:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fraqtl_kernels.gpu.attention import add_sink, store_rows
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import half_of
-from fraqtl_kernels.gpu.splits import DecodePlan, chunk_tokens, first_visible
+from fraqtl_kernels.gpu.splits import DecodePlan, chunk_tokens, oldest_visible
 from fraqtl_kernels.pages import PageLayout
 
 
@@ -26,7 +26,7 @@ def combine_kernel(
     query_start,
     lengths,
     output,
-    basis_out,
+    basis_output,
     sinks,
     output_stride_token,
     output_stride_head,
@@ -35,15 +35,15 @@ def combine_kernel(
     programs,
     window,
     factor,
-    QUERIES: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    V_ROTATED: tl.constexpr,  # noqa: N803
-    HAS_WINDOW: tl.constexpr,  # noqa: N803
-    HAS_SINKS: tl.constexpr,  # noqa: N803
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    V_ROTATED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     request, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -52,7 +52,8 @@ def combine_kernel(
     count = tl.load(query_start + request + 1).to(tl.int32) - start
     if count <= 0:
         return
-    first = first_visible(length, count, window, HAS_WINDOW, TILE)
+    oldest = oldest_visible(length, count, window, HAS_WINDOW)
+    first = oldest // TILE * TILE
     chunk = chunk_tokens(
         first, length, lengths, query_start, requests, kv_heads, splits, programs, window, HAS_WINDOW, TILE
     )
@@ -90,7 +91,7 @@ def combine_kernel(
         output_stride_token,
         output_stride_head,
         count,
-        basis_out,
+        basis_output,
         factor,
         GROUP,
         ROWS,

@@ -22,7 +22,7 @@ from fraqtl_kernels.gpu.attention import LOG2E, add_sink, attend_tiles, load_que
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.combine import combine
 from fraqtl_kernels.gpu.config import Tuning, attention_constants, check_dtype, rows_for, use_ptx
-from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, first_visible
+from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
 from fraqtl_kernels.pages import PageLayout
 
 MAX_QUERIES = 8
@@ -39,8 +39,8 @@ def decode_kernel(
     output,
     partial,
     log_sums,
-    basis_k,
-    basis_out,
+    basis_query,
+    basis_output,
     centre,
     sinks,
     query_stride_token,
@@ -56,32 +56,32 @@ def decode_kernel(
     scale,
     soft_cap,
     factor,
-    QUERIES: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    K_BITS: tl.constexpr,  # noqa: N803
-    V_BITS: tl.constexpr,  # noqa: N803
-    RAW: tl.constexpr,  # noqa: N803
-    V_OFFSET: tl.constexpr,  # noqa: N803
-    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    K_ZERO_LOW: tl.constexpr,  # noqa: N803
-    K_ZERO_HIGH: tl.constexpr,  # noqa: N803
-    V_ZERO: tl.constexpr,  # noqa: N803
-    K_ROTATED: tl.constexpr,  # noqa: N803
-    V_ROTATED: tl.constexpr,  # noqa: N803
-    HAS_CENTRE: tl.constexpr,  # noqa: N803
-    HAS_WINDOW: tl.constexpr,  # noqa: N803
-    HAS_CAP: tl.constexpr,  # noqa: N803
-    HAS_SINKS: tl.constexpr,  # noqa: N803
-    DIRECT: tl.constexpr,  # noqa: N803
-    DEFERRED: tl.constexpr,  # noqa: N803
-    PTX: tl.constexpr,  # noqa: N803
-    STAGES: tl.constexpr,  # noqa: N803
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    K_SCALE_OFFSET: tl.constexpr,
+    V_SCALE_OFFSET: tl.constexpr,
+    K_ZERO_LOW: tl.constexpr,
+    K_ZERO_HIGH: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    K_ROTATED: tl.constexpr,
+    V_ROTATED: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    DEFERRED: tl.constexpr,
+    PTX: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
@@ -90,7 +90,8 @@ def decode_kernel(
     count = tl.load(query_start + request + 1).to(tl.int32) - start
     if count <= 0:  # padding of a CUDA graph
         return
-    first = first_visible(length, count, window, HAS_WINDOW, TILE)
+    oldest = oldest_visible(length, count, window, HAS_WINDOW)
+    first = oldest // TILE * TILE
     last = length
     if not DIRECT:
         chunk = chunk_tokens(
@@ -110,7 +111,7 @@ def decode_kernel(
         query_stride_token,
         query_stride_head,
         count,
-        basis_k,
+        basis_query,
         centre + head * HEAD,
         query_scale,
         GROUP,
@@ -133,6 +134,7 @@ def decode_kernel(
         position,
         first,
         last,
+        oldest,
         block_table + request.to(tl.int64) * table_stride,
         pool + head.to(tl.int64) * pool_stride_head,
         pool_stride_block,
@@ -150,6 +152,7 @@ def decode_kernel(
         K_SCALE_OFFSET,
         V_SCALE_OFFSET,
         V_ZERO,
+        HAS_CENTRE,
         HAS_WINDOW,
         HAS_CAP,
         DEFERRED,
@@ -167,7 +170,7 @@ def decode_kernel(
             output_stride_token,
             output_stride_head,
             count,
-            basis_out,
+            basis_output,
             factor,
             GROUP,
             ROWS,
@@ -190,9 +193,9 @@ def decode_kernel(
 
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
     """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
-    if layout.head_size > 128:
-        return Tuning(tile=32, warps=4 if rows <= 16 else 8, stages=2)
-    return Tuning(tile=64, warps=4 if rows <= 32 else 8, stages=3)
+    if rows <= 16:
+        return Tuning(tile=128 if layout.head_size <= 128 else 64, warps=4, stages=5)
+    return Tuning(tile=64 if layout.head_size <= 128 else 32, warps=4 if rows <= 32 else 8, stages=5)
 
 
 def plan_decode(

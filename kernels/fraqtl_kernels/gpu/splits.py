@@ -5,7 +5,7 @@ the number of requests, the longest context it allows for, the number of multipr
 graph captured with it serves every batch of that many requests. Inside, every program derives the
 same chunk length from the real lengths,
 
-    chunk = max(tiles of the whole batch · KV heads / wanted programs, own tiles / splits, 1 chunk at least MIN_TILES)
+    chunk = max(tiles of the whole batch · KV heads / wanted programs, own tiles / splits, MIN_TILES)
 
 so chunks are equally long over short and long requests; programs without a chunk leave at once.
 """
@@ -64,12 +64,12 @@ def choose_splits(requests: int, kv_heads: int, longest: int, tile: int, multipr
 
 
 @triton.jit
-def first_visible(length, count, window, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
-    """The first token that the first of `count` query tokens sees, rounded down to a tile."""
-    first = length * 0
+def oldest_visible(length, count, window, HAS_WINDOW: tl.constexpr):
+    """The first token that the first of the last `count` query tokens sees."""
+    oldest = length * 0
     if HAS_WINDOW:
-        first = tl.maximum(length - count - window + 1, 0) // TILE * TILE
-    return first
+        oldest = tl.maximum(length - count - window + 1, 0)
+    return oldest
 
 
 @triton.jit
@@ -83,18 +83,18 @@ def chunk_tokens(
     splits,
     programs,
     window,
-    HAS_WINDOW: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
+    HAS_WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Tokens of one split of a request that sees [first, length), a multiple of TILE."""
     tiles = first * 0
     for start in range(0, requests, 256):
         r = start + tl.arange(0, 256)
-        n = tl.load(lengths + r, mask=r < requests, other=0)
+        n = tl.load(lengths + r, mask=r < requests, other=0).to(tl.int32)
         if HAS_WINDOW:
             count = tl.load(query_start + r + 1, mask=r < requests, other=0)
             count -= tl.load(query_start + r, mask=r < requests, other=0)
-            n = tl.minimum(n, count + window + TILE)
+            n = tl.minimum(n, count.to(tl.int32) + window + TILE)
         tiles += tl.sum((n + TILE - 1) // TILE, 0).to(tiles.dtype)
     chunk = tl.cdiv(tiles * kv_heads, programs)
     chunk = tl.maximum(chunk, tl.cdiv(tl.cdiv(length - first, TILE), splits))

@@ -23,7 +23,7 @@ TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
-def round16(x, DTYPE: tl.constexpr):  # noqa: N803
+def round16(x, DTYPE: tl.constexpr):
     """fp32 -> DTYPE (fp16 or bf16), round to nearest even."""
     if _EMULATE and DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -44,7 +44,7 @@ def dot16(a, b, acc):
 
 
 @triton.jit
-def rotate_halves(low, high, basis, HEAD: tl.constexpr, HALF: tl.constexpr):  # noqa: N803
+def rotate_halves(low, high, basis, HEAD: tl.constexpr, HALF: tl.constexpr):
     """(rows, D) @ basis (D, D), in halves: 16-bit (rows, HALF) pairs in, fp32 pairs out."""
     row = tl.arange(0, HALF)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -62,13 +62,13 @@ def rotate_halves(low, high, basis, HEAD: tl.constexpr, HALF: tl.constexpr):  # 
 def load_halves(
     row,
     token_mask,
-    BITS: tl.constexpr,  # noqa: N803
-    RAW: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    CENTRED: tl.constexpr,  # noqa: N803
-    PTX: tl.constexpr,  # noqa: N803
+    BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """One tile of stored vectors as two (TILE, HALF) halves in DTYPE, plus the bias of `unpack.zero_points`.
 
@@ -100,7 +100,7 @@ def load_halves(
 
 
 @triton.jit
-def _convert(x, RAW: tl.constexpr, DTYPE: tl.constexpr):  # noqa: N803
+def _convert(x, RAW: tl.constexpr, DTYPE: tl.constexpr):
     if RAW == DTYPE:
         return x
     else:

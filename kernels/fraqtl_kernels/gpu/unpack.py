@@ -6,10 +6,10 @@ per element; they take it out of the sums. For a row of weights w and codes c
     Σ w (c - midpoint) = Σ w (c + bias) - (midpoint + bias) · Σ w
 
 and `zero_points` gives midpoint + bias. The PTX way sets the bits of a float whose unit in the last
-place is 1 around the code ("magic number", Kim et al., arXiv 2211.10017): per 8 nibbles 2 byte permutations, 4 three-input logic
-operations and the subtractions that keep the constant small. A bias adds rounding noise to the sum that it
-is taken out of, so values (summed over the whole context) are centred to c - 8, and keys (summed over D
-numbers) only where the bias would be 1024.
+place is 1 around the code (a "magic number", Kim et al., arXiv 2211.10017): per 8 nibbles 2 byte
+permutations, 4 three-input logic operations and the subtractions that keep the constant small. A bias
+adds rounding noise to the sum that it is taken out of, so values (summed over the whole context) are
+centred to c - 8, and keys (summed over D numbers) only where the bias would be 1024.
 
 Inline PTX acts on 4 codes of one 32-bit register; no result depends on how a tile is laid out over threads.
 """
@@ -93,7 +93,7 @@ def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx:
 
 
 @triton.jit
-def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):  # noqa: N803
+def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
     """uint8 tile of any shape -> (low nibbles, high nibbles) in DTYPE, plus the bias of `zero_points`."""
     if PTX:
         if DTYPE == tl.float16:
@@ -110,7 +110,7 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
 
 
 @triton.jit
-def unpack_bytes(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):  # noqa: N803
+def unpack_bytes(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """uint8 tile of any shape -> DTYPE, plus the bias of `zero_points`."""
     if PTX and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(BYTES_FP16, "=&r,=&r,r", [codes], dtype=DTYPE, is_pure=True, pack=4)

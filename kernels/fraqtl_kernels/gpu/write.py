@@ -26,7 +26,7 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it roun
 
 
 @triton.jit
-def quantise_half(y, scale, BITS: tl.constexpr):  # noqa: N803
+def quantise_half(y, scale, BITS: tl.constexpr):
     """Codes of (TOKENS, HALF) values as int32. scale: (TOKENS,) fp32, already rounded to fp16."""
     levels: tl.constexpr = 2**BITS - 1
     steps = y / scale[:, None] + levels / 2
@@ -47,14 +47,14 @@ def store_vectors(
     token,
     slot,
     used,
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    BITS: tl.constexpr,  # noqa: N803
-    RAW: tl.constexpr,  # noqa: N803
-    CODE_OFFSET: tl.constexpr,  # noqa: N803
-    SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    ROTATED: tl.constexpr,  # noqa: N803
-    HAS_CENTRE: tl.constexpr,  # noqa: N803
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    CODE_OFFSET: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
 ):
     """Keys or values of one KV head. page: (TOKENS,) pointers to pages; slot: (TOKENS,) places within them."""
     column = tl.arange(0, HALF)[None, :]
@@ -113,19 +113,19 @@ def write_kernel(
     pool_stride_head,
     tokens,
     factor,
-    TOKENS: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    K_BITS: tl.constexpr,  # noqa: N803
-    V_BITS: tl.constexpr,  # noqa: N803
-    RAW: tl.constexpr,  # noqa: N803
-    V_OFFSET: tl.constexpr,  # noqa: N803
-    K_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    V_SCALE_OFFSET: tl.constexpr,  # noqa: N803
-    K_ROTATED: tl.constexpr,  # noqa: N803
-    V_ROTATED: tl.constexpr,  # noqa: N803
-    HAS_CENTRE: tl.constexpr,  # noqa: N803
+    TOKENS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    K_SCALE_OFFSET: tl.constexpr,
+    V_SCALE_OFFSET: tl.constexpr,
+    K_ROTATED: tl.constexpr,
+    V_ROTATED: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
 ):
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

@@ -6,8 +6,10 @@ Set FRAQTL_TEST_DEVICE=cuda to run the same tests, compiled, on a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 DEVICE = os.environ.get("FRAQTL_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -22,8 +24,15 @@ except ImportError:  # every test of the folder needs it
         return "GPU kernels: not tested, Triton is not installed"
 
 
-@pytest.fixture(params=["float16", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> object:
-    import torch
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The interpreter's arrays are small: threads of torch only wait for one another, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    return getattr(torch, request.param)
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

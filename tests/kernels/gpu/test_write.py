@@ -31,9 +31,10 @@ def written(layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, centr
 def check_vectors(x: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> None:
     """x: (n, D) exact, in the stored basis. codes, scale: what the kernel stored for it."""
     ideal_scale = x.abs().amax(-1) / vector.midpoint
-    assert torch.equal(scale.double(), reference.quantise(x, vector)[1].double()) or (
-        ((scale.double() - ideal_scale).abs() / ideal_scale) < 2**-11 * (1 + EDGE)
-    ).all()
+    assert (
+        torch.equal(scale.double(), reference.quantise(x, vector)[1].double())
+        or (((scale.double() - ideal_scale).abs() / ideal_scale) < 2**-11 * (1 + EDGE)).all()
+    )
     steps = x / scale.double()[:, None] + vector.midpoint
     near_edge = ((steps - steps.floor()) - 0.5).abs() < EDGE
     exact = steps.round().clamp(0, vector.levels).to(torch.uint8)
@@ -112,7 +113,10 @@ def test_zero_tiny_huge_and_broken_vectors(name: str) -> None:
     x = torch.zeros(6, 1, 64, dtype=torch.bfloat16)
     x[1, 0, 3], x[2, 0, 5], x[3, 0, 7], x[4, 0, 9], x[5, 0, 9] = 1e-9, 1e9, math.nan, math.inf, -math.inf
     planes = layout.planes(written(layout, x, x, torch.arange(6)))
-    for plane, scale, vector in ((planes.k, planes.k_scale, layout.format.k), (planes.v, planes.v_scale, layout.format.v)):
+    for plane, scale, vector in (
+        (planes.k, planes.k_scale, layout.format.k),
+        (planes.v, planes.v_scale, layout.format.v),
+    ):
         values = reference.stored_values(plane, scale, vector)[0, 0, :6]
         assert torch.equal(values[0], torch.zeros(64, dtype=torch.float64))
         assert values[1].abs().max() < 1e-7

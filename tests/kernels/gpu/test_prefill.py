@@ -1,0 +1,72 @@
+"""Prefill over packed pages against the reference, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.gpu.bases import Bases
+from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.prefill import prefill
+from tests.kernels.conftest import relative_error
+from tests.kernels.gpu.cases import TOLERANCE, Case, expected, to_device
+from tests.kernels.gpu.conftest import DEVICE
+
+
+def prefill_error(case: Case) -> float:
+    batch, sinks, centre = case.batch()
+    output = torch.full(batch.query.shape, torch.nan, dtype=case.dtype, device=DEVICE)
+    prefill(
+        batch.query.to(DEVICE),
+        to_device(batch.pool),
+        batch.layout,
+        batch.block_table.to(DEVICE),
+        batch.query_start.int().to(DEVICE),
+        batch.lengths.int().to(DEVICE),
+        max(case.queries),
+        output,
+        Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, centre),
+        scale=batch.scale,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        sinks=None if sinks is None else sinks.to(DEVICE),
+        tuning=case.tuning,
+    )
+    return relative_error(output.cpu(), expected(case, batch, sinks, centre))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_chunk_behind_a_cached_prefix(name: str, dtype: torch.dtype) -> None:
+    case = Case(format=name, dtype=dtype, lengths=(90, 33, 5), queries=(41, 33, 1), padding=48)
+    assert prefill_error(case) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("head_size", "group", "block_size"), [(80, 7, 32), (96, 8, 16), (128, 1, 64), (256, 2, 128)])
+def test_shapes(head_size: int, group: int, block_size: int, dtype: torch.dtype) -> None:
+    case = Case(
+        dtype=dtype,
+        head_size=head_size,
+        group=group,
+        block_size=block_size,
+        kv_heads=1,
+        lengths=(100, 70),
+        queries=(64, 70),
+        tuning=Tuning(32, 4, 1),
+    )
+    assert prefill_error(case) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("soft_cap", [None, 4.0])
+def test_window_soft_cap_sinks_and_centre(window: int | None, soft_cap: float | None) -> None:
+    case = Case(
+        lengths=(75, 31),
+        queries=(50, 31),
+        window=window,
+        soft_cap=soft_cap,
+        sinks=True,
+        centred=True,
+        tuning=Tuning(16, 4, 1),
+    )
+    assert prefill_error(case) <= TOLERANCE[torch.float16]
