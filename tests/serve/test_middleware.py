@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fraqtl_serve.accounting import Accounting
-from fraqtl_serve.middleware import ReportMiddleware, StreamDecorator
+from fraqtl_serve.middleware import StreamDecorator
 from fraqtl_serve.report import Ledger
 from tests.serve.fake_engine import FakeEngine, account
+from tests.serve.small_app import ACCOUNTS, CHAT, Answer, ask, compact, make_app, make_scope, messages, never
 
-CHAT = "/v1/chat/completions"
 INTEGERS = {
     "tokens": 20,
     "blocks": 2,
@@ -37,12 +34,7 @@ INTEGERS = {
 REPORT = {**INTEGERS, "version": 1, "kv_format": "k4v4", "ratio": 3.7647}
 # The second sequence shares block 1 with the first: three blocks.
 REPORT_OF_TWO = {**REPORT, "tokens": 42, "blocks": 3, "bytes": 6528, "baseline_bytes": 24576, "saved_bytes": 18048}
-ACCOUNTS = (account([1, 2], tokens=20), account([1, 3], tokens=22))
 DONE = b"data: [DONE]\n\n"
-
-
-def compact(payload: Any) -> bytes:
-    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def sse(payload: dict[str, Any]) -> bytes:
@@ -57,87 +49,6 @@ def chunk(text: str, *, index: int = 0, finish: str | None = None) -> dict[str, 
 USAGE_CHUNK = {"id": "chatcmpl-1", "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 16}}
 PLAIN_STREAM = [sse(chunk("Grüß")), sse(chunk(" 😀\n\n", finish="stop")), DONE]
 USAGE_STREAM = [*PLAIN_STREAM[:2], sse(USAGE_CHUNK), DONE]
-
-
-@dataclass
-class Answer:
-    """What the middleware sent, message by message."""
-
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    bodies: list[bytes] = field(default_factory=list)
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(self.bodies)
-
-    @property
-    def json(self) -> dict[str, Any]:
-        payload: dict[str, Any] = json.loads(self.body)
-        return payload
-
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.headers = {k.decode(): v.decode() for k, v in message["headers"]}
-        else:
-            self.bodies.append(message.get("body", b""))
-
-
-def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: Any) -> Starlette:
-    """vLLM's application in small: every route runs the engine, then answers with `respond()`."""
-
-    async def handle(request: Request) -> Response:
-        body = json.loads(await request.body())
-        async for _ in request.app.state.engine.generate("hi", SimpleNamespace(n=body.get("n", 1)), "chatcmpl-1"):
-            pass
-        return respond()
-
-    paths = (CHAT, "/v1/completions", "/v1/embeddings", "/v1/models")
-    app = Starlette(routes=[Route(path, handle, methods=["GET", "POST"]) for path in paths])
-    app.add_middleware(ReportMiddleware, in_body=in_body)
-    app.state.args = Namespace(**args)
-    app.state.engine = FakeEngine(*ACCOUNTS)
-    app.state.fraqtl_accounting = Accounting("k4v4")
-    app.state.fraqtl_accounting.watch(app.state.engine)
-    return app
-
-
-def make_scope(path: str = CHAT, method: str = "POST", **scope: Any) -> dict[str, Any]:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": method,
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        **scope,
-    }
-
-
-async def never() -> Any:
-    await asyncio.Event().wait()
-
-
-def messages(*bodies: bytes) -> Callable[[], Any]:
-    """A `receive` that gives the request's body in these pieces, and then hears nothing more."""
-    rest = iter([{"type": "http.request", "body": b, "more_body": b is not bodies[-1]} for b in bodies])
-
-    async def receive() -> Any:
-        return next(rest, None) or await never()
-
-    return receive
-
-
-def ask(app: Starlette, request: dict[str, Any] | None = None, path: str = CHAT, method: str = "POST") -> Answer:
-    answer = Answer()
-    asyncio.run(app(make_scope(path, method), messages(compact(request or {})), answer.send))
-    assert app.state.fraqtl_accounting._open == {}
-    return answer
 
 
 def stream_of(pieces: Iterable[bytes]) -> Callable[[], Response]:
@@ -312,6 +223,11 @@ def test_finish_chunk_is_decorated_unless_usage_was_asked_for(options: Any) -> N
     check_decorated(ask(make_app(stream_of(PLAIN_STREAM)), request).body, PLAIN_STREAM, where=1)
 
 
+def test_usage_that_nobody_asked_for_is_not_decorated_too() -> None:
+    for pieces in (USAGE_STREAM, [b"".join(USAGE_STREAM)]):
+        check_decorated(ask(make_app(stream_of(pieces))).body, USAGE_STREAM, where=1)
+
+
 def test_usage_chunk_is_decorated() -> None:
     request = {"stream": True, "stream_options": {"include_usage": True}}
     check_decorated(ask(make_app(stream_of(USAGE_STREAM)), request).body, USAGE_STREAM, where=2)
@@ -406,6 +322,7 @@ def test_every_event_leaves_in_the_message_that_completes_it() -> None:
     counts = [body.count(b"\n\n") for body in answer.bodies]
     assert answer.bodies[0] == first
     assert counts == [1, 0, 1, 1, 0]
+    check_decorated(answer.body, PLAIN_STREAM, where=1)
 
 
 def test_vllms_own_chunks_are_recognised() -> None:
@@ -443,12 +360,12 @@ def streams(draw: st.DrawFn) -> tuple[list[bytes], int | None, int, bool]:
     return [*events, DONE], where, n, usage
 
 
-@given(stream=streams(), cuts=st.lists(st.integers(0, 1500), max_size=12))
+@given(stream=streams(), data=st.data())
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_random_cuts_change_nothing(stream: tuple[list[bytes], int | None, int, bool], cuts: list[int]) -> None:
+def test_random_cuts_change_nothing(stream: tuple[list[bytes], int | None, int, bool], data: st.DataObject) -> None:
     events, where, n, usage = stream
     whole = b"".join(events)
-    edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    edges = [0, *sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=12))), len(whole)]
     ledger = Ledger("k4v4", sequences=n, accounts={"a": ACCOUNTS[0]})
     decorator = StreamDecorator(ledger, usage_chunk=usage)
     sent = received = b""

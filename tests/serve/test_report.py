@@ -81,7 +81,7 @@ def test_cached_blocks_behind_the_sliding_window_are_not_held() -> None:
 
 
 def test_window_past_all_cached_blocks() -> None:
-    ledger = Ledger("k4v4", accounts={"a": account([11, 12, 13], skipped=(9,))}, cached_tokens={"a": 64})
+    ledger = Ledger("k4v4", accounts={"a": account([11, 12, 13], skipped=(5,))}, cached_tokens={"a": 64})
     assert report_of(ledger).shared_blocks == 0
 
 
