@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fraqtl_kernels import cpu, reference
-from fraqtl_kernels.cpu import attention
+from fraqtl_kernels.cpu import attention, tiles
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
@@ -53,8 +53,8 @@ def test_sliding_window_and_soft_cap(format_name: str, window: int, soft_cap: fl
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_many_small_tiles_give_the_same(format_name: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TILE_TOKENS", 32)
-    monkeypatch.setattr(attention, "TILE_QUERIES", 7)
+    monkeypatch.setattr(tiles, "TILE_TOKENS", 32)
+    monkeypatch.setattr(attention, "TILE_QUERIES", 9)
     batch = make_batch(format_name, lengths=(7, 161, 100, 64, 16), queries=(7, 1, 100, 1, 1))
     assert error_of(batch, window) < TOLERANCE[torch.float32]
 
