@@ -1,6 +1,6 @@
 """Compile every shipped kernel variant ahead of time, without a GPU, and say what it uses.
 
-    python -m fraqtl_kernels.gpu.aot [--out bench/results/aot] [--quick]
+    python -m fraqtl_kernels.gpu.aot [--out bench/results/aot] [--quick] [--architectures 80 90 100]
 
 For sm_80, sm_90 and sm_100: registers a thread, bytes spilled to local memory, shared memory, and the
 instructions of the inner loop, as the `cuobjdump` inside the Triton wheel reports them. Writes
@@ -28,11 +28,16 @@ from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu.combine import combine_kernel
 from fraqtl_kernels.gpu.config import Tuning, attention_constants, half_of, rows_for, vector_constants
 from fraqtl_kernels.gpu.decode import decode_kernel, decode_tuning, deferred
+from fraqtl_kernels.gpu.prefill import ROWS as PREFILL_ROWS
+from fraqtl_kernels.gpu.prefill import prefill_kernel, prefill_tuning
+from fraqtl_kernels.gpu.workspace import TILE as WORKSPACE_TILE
+from fraqtl_kernels.gpu.workspace import workspace_kernel
 from fraqtl_kernels.gpu.write import TOKENS, write_kernel
 from fraqtl_kernels.pages import PageLayout
 
 ARCHITECTURES = (80, 90, 100)
 MAIN_HEAD_SIZES = (64, 128)
+MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x64646464")  # of the inline unpack
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _TYPES = {
     "pool": "*u8",
@@ -40,6 +45,8 @@ _TYPES = {
     "query_start": "*i32",
     "lengths": "*i32",
     "slot_mapping": "*i64",
+    "first": "*i32",
+    "target_start": "*i32",
     "partial": "*fp32",
     "log_sums": "*fp32",
     "centre": "*fp32",
@@ -79,7 +86,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled variant uses. spills: bytes of local memory a thread. loop: instructions of the inner loop."""
+    """What a compiled variant uses.
+
+    spills: bytes of local memory a thread. loop: instructions of the inner loop (0: fully unrolled or none).
+    unpack: the PTX holds the inline unpack. tf32: it holds a TF32 product.
+    """
 
     variant: str
     architecture: int
@@ -88,6 +99,8 @@ class Usage:
     shared: int
     warps: int
     loop: int
+    unpack: bool
+    tf32: bool
 
 
 def variants(quick: bool = False) -> Iterator[Variant]:
@@ -104,6 +117,8 @@ def variants(quick: bool = False) -> Iterator[Variant]:
         for size in MAIN_HEAD_SIZES:
             yield Variant("combine", "k4v4", dtype, size, rows=64)
             yield Variant("write", "k4v4", dtype, size, options=("HAS_CENTRE",))
+            yield Variant("workspace", "k4v4", dtype, size)
+            yield Variant("prefill", "k4v4", dtype, size, rows=PREFILL_ROWS)
             yield Variant("decode", "k4v4", dtype, size, options=("HAS_WINDOW", "HAS_CAP", "HAS_SINKS", "HAS_CENTRE"))
             for block_size in (64, 128):
                 yield Variant("decode", "k4v4", dtype, size, block_size)
@@ -143,7 +158,30 @@ def _write(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
     return write_kernel, constants, Tuning(0, 4, 3)
 
 
-KERNELS = {"decode": _decode, "combine": _combine, "write": _write}
+def _workspace(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
+    _, constants, tuning = _write(variant)
+    return workspace_kernel, constants | {"TILE": WORKSPACE_TILE}, tuning
+
+
+def _prefill(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
+    tuning = prefill_tuning(variant.layout)
+    constants = attention_constants(variant.layout, variant.torch_dtype, ptx=True) | {
+        "GROUP": 4,
+        "ROWS": PREFILL_ROWS,
+        "TILE": tuning.tile,
+        "DEFERRED": deferred(PREFILL_ROWS, tuning.tile),
+        "STAGES": tuning.stages,
+    }
+    return prefill_kernel, constants, tuning
+
+
+KERNELS = {
+    "decode": _decode,
+    "combine": _combine,
+    "write": _write,
+    "workspace": _workspace,
+    "prefill": _prefill,
+}
 
 
 def compile_variant(variant: Variant, architecture: int) -> tuple[Any, Tuning]:
@@ -178,6 +216,8 @@ def measure(variant: Variant, architecture: int) -> Usage:
         shared=compiled.metadata.shared,
         warps=tuning.warps,
         loop=_loop_length(_tool("nvdisasm", compiled.asm["cubin"], "-c")),
+        unpack=any(magic in compiled.asm["ptx"] for magic in MAGIC_NUMBERS),
+        tf32=".tf32" in compiled.asm["ptx"],
     )
 
 
@@ -208,10 +248,11 @@ def table(usages: list[Usage]) -> str:
     rows: dict[str, dict[int, Usage]] = {}
     for usage in usages:
         rows.setdefault(usage.variant, {})[usage.architecture] = usage
-    head = " | ".join(f"sm_{a}: registers, spills, shared" for a in ARCHITECTURES)
-    lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(ARCHITECTURES)]
+    architectures = sorted({u.architecture for u in usages})
+    head = " | ".join(f"sm_{a}: registers, spills, shared" for a in architectures)
+    lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(architectures)]
     for name, by_arch in rows.items():
-        cells = (f"{u.registers}, {u.spills}, {u.shared}" for a in ARCHITECTURES if (u := by_arch.get(a)))
+        cells = (f"{u.registers}, {u.spills}, {u.shared}" for a in architectures if (u := by_arch.get(a)))
         lines.append(f"| {name} | {next(iter(by_arch.values())).warps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -220,8 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/aot"))
     parser.add_argument("--quick", action="store_true", help="the default format on the main head sizes only")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
-    usages = [measure(v, a) for v in variants(arguments.quick) for a in ARCHITECTURES]
+    usages = [measure(v, a) for v in variants(arguments.quick) for a in arguments.architectures]
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"triton": triton.__version__, "usages": [asdict(u) for u in usages]}
     (arguments.out / "registers.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -113,6 +113,6 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
 def unpack_bytes(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """uint8 tile of any shape -> DTYPE, plus the bias of `zero_points`."""
     if PTX and DTYPE == tl.float16:
-        return tl.inline_asm_elementwise(BYTES_FP16, "=&r,=&r,r", [codes], dtype=DTYPE, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(BYTES_FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
     else:
         return codes.to(tl.float32).to(DTYPE)

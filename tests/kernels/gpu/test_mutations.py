@@ -1,0 +1,59 @@
+"""The comparison sees errors: kernels with one line changed must fail it.
+
+Each mutation is a copy of the kernel sources with a piece of text replaced, loaded under another package name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fraqtl_kernels.gpu
+from fraqtl_kernels.gpu.config import Tuning
+from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
+
+SOURCES = Path(fraqtl_kernels.gpu.__file__).parent
+CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, tuning=Tuning(16, 4, 1))  # small tiles: several chunks
+MUTATIONS = {
+    "the scale of V is ignored": ("attention.py", "weights *= v_scale.to(tl.float32)[None, :]", "weights *= 1.0"),
+    "the scale of K is ignored": ("attention.py", "* k_scale.to(tl.float32)[None, :]", "* 1.0"),
+    "the mask is off by one": ("attention.py", "<= position[:, None]", "< position[:, None]"),
+    "the mask is off by one the other way": ("attention.py", "<= position[:, None]", "<= position[:, None] + 1"),
+    "the nibbles are swapped": ("unpack.py", "return low, high", "return high, low"),
+    "the zero point of V is left in": ("attention.py", "out_low -= V_ZERO * weight_sum[:, None]", "out_low -= 0.0"),
+    "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
+}
+
+
+@pytest.fixture
+def mutant(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The decode module of a mutated copy of the package."""
+    file, old, new = request.param
+    package = tmp_path / "mutated_gpu"
+    package.mkdir()
+    for source in SOURCES.glob("*.py"):
+        text = source.read_text()
+        if source.name == file:
+            assert text.count(old) == 1, f"{old!r} is in {file} {text.count(old)} times"
+            text = text.replace(old, new)
+        (package / source.name).write_text(text.replace("fraqtl_kernels.gpu", "mutated_gpu"))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("mutated_gpu.decode")
+    for name in [n for n in sys.modules if n.split(".")[0] == "mutated_gpu"]:
+        del sys.modules[name]
+
+
+def test_without_a_mutation_the_case_passes() -> None:
+    assert decode_error(CASE) <= TOLERANCE[CASE.dtype]
+
+
+@pytest.mark.parametrize("mutant", MUTATIONS.values(), ids=MUTATIONS, indirect=True)
+def test_a_mutation_is_seen(mutant: ModuleType) -> None:
+    error = decode_error(CASE, mutant)
+    print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
+    assert not error <= 5 * TOLERANCE[CASE.dtype]

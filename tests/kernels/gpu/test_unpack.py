@@ -1,0 +1,102 @@
+"""Both ways of unpacking: the portable one in the interpreter, the PTX one executed here, step by step."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fraqtl_kernels.formats import FORMATS, VectorFormat
+from fraqtl_kernels.gpu import unpack
+from tests.kernels.gpu.conftest import DEVICE
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+def run_ptx(asm: str, word: int, outputs: int, dtype: torch.dtype) -> list[float]:
+    """The 16-bit floats that `asm` leaves in $0, $1, ... for one 32-bit input. Knows the instructions used, no more."""
+    registers: dict[str, int] = {f"${outputs}": word}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def halves(bits: int) -> torch.Tensor:
+        signed = [((bits >> s) & 0xFFFF) - (((bits >> s) & 0x8000) << 1) for s in (0, 16)]
+        return torch.tensor(signed, dtype=torch.int16).view(dtype)
+
+    def whole(x: torch.Tensor) -> int:
+        low, high = (int(b) & 0xFFFF for b in x.view(torch.int16))
+        return low | (high << 16)
+
+    for line in re.findall(r"([a-z0-9.]+) ([^;{]+);", re.sub(r"\.reg[^;]*;", "", asm)):
+        op, (target, *names) = line[0], [part.strip() for part in line[1].split(",")]
+        args = [value(n) for n in names]
+        if op == "mov.b32":
+            result = args[0]
+        elif op == "shr.u32":
+            result = args[0] >> args[1]
+        elif op == "and.b32":
+            result = args[0] & args[1]
+        elif op == "prmt.b32":
+            data = (args[0] | (args[1] << 32)).to_bytes(8, "little")
+            result = int.from_bytes(bytes(data[(args[2] >> (4 * i)) & 7] for i in range(4)), "little")
+        elif op == "lop3.b32":
+            assert args[3] == 0xEA  # (a & b) | c
+            result = (args[0] & args[1]) | args[2]
+        elif op == "sub.rn.f16x2" and dtype == FP16:
+            result = whole(halves(args[0]) - halves(args[1]))
+        elif op == "fma.rn.bf16x2" and dtype == BF16:
+            a, b, c = (halves(x).double() for x in args)
+            result = whole((a * b + c).to(BF16))
+        else:
+            raise AssertionError(f"unknown instruction {op}")
+        registers[target] = result
+    return [float(x) for i in range(outputs) for x in halves(registers[f"${i}"])]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_ptx_nibbles(dtype: torch.dtype, centred: bool) -> None:
+    """Every byte in every place comes out as code + bias, and `zero_points` is where the value is zero."""
+    name = f"NIBBLES_{'FP16' if dtype == FP16 else 'BF16'}{'_CENTRED' if centred else ''}"
+    zeros = unpack.zero_points(VectorFormat(4), dtype, centred=centred, ptx=True)
+    for byte in range(256):
+        codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
+        found = run_ptx(getattr(unpack, name).value, int.from_bytes(bytes(codes), "little"), 4, dtype)
+        assert [x - zeros[0] for x in found[:4]] == [(c & 15) - 7.5 for c in codes]
+        assert [x - zeros[1] for x in found[4:]] == [(c >> 4) - 7.5 for c in codes]
+
+
+def test_ptx_bytes() -> None:
+    zeros = unpack.zero_points(VectorFormat(8), FP16, centred=True, ptx=True)
+    for byte in range(256):
+        codes = [byte, 255 - byte, (byte * 7) % 256, 128]
+        found = run_ptx(unpack.BYTES_FP16.value, int.from_bytes(bytes(codes), "little"), 2, FP16)
+        assert [x - zeros[0] for x in found] == [c - 127.5 for c in codes]
+
+
+@triton.jit
+def _unpack_all(codes, low, high, whole, DTYPE: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, 256)
+    code = tl.load(codes + at)
+    a, b = unpack.unpack_nibbles(code, DTYPE, True, False)
+    tl.store(low + at, a)
+    tl.store(high + at, b)
+    tl.store(whole + at, unpack.unpack_bytes(code, DTYPE, False))
+
+
+def test_portable(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    low, high, whole = (torch.full((256,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(3))
+    _unpack_all[(1,)](codes, low, high, whole, tl.float16 if dtype == FP16 else tl.bfloat16)
+    for bits, unpacked, exact in ((4, low, codes & 15), (4, high, codes >> 4), (8, whole, codes)):
+        vector = VectorFormat(bits)
+        zero, _ = unpack.zero_points(vector, dtype, centred=True, ptx=False)
+        assert torch.equal(unpacked.double() - zero, exact.double() - vector.midpoint)
+
+
+def test_raw_vectors_have_no_zero_point() -> None:
+    assert unpack.zero_points(FORMATS["bf16"].k, BF16, centred=True, ptx=True) == (0, 0)
