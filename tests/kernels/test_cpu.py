@@ -117,3 +117,18 @@ def test_only_given_slots_are_written(format_name: str) -> None:
     changed = layout.planes((pool != before).to(torch.uint8))
     rows = (changed.k.view(torch.uint8) != 0).any(-1).nonzero()
     assert set(map(tuple, rows.tolist())) == {(1, 0, 5), (1, 1, 5)}
+
+
+def test_the_default_dtype_does_not_matter(format_name: str) -> None:
+    """vLLM builds layers with the model's dtype as torch's default."""
+    batch = make_batch(format_name, lengths=(40, 33), queries=(20, 1))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        cpu.warm_up()
+        plan = cpu.plan_attention([0, 20, 21], [40, 33])
+        output = torch.empty_like(batch.query)
+        cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, scale=batch.scale)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.dtype == torch.float32
+    assert error_of(batch) < TOLERANCE[torch.float32]

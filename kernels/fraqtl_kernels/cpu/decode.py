@@ -167,8 +167,8 @@ def decode(
     block_table = block_table[rows]  # a copy, so its memory layout, and with it the compiled code, is always the same
     runs = _split_runs(positions, layout.block_size, pool.shape[1], window)
     shape = (len(runs), *q.shape[1:3])
-    highest, total = torch.empty(shape), torch.empty(shape)
-    out = torch.empty(*shape, q.shape[-1])
+    highest, total = q.new_empty(shape), q.new_empty(shape)
+    out = q.new_empty(*shape, q.shape[-1])
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
     k, v = layout.format.k, layout.format.v
     offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
@@ -198,8 +198,17 @@ def warm_up() -> None:
     """Compile the kernel, or load it from Numba's cache on disk, so that no request has to wait for it."""
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
-    table, rows, positions = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1).long(), torch.zeros(1, 1).long()
-    decode(torch.zeros(1, 1, 1, 64), pool, layout, table, rows, positions, window=None, soft_cap=None)
+    table, rows, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((1, 1), (1,), (1, 1)))
+    decode(
+        torch.zeros(1, 1, 1, 64, dtype=torch.float32),
+        pool,
+        layout,
+        table.int(),
+        rows,
+        positions,
+        window=None,
+        soft_cap=None,
+    )
 
 
 def _kind(vector: VectorFormat) -> int:
@@ -228,5 +237,5 @@ def _combine(request: Tensor, count: int, highest: Tensor, total: Tensor, out: T
     top = highest.new_full((count, *highest.shape[1:]), -torch.inf).scatter_reduce(0, index, highest, "amax")
     # A run that a query sees nothing of has -inf; where all have, its request can't be in the batch.
     weight = (highest - top[request]).exp()
-    joined = torch.zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
+    joined = out.new_zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
     return joined / torch.zeros_like(top).index_add_(0, request, total * weight)[..., None]

@@ -40,7 +40,7 @@ def prefill(
         if bool(unseen.any()):
             key, value = (x.masked_fill(unseen[:, None], 0) for x in (key, value))
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        bias = torch.zeros(count, used).masked_fill_(~seen[:, :used], -torch.inf)
+        bias = q.new_zeros(count, used).masked_fill_(~seen[:, :used], -torch.inf)
         part, lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
         # A query that sees nothing of this tile: its lse says so, its output is not to be used.
         blind = ~seen.any(1)[:, None]
