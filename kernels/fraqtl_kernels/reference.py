@@ -143,7 +143,7 @@ def paged_attention(
             scores = soft_cap * torch.tanh(scores / soft_cap)
         scores = scores.masked_fill(~seen, float("-inf"))
         if sinks is not None:
-            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, last - first, 1)], -1)
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
         weights = scores.softmax(-1)[..., :length]
         output[first:last] = torch.einsum("hqk,khd->qhd", weights, v)
     return output

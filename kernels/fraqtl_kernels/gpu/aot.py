@@ -32,7 +32,7 @@ from fraqtl_kernels.gpu.prefill import ROWS as PREFILL_ROWS
 from fraqtl_kernels.gpu.prefill import prefill_kernel, prefill_tuning
 from fraqtl_kernels.gpu.workspace import TILE as WORKSPACE_TILE
 from fraqtl_kernels.gpu.workspace import workspace_kernel
-from fraqtl_kernels.gpu.write import TOKENS, write_kernel
+from fraqtl_kernels.gpu.write import REGISTERS, TOKENS, write_kernel
 from fraqtl_kernels.pages import PageLayout
 
 ARCHITECTURES = (80, 90, 100)
@@ -155,12 +155,12 @@ def _combine(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
 def _write(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
     rotated = {"K_ROTATED": variant.layout.format.k.rotated, "V_ROTATED": variant.layout.format.v.rotated}
     constants = vector_constants(variant.layout, variant.torch_dtype) | rotated | {"TOKENS": TOKENS}
-    return write_kernel, constants, Tuning(0, 4, 3)
+    return write_kernel, constants, Tuning(0, 4, 3, REGISTERS)
 
 
 def _workspace(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    _, constants, tuning = _write(variant)
-    return workspace_kernel, constants | {"TILE": WORKSPACE_TILE}, tuning
+    _, constants, _ = _write(variant)
+    return workspace_kernel, constants | {"TILE": WORKSPACE_TILE}, Tuning(WORKSPACE_TILE, 4, 3)
 
 
 def _prefill(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
@@ -193,8 +193,8 @@ def compile_variant(variant: Variant, architecture: int) -> tuple[Any, Tuning]:
     signature = {n: "constexpr" if n in constants else _type_of(n, variant.torch_dtype) for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or "stride" in n}
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": tuning.warps}), tuning
+    options = {"num_warps": tuning.warps} | ({"maxnreg": tuning.registers} if tuning.registers else {})
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options), tuning
 
 
 def _type_of(name: str, dtype: torch.dtype) -> str:

@@ -18,11 +18,12 @@ MIN_ROWS = 16  # the smallest M of a tensor-core product
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch shape of an attention kernel: keys a tile, warps a program, pipeline stages."""
+    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread."""
 
     tile: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def rows_for(rows: int) -> int:

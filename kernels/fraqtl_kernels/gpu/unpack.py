@@ -98,11 +98,14 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
     if PTX:
         if DTYPE == tl.float16:
             asm: tl.constexpr = NIBBLES_FP16_CENTRED if CENTRED else NIBBLES_FP16
-            dtypes: tl.constexpr = (tl.float16, tl.float16)
+            low, high = tl.inline_asm_elementwise(
+                asm, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            )
         else:
-            asm: tl.constexpr = NIBBLES_BF16_CENTRED if CENTRED else NIBBLES_BF16
-            dtypes: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        low, high = tl.inline_asm_elementwise(asm, "=&r,=&r,=&r,=&r,r", [codes], dtype=dtypes, is_pure=True, pack=4)
+            asm16: tl.constexpr = NIBBLES_BF16_CENTRED if CENTRED else NIBBLES_BF16
+            low, high = tl.inline_asm_elementwise(
+                asm16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
     else:
         low = (codes & 15).to(tl.float32).to(DTYPE)
         high = (codes >> 4).to(tl.float32).to(DTYPE)

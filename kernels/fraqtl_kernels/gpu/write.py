@@ -21,6 +21,7 @@ from fraqtl_kernels.gpu.tiles import rotate_halves, round16
 from fraqtl_kernels.pages import PageLayout
 
 TOKENS = 16  # tokens a program: the M of the rotation's product
+REGISTERS = 128  # a thread may have: without a cap ptxas spills a few for an occupancy that nobody needs
 _LARGEST_SCALE = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even
 
@@ -217,5 +218,6 @@ def write(
         V_ROTATED=layout.format.v.rotated,
         HAS_CENTRE=bases.centre is not None,
         num_warps=4,
+        maxnreg=REGISTERS,
         **constants,
     )
