@@ -42,6 +42,7 @@ def start(*arguments: str, port: int | None = None, environment: dict[str, str] 
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
     full = [sys.executable, "-m", "fraqtl_serve", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
+    env.pop("TRITON_INTERPRET", None)  # a caller's, that tests kernels beside
     with log.open("wb") as out:
         process = subprocess.Popen(full, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     return Server(f"http://127.0.0.1:{port}", process, log)

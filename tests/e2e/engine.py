@@ -51,6 +51,7 @@ def run(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    environment.pop("TRITON_INTERPRET", None)  # of the kernel tests, which may run in this process
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.engine"],
         input=json.dumps(job),
