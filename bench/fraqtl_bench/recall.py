@@ -11,6 +11,7 @@ import argparse
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fraqtl_kernels.errors import one_of
 from fraqtl_kernels.formats import FORMATS
 
 FACT_SHARE = 0.15  # of the sentences of a text
+TEXTS_AT_ONCE = 10
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,22 @@ class Question:
 
 
 def make_questions(tokenizer: Any, context: int, count: int, per_text: int, seed: int) -> list[Question]:
-    """`count` questions about texts that are `context` tokens long, question and chat wording included."""
+    """`count` questions about texts that are `context` tokens long, question and chat wording included.
+
+    Questions about a text are `TEXTS_AT_ONCE` requests apart, so that all but the first find it in
+    the prefix cache.
+    """
     rng = random.Random(f"{seed}-{context}")
     prose = standard_library_prose(limit_bytes=400_000)
     questions: list[Question] = []
     while len(questions) < count:
-        text, codes = make_text(rng, prose, tokenizer, context)
-        for name in rng.sample(sorted(codes), min(per_text, len(codes), count - len(questions))):
-            questions.append(Question(text + "\n" + FACTS["code"][1].format(k=name), codes[name]))
-    return questions
+        asked: list[list[Question]] = []
+        for _ in range(TEXTS_AT_ONCE):
+            text, codes = make_text(rng, prose, tokenizer, context)
+            names = rng.sample(sorted(codes), min(per_text, len(codes)))
+            asked.append([Question(text + "\n" + FACTS["code"][1].format(k=name), codes[name]) for name in names])
+        questions += [q for turn in zip_longest(*asked) for q in turn if q is not None]
+    return questions[:count]
 
 
 def make_text(rng: random.Random, prose: list[str], tokenizer: Any, context: int) -> tuple[str, dict[str, str]]:
