@@ -13,11 +13,13 @@ from pydantic import BaseModel, Field
 
 
 class KVUsage(BaseModel):
-    """The integers of the report; mirrored in `usage.kv_cache`."""
+    """The part of the report that is mirrored in `usage.kv_cache`: integers that can be added up.
+
+    LangChain sums whatever integers it finds in `usage` over a batch; a sum of block sizes says nothing.
+    """
 
     tokens: int = Field(description="KV entries written: prompt + generated - 1, summed over the sequences")
     blocks: int = Field(description="blocks held at the end; blocks that sequences share count once")
-    block_size: int = Field(description="tokens a block")
     shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache")
     bytes: int = Field(description="bytes of these blocks: all layers and ranks, scales and padding included")
     baseline_bytes: int = Field(description="bytes of the same blocks in the model's own dtype")
@@ -29,6 +31,7 @@ class KVReport(KVUsage):
 
     version: Literal[1] = 1
     kv_format: str = Field(description="name of the KV-cache format")
+    block_size: int = Field(description="tokens a block")
     ratio: float = Field(description="baseline_bytes / bytes")
 
     def usage(self) -> dict[str, int]:

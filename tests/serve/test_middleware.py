@@ -25,13 +25,12 @@ from tests.serve.small_app import ACCOUNTS, CHAT, Answer, ask, compact, make_app
 INTEGERS = {
     "tokens": 20,
     "blocks": 2,
-    "block_size": 16,
     "shared_blocks": 0,
     "bytes": 4352,
     "baseline_bytes": 16384,
     "saved_bytes": 12032,
 }
-REPORT = {**INTEGERS, "version": 1, "kv_format": "k4v4", "ratio": 3.7647}
+REPORT = {**INTEGERS, "version": 1, "block_size": 16, "kv_format": "k4v4", "ratio": 3.7647}
 # The second sequence shares block 1 with the first: three blocks.
 REPORT_OF_TWO = {**REPORT, "tokens": 42, "blocks": 3, "bytes": 6528, "baseline_bytes": 24576, "saved_bytes": 18048}
 DONE = b"data: [DONE]\n\n"
