@@ -32,7 +32,7 @@ from fraqtl_kernels.gpu.prefill import ROWS as PREFILL_ROWS
 from fraqtl_kernels.gpu.prefill import prefill_kernel, prefill_tuning
 from fraqtl_kernels.gpu.workspace import TILE as WORKSPACE_TILE
 from fraqtl_kernels.gpu.workspace import workspace_kernel
-from fraqtl_kernels.gpu.write import REGISTERS, TOKENS, write_kernel
+from fraqtl_kernels.gpu.write import TOKENS, write_kernel, write_tuning
 from fraqtl_kernels.pages import PageLayout
 
 ARCHITECTURES = (80, 90, 100)
@@ -107,23 +107,21 @@ def variants(quick: bool = False) -> Iterator[Variant]:
     """Every variant that is compiled; `quick`: only the default format on the main head sizes."""
     for dtype in ("fp16", "bf16"):
         for size in MAIN_HEAD_SIZES if quick else HEAD_SIZES:
-            for name in ("k4v4",) if quick or size not in MAIN_HEAD_SIZES else FORMATS:
-                yield Variant("decode", name, dtype, size)
-                yield Variant("write", name, dtype, size)
+            yield Variant("decode", "k4v4", dtype, size)
+            yield Variant("write", "k4v4", dtype, size)
+        for size in MAIN_HEAD_SIZES:
             yield Variant("combine", "k4v4", dtype, size)
             yield Variant("decode", "k4v4", dtype, size, options=("DIRECT",))
         if quick:
             continue
         for size in MAIN_HEAD_SIZES:
-            yield Variant("combine", "k4v4", dtype, size, rows=64)
-            yield Variant("write", "k4v4", dtype, size, options=("HAS_CENTRE",))
+            for name in ("k8v8", "k8v4", dtype):
+                yield Variant("decode", name, dtype, size)
             yield Variant("workspace", "k4v4", dtype, size)
             yield Variant("prefill", "k4v4", dtype, size, rows=PREFILL_ROWS)
             yield Variant("decode", "k4v4", dtype, size, options=("HAS_WINDOW", "HAS_CAP", "HAS_SINKS", "HAS_CENTRE"))
-            for block_size in (64, 128):
-                yield Variant("decode", "k4v4", dtype, size, block_size)
-            for rows in (32, 64):
-                yield Variant("decode", "k4v4", dtype, size, rows=rows)
+            yield Variant("decode", "k4v4", dtype, size, block_size=64)
+            yield Variant("decode", "k4v4", dtype, size, rows=64)
 
 
 def _decode(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
@@ -155,7 +153,7 @@ def _combine(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
 def _write(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
     rotated = {"K_ROTATED": variant.layout.format.k.rotated, "V_ROTATED": variant.layout.format.v.rotated}
     constants = vector_constants(variant.layout, variant.torch_dtype) | rotated | {"TOKENS": TOKENS}
-    return write_kernel, constants, Tuning(0, 4, 3, REGISTERS)
+    return write_kernel, constants, write_tuning(variant.head_size)
 
 
 def _workspace(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:

@@ -18,7 +18,7 @@ from fraqtl_kernels.gpu.decode import deferred
 from fraqtl_kernels.gpu.splits import oldest_visible
 from fraqtl_kernels.pages import PageLayout
 
-ROWS = 64  # query rows of a program
+ROWS = 32  # query rows of a program
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -160,7 +160,7 @@ def prefill_kernel(
 
 def prefill_tuning(layout: PageLayout) -> Tuning:
     """Launch shape by head size."""
-    return Tuning(tile=64 if layout.head_size <= 128 else 32, warps=8, stages=5)
+    return Tuning(tile=32, warps=4 if layout.head_size <= 128 else 8, stages=5)
 
 
 def prefill(

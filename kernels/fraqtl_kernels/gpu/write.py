@@ -16,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.config import check_dtype, vector_constants
+from fraqtl_kernels.gpu.config import Tuning, check_dtype, vector_constants
 from fraqtl_kernels.gpu.tiles import rotate_halves, round16
 from fraqtl_kernels.pages import PageLayout
 
 TOKENS = 16  # tokens a program: the M of the rotation's product
-REGISTERS = 128  # a thread may have: without a cap ptxas spills a few for an occupancy that nobody needs
 _LARGEST_SCALE = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even
 
@@ -196,7 +195,7 @@ def write(
     tokens = min(slot_mapping.shape[0], key.shape[0])
     if tokens == 0:
         return
-    constants = vector_constants(layout, key.dtype)
+    constants, tuning = vector_constants(layout, key.dtype), write_tuning(layout.head_size)
     write_kernel[(triton.cdiv(tokens, TOKENS), key.shape[1], 2)](
         key,
         value,
@@ -217,7 +216,12 @@ def write(
         K_ROTATED=layout.format.k.rotated,
         V_ROTATED=layout.format.v.rotated,
         HAS_CENTRE=bases.centre is not None,
-        num_warps=4,
-        maxnreg=REGISTERS,
+        num_warps=tuning.warps,
+        **({"maxnreg": tuning.registers} if tuning.registers else {}),
         **constants,
     )
+
+
+def write_tuning(head_size: int) -> Tuning:
+    """Launch shape. Without a cap on registers ptxas spills a few for an occupancy that nobody needs."""
+    return Tuning(TOKENS, 4, 1, registers=128) if head_size <= 128 else Tuning(TOKENS, 8, 1)

@@ -37,7 +37,7 @@ def test_the_committed_table() -> None:
     for usage in usages:
         check(usage)
     names = {v.name for v in aot.variants()}
-    assert {(u["variant"], u["architecture"]) for u in usages} == {(n, a) for n in names for a in aot.ARCHITECTURES}
+    assert {u["variant"] for u in usages} <= names  # none of a variant that no longer exists
 
 
 def test_compile_now(tmp_path: Path) -> None:
