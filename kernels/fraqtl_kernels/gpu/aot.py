@@ -250,7 +250,8 @@ def table(usages: list[Usage]) -> str:
     head = " | ".join(f"sm_{a}: registers, spills, shared" for a in architectures)
     lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(architectures)]
     for name, by_arch in rows.items():
-        cells = (f"{u.registers}, {u.spills}, {u.shared}" for a in architectures if (u := by_arch.get(a)))
+        found = (by_arch.get(a) for a in architectures)
+        cells = (f"{u.registers}, {u.spills}, {u.shared}" if u else "not compiled yet" for u in found)
         lines.append(f"| {name} | {next(iter(by_arch.values())).warps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
