@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
+from typing import Any
 
 import anthropic
 import pytest
 from anthropic import Anthropic
 
-from tests.e2e.reports import ANSWER, MODEL, messages
+from tests.e2e.reports import ANSWER, BLOCK_SIZE, MODEL, check, check_mirror, messages
 from tests.e2e.server import Server
 
 GREEDY = {"temperature": 0}
@@ -20,12 +22,26 @@ def client(demo_server: Server) -> Iterator[Anthropic]:
         yield client
 
 
+def check_report(carrier: Any, usage: Any) -> None:
+    tokens = usage.input_tokens + usage.output_tokens - 1
+    check(carrier.fraqtl, tokens=tokens, blocks=ceil(tokens / BLOCK_SIZE))
+    check_mirror(carrier.usage.kv_cache, carrier.fraqtl)
+
+
 def test_message(client: Anthropic) -> None:
     message = client.messages.create(model=MODEL, messages=messages(), max_tokens=30, extra_body=GREEDY)
     assert [block.text for block in message.content if block.type == "text"] == [ANSWER]
     assert message.stop_reason == "end_turn"
     assert message.usage.input_tokens > 20
     assert message.usage.output_tokens > 5
+    check_report(message, message.usage)
+
+
+def test_headers(client: Anthropic) -> None:
+    raw = client.messages.with_raw_response.create(model=MODEL, messages=messages(), max_tokens=3)
+    report: Any = raw.parse().model_extra
+    assert raw.headers["x-fraqtl-kv-bytes"] == str(report["fraqtl"]["bytes"])
+    assert raw.headers["x-fraqtl-kv-saved-bytes"] == str(report["fraqtl"]["saved_bytes"])
 
 
 def test_stream_helper(client: Anthropic) -> None:
@@ -37,11 +53,15 @@ def test_stream_helper(client: Anthropic) -> None:
 
 
 def test_stream_of_events(client: Anthropic) -> None:
-    events = client.messages.create(model=MODEL, messages=messages(), max_tokens=30, extra_body=GREEDY, stream=True)
+    options: dict[str, Any] = {"extra_body": GREEDY, "stream": True}
+    events = list(client.messages.create(model=MODEL, messages=messages(), max_tokens=30, **options))
     kinds = [event.type for event in events]
     outline = [kind for kind in kinds if kind != "content_block_delta"]
     assert outline == ["message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop"]
     assert kinds.count("content_block_delta") > 5
+    [carrier] = [event for event in events if "fraqtl" in (event.model_extra or {})]
+    assert carrier.type == "message_delta"
+    check_report(carrier, carrier.usage)
 
 
 def test_length_limit(client: Anthropic) -> None:

@@ -289,8 +289,20 @@ def test_responses(client: OpenAI) -> None:
     answer = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=30)
     assert answer.output_text == ANSWER
     assert answer.status == "completed"
-    assert answer.usage is not None
-    assert answer.usage.output_tokens > 5
+    check_response(answer)
+
+
+def check_response(answer: Any) -> None:
+    tokens = answer.usage.input_tokens + answer.usage.output_tokens - 1
+    check(answer.fraqtl, tokens=tokens, blocks=ceil(tokens / BLOCK_SIZE))
+    check_mirror(answer.usage.kv_cache, answer.fraqtl)
+
+
+def test_responses_headers(client: OpenAI) -> None:
+    raw = client.responses.with_raw_response.create(model=MODEL, input=QUESTION, max_output_tokens=3)
+    report: Any = raw.parse().model_extra
+    assert raw.headers["x-fraqtl-kv-bytes"] == str(report["fraqtl"]["bytes"])
+    assert raw.headers["x-fraqtl-kv-saved-bytes"] == str(report["fraqtl"]["saved_bytes"])
 
 
 def test_responses_stream(client: OpenAI) -> None:
@@ -299,3 +311,17 @@ def test_responses_stream(client: OpenAI) -> None:
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
     assert [event.type for event in events].count("response.completed") == 1
     assert events[-1].type == "response.completed"
+    check_response(events[-1].response)
+    assert [i for i, event in enumerate(events) if '"fraqtl":' in event.model_dump_json()] == [len(events) - 1]
+
+
+def test_batch_of_conversations(demo_server: Server) -> None:
+    body = {"model": MODEL, "messages": [messages(), messages("hello")], "temperature": 0, "max_tokens": 20}
+    response = httpx.post(f"{demo_server.url}/v1/chat/completions/batch", json=body, timeout=120)
+    answer = response.json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    report = answer["fraqtl"]
+    check(report, tokens=answer["usage"]["total_tokens"] - 2, blocks=report["blocks"])
+    check_mirror(answer["usage"]["kv_cache"], report)
+    assert response.headers["x-fraqtl-kv-bytes"] == str(report["bytes"])

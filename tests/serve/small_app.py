@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fraqtl_serve.accounting import Accounting
-from fraqtl_serve.middleware import ReportMiddleware
+from fraqtl_serve.middleware import LAST_EVENT, ReportMiddleware
 from tests.serve.fake_engine import FakeEngine, account
 
 CHAT = "/v1/chat/completions"
@@ -63,7 +63,7 @@ def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: A
             pass
         return respond()
 
-    paths = (CHAT, "/v1/completions", "/v1/embeddings", "/v1/models")
+    paths = (*LAST_EVENT, "/v1/messages/count_tokens", "/v1/embeddings", "/v1/models")
     app = Starlette(routes=[Route(path, handle, methods=["GET", "POST"]) for path in paths])
     app.add_middleware(ReportMiddleware, in_body=in_body)
     app.state.args = Namespace(**args)

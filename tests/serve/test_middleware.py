@@ -17,12 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fraqtl_serve.middleware import StreamDecorator
 from fraqtl_serve.report import Ledger
+from fraqtl_serve.streams import ChunkDecorator
 from tests.serve.fake_engine import FakeEngine, account
 from tests.serve.small_app import ACCOUNTS, CHAT, Answer, ask, compact, make_app, make_scope, messages, never
 
-INTEGERS = {
+COUNTS = {
     "tokens": 20,
     "blocks": 2,
     "shared_blocks": 0,
@@ -30,7 +30,7 @@ INTEGERS = {
     "baseline_bytes": 16384,
     "saved_bytes": 12032,
 }
-REPORT = {**INTEGERS, "version": 1, "block_size": 16, "kv_format": "k4v4", "ratio": 3.7647}
+REPORT = {**COUNTS, "version": 1, "block_size": 16, "kv_format": "k4v4", "ratio": 3.7647}
 # The second sequence shares block 1 with the first: three blocks.
 REPORT_OF_TWO = {**REPORT, "tokens": 42, "blocks": 3, "bytes": 6528, "baseline_bytes": 24576, "saved_bytes": 18048}
 DONE = b"data: [DONE]\n\n"
@@ -62,7 +62,7 @@ def with_report(event: bytes, report: dict[str, Any] = REPORT) -> dict[str, Any]
     """What the payload of `event` must have become, written out."""
     payload: dict[str, Any] = {**json.loads(event.removeprefix(b"data: ")), "fraqtl": report}
     if payload.get("usage"):
-        payload["usage"]["kv_cache"] = {key: report[key] for key in INTEGERS}
+        payload["usage"]["kv_cache"] = {key: report[key] for key in COUNTS}
     return payload
 
 
@@ -84,7 +84,7 @@ def test_json_body_and_headers() -> None:
     answer = ask(make_app(lambda: JSONResponse({"id": "chatcmpl-1", "usage": {"prompt_tokens": 5}})))
     assert answer.json == {
         "id": "chatcmpl-1",
-        "usage": {"prompt_tokens": 5, "kv_cache": INTEGERS},
+        "usage": {"prompt_tokens": 5, "kv_cache": COUNTS},
         "fraqtl": REPORT,
     }
     assert answer.headers["x-fraqtl-kv-bytes"] == "4352"
@@ -113,12 +113,20 @@ def test_json_body_that_comes_in_pieces() -> None:
             yield whole[i : i + 1]
 
     answer = ask(make_app(lambda: StreamingResponse(body(), media_type="application/json; charset=utf-8")))
-    assert answer.json == {"text": "Grüß", "usage": {"kv_cache": INTEGERS}, "fraqtl": REPORT}
+    assert answer.json == {"text": "Grüß", "usage": {"kv_cache": COUNTS}, "fraqtl": REPORT}
     assert answer.headers["content-length"] == str(len(answer.body))
 
 
 def test_two_sequences_make_one_report() -> None:
     assert ask(make_app(lambda: JSONResponse({})), {"n": 2}).json == {"fraqtl": REPORT_OF_TWO}
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/chat/completions/batch"])
+def test_other_endpoints_say_the_same(path: str) -> None:
+    answer = ask(make_app(lambda: JSONResponse({"usage": {"output_tokens": 3}})), path=path)
+    assert answer.json == {"usage": {"output_tokens": 3, "kv_cache": COUNTS}, "fraqtl": REPORT}
+    assert answer.headers["x-fraqtl-kv-bytes"] == "4352"
+    assert answer.headers["x-fraqtl-kv-saved-bytes"] == "12032"
 
 
 def test_body_stays_as_it_is_where_the_report_is_switched_off() -> None:
@@ -161,7 +169,15 @@ def test_errors_and_other_bodies_pass(respond: Callable[[], Response]) -> None:
     assert answer.headers == dict(expected.headers)
 
 
-@pytest.mark.parametrize(("path", "method"), [("/v1/embeddings", "POST"), ("/v1/models", "GET"), (CHAT, "GET")])
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("/v1/embeddings", "POST"),
+        ("/v1/messages/count_tokens", "POST"),
+        ("/v1/models", "GET"),
+        (CHAT, "GET"),
+    ],
+)
 def test_other_paths_and_methods_are_untouched(path: str, method: str) -> None:
     answer = ask(make_app(lambda: JSONResponse({"usage": {}})), path=path, method=method)
     assert answer.body == b'{"usage":{}}'
@@ -366,15 +382,84 @@ def test_random_cuts_change_nothing(stream: tuple[list[bytes], int | None, int, 
     whole = b"".join(events)
     edges = [0, *sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=12))), len(whole)]
     ledger = Ledger("k4v4", sequences=n, accounts={"a": ACCOUNTS[0]})
-    decorator = StreamDecorator(ledger, usage_chunk=usage)
+    decorator = ChunkDecorator(ledger, usage_chunk=usage)
     sent = received = b""
     for i, (start, end) in enumerate(pairwise(edges)):
         received += whole[start:end]
         sent += decorator.feed(whole[start:end], last=i == len(edges) - 2)
         assert sent.count(b"\n\n") == received.count(b"\n\n")  # nothing complete is held back
     check_decorated(sent, events, where)
-    uncut = StreamDecorator(ledger, usage_chunk=usage).feed(whole, last=True)
+    uncut = ChunkDecorator(ledger, usage_chunk=usage).feed(whole, last=True)
     assert sent == uncut
+
+
+# ---- streams of named events
+
+
+def named(name: str, payload: dict[str, Any]) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + compact({"type": name, **payload}) + b"\n\n"
+
+
+USAGE = {"usage": {"input_tokens": 5, "output_tokens": 16}}
+RESPONSES_STREAM = [
+    named("response.created", {"response": {"id": "resp_1", "usage": None}}),
+    named("response.output_text.delta", {"delta": "event: response.completed\ndata: {"}),
+    named("response.completed", {"response": {"id": "resp_1", "text": "Grüß", **USAGE}, "sequence_number": 2}),
+]
+MESSAGES_STREAM = [
+    named("message_start", {"message": {"id": "msg_1", **USAGE}}),
+    named("content_block_delta", {"delta": {"text": "event: message_delta\ndata: {"}}),
+    b"event: ping\ndata: {}\n\n: a comment\n\n",
+    named("message_delta", {"delta": {"stop_reason": "end_turn"}, **USAGE}),
+    named("message_stop", {}),
+]
+NAMED_STREAMS = [
+    pytest.param("/v1/responses", RESPONSES_STREAM, 2, id="responses"),
+    pytest.param("/v1/messages", MESSAGES_STREAM, 3, id="messages"),
+]
+
+
+def check_named(out: bytes, events: list[bytes], where: int) -> None:
+    """`out` is `events`, byte for byte, but for the report beside the usage of event number `where`."""
+    before, after = b"".join(events[:where]), b"".join(events[where + 1 :])
+    assert out.startswith(before) and out.endswith(after)
+    got = out[len(before) : len(out) - len(after)]
+    name, _, data = events[where].partition(b"data: ")
+    assert got.startswith(name + b"data: ") and got.endswith(b"\n\n")
+    expected = json.loads(data)
+    inside = expected.get("response", expected)
+    inside |= {"fraqtl": REPORT, "usage": {**inside["usage"], "kv_cache": COUNTS}}
+    assert json.loads(got[len(name) + len(b"data: ") :]) == expected
+
+
+@pytest.mark.parametrize(("path", "events", "where"), NAMED_STREAMS)
+def test_named_event_with_the_usage_is_decorated(path: str, events: list[bytes], where: int) -> None:
+    check_named(ask(make_app(stream_of(events)), {"stream": True}, path=path).body, events, where)
+
+
+@pytest.mark.parametrize(("path", "events", "where"), NAMED_STREAMS)
+def test_named_events_cut_at_every_byte(path: str, events: list[bytes], where: int) -> None:
+    whole = b"".join(events)
+    pieces = [whole[i : i + 1] for i in range(len(whole))]
+    check_named(ask(make_app(stream_of(pieces)), path=path).body, events, where)
+
+
+@pytest.mark.parametrize(("path", "events", "where"), NAMED_STREAMS)
+def test_named_events_pass_where_there_is_nothing_to_say(path: str, events: list[bytes], where: int) -> None:
+    silent = make_app(stream_of(events))
+    silent.state.engine.accounts = ()
+    whole = b"".join(events)
+    assert ask(silent, path=path).body == whole
+    assert ask(make_app(stream_of(events), in_body=False), path=path).body == whole
+    cut = [*events[:where], events[where].replace(b'"usage":{"input_tokens":5,"output_tokens":16}', b'"usage":null')]
+    assert ask(make_app(stream_of(cut)), path=path).body == b"".join(cut)
+
+
+@pytest.mark.parametrize(("path", "name"), [("/v1/responses", "response.completed"), ("/v1/messages", "message_delta")])
+@pytest.mark.parametrize("data", [b"not JSON", b"{broken", b"[1]", b'{"response":3}', b"{}"])
+def test_named_event_that_is_not_as_expected_passes(path: str, name: str, data: bytes) -> None:
+    event = b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+    assert ask(make_app(stream_of([event])), path=path).body == event
 
 
 # ---- ends nobody wished for
