@@ -27,6 +27,7 @@ class Run:
     preemptions: int
     cached_tokens: list[int]
     pool: dict[str, Any]
+    prompt_logprobs: list[list[float]]
     log: str
 
 
@@ -86,6 +87,7 @@ def _main(job: dict[str, Any]) -> None:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "preemptions": counters.get("vllm:num_preemptions", 0),
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
+        "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),
             "shapes": [list(p.shape) for p in pools],
@@ -97,6 +99,12 @@ def _main(job: dict[str, Any]) -> None:
         },
     }
     print(MARK + json.dumps(result), flush=True)
+
+
+def _prompt_logprobs(output: Any) -> list[float]:
+    """The log-probability of every prompt token after the first, if it was asked for."""
+    tokens = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
+    return [found[token].logprob for token, found in tokens]
 
 
 def _pools(llm: Any) -> list[Any]:

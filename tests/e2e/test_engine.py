@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.engine import Run, run
 from tests.e2e.prompts import recall_prompt
+from tests.e2e.random_models import random_gemma2, random_llama
 
 LENGTHS = (*range(150, 182), 400, 401, 733, 1000)  # two lengths for every residue of 16, and longer ones
 PAIRS = [recall_prompt(n, seed=n) for n in LENGTHS]
@@ -38,6 +40,24 @@ def test_capacity_at_equal_memory() -> None:
     packed, plain = (run(PROMPTS[:1], kv_format=f, kv_cache_memory_bytes=BUDGET) for f in ("k4v4", "bf16"))
     assert cache_tokens(plain) == BUDGET // (4 * 2 * 16 * 256) * 16  # layers x heads x tokens x bytes
     assert cache_tokens(packed) / cache_tokens(plain) >= 3.75
+
+
+def test_capacity_at_head_size_128(tmp_path: Path) -> None:
+    model = random_llama(tmp_path, head_size=128)
+    packed, plain = (run(PROMPTS[:1], model=model, kv_format=f, kv_cache_memory_bytes=BUDGET) for f in ("k4v4", "bf16"))
+    assert cache_tokens(packed) / cache_tokens(plain) >= 3.87
+
+
+@pytest.mark.parametrize("kv_format", ["k8v8", "k4v4"])
+def test_sliding_windows_and_soft_caps_in_a_real_model(kv_format: str, tmp_path: Path) -> None:
+    """A random Gemma 2: every second layer sees 32 tokens, scores are capped, head size 256."""
+    model = random_gemma2(tmp_path)
+    options = {"model": model, "sampling": {"prompt_logprobs": 0, "max_tokens": 4}, "max_num_batched_tokens": 64}
+    plain, packed = (run(PROMPTS[:2], kv_format=f, **options) for f in ("bf16", kv_format))
+    for a, b in zip(plain.prompt_logprobs, packed.prompt_logprobs, strict=True):
+        assert len(a) > 100
+        differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+        assert 0 < max(differences) < {"k8v8": 0.2, "k4v4": 1.0}[kv_format]
 
 
 def test_the_pool_is_packed_bytes_and_nothing_else() -> None:

@@ -1,0 +1,41 @@
+"""Small models with random weights, for shapes that the demo model doesn't have."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.e2e.engine import DEMO_MODEL
+
+SHAPE = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+
+
+def random_llama(folder: Path, head_size: int) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(LlamaForCausalLM(_config(LlamaConfig, head_dim=head_size)), folder)
+
+
+def random_gemma2(folder: Path) -> Path:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = _config(
+        Gemma2Config, head_dim=256, sliding_window=32, attn_logit_softcapping=5.0, query_pre_attn_scalar=256
+    )
+    return _save(Gemma2ForCausalLM(config), folder)
+
+
+def _config(kind: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(**SHAPE, **HEADS, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options)
+
+
+def _save(model: Any, folder: Path) -> Path:
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_MODEL / name, folder / name)
+    return folder
