@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fraqtl_bench import kernels, recall
+from fraqtl_bench import kernels, quantiser, recall
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (kernels, recall)
+COMMANDS = (kernels, quantiser, recall)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

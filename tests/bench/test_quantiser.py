@@ -1,0 +1,246 @@
+"""`fraqtl-bench quantiser`: each piece of the ablation against values written out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fraqtl_bench import quantiser
+from fraqtl_bench.cli import main
+from fraqtl_bench.quantiser import capture, cases, measure
+from fraqtl_bench.quantiser.variants import (
+    PLAIN,
+    Constants,
+    Variant,
+    encode,
+    key_variants,
+    on_grid,
+    store,
+    tie_pairs,
+    value_variants,
+)
+from fraqtl_kernels import reference
+from fraqtl_kernels.formats import get_format
+from fraqtl_kernels.rotation import hadamard
+
+SHIPPED = Variant("midpoint", "hadamard", "absmax")
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(50, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def sample(tokens: int = 40, queries: int = 9, size: int = 64) -> cases.Sample:
+    generator = torch.Generator().manual_seed(1)
+    key, value, query = (
+        torch.randn(n, size, generator=generator, dtype=torch.float64) for n in (tokens, tokens, queries)
+    )
+    return cases.Sample(key, value, query, cases.causal(tokens, queries))
+
+
+def test_midpoint_grid_is_the_one_of_the_kernels(x: Tensor) -> None:
+    x = torch.cat([x, torch.zeros_like(x[:1])])
+    codes, scale = reference.quantise(x, get_format("k4v4").k)
+    found = encode(x, "midpoint")
+    assert torch.equal(found.codes.to(torch.uint8), codes) and torch.equal(found.scale, scale)
+    assert torch.equal(found.decode(), reference.dequantise(codes, scale, get_format("k4v4").k, torch.float64))
+
+
+def test_grids_by_hand() -> None:
+    x = torch.tensor([[-3.0, 0.0, 1.0, 7.0]])
+    assert on_grid(x, "symmetric", "absmax").tolist() == x.tolist()  # step 1
+    assert on_grid(torch.tensor([[7.5, 0.4, -6.6]]), "midpoint", "absmax").tolist() == [[7.5, 0.5, -6.5]]
+    assert encode(torch.tensor([[8.0, -7.6, 0.1]]), "midpoint", 15 / 16).codes.tolist() == [[15, 0, 8]]  # step 1
+    assert on_grid(torch.tensor([[8.0, -7.6, 0.1]]), "midpoint", "edge").tolist() == [[7.5, -7.5, 0.5]]
+
+
+def test_asymmetric_grid_reproduces_minimum_and_maximum() -> None:
+    x = torch.tensor([[-2.0, -0.9, 3.3, 5.5]])  # step 1/2
+    found = encode(x, "asymmetric")
+    assert found.minimum is not None and found.minimum.tolist() == [-2.0] and found.scale.tolist() == [0.5]
+    assert found.codes.tolist() == [[0, 2, 11, 15]]
+    assert found.decode().tolist() == [[-2.0, -1.0, 3.5, 5.5]]
+
+
+def test_searched_scale_is_never_worse_than_any_of_its_candidates(x: Tensor) -> None:
+    for grid in ("symmetric", "asymmetric", "midpoint"):
+        best = (on_grid(x, grid, "mse") - x).norm(dim=-1)
+        for factor in (1.0, 0.9375, 0.875, 0.75, 0.625):
+            assert (best <= (encode(x, grid, factor).decode() - x).norm(dim=-1)).all()
+
+
+def test_edge_scale_rounds_by_at_most_half_a_smaller_step(x: Tensor) -> None:
+    for scale, steps in (("absmax", 15), ("edge", 16)):
+        error = (on_grid(x, "midpoint", scale) - x).abs().amax(-1)
+        assert (error <= x.abs().amax(-1) / steps * (1 + 1e-2)).all()
+
+
+def test_bytes_count_scales_and_minima() -> None:
+    assert SHIPPED.bytes_per_token(128) == get_format("k4v4").bytes_per_token(128) == 132
+    assert SHIPPED.bytes_per_token(64) == get_format("k4v4").bytes_per_token(64) == 68
+    calibrated = Variant("midpoint", "hadamard", "mse", "mean", "balanced")
+    assert calibrated.bytes_per_token(128) == 132
+    assert Variant("asymmetric", "none", "absmax").bytes_per_token(128) == 136
+    assert measure.affordable(calibrated, 64) and not measure.affordable(Variant("asymmetric", "none", "mse"), 64)
+
+
+def test_every_combination_is_there_once() -> None:
+    assert len(set(key_variants())) == 3 * 2 * 4 * 2 * 3
+    assert len(set(value_variants())) == 3 * 2 * 4
+    assert PLAIN in set(key_variants()) and SHIPPED in set(value_variants())
+
+
+def test_centring_leaves_softmax_unchanged() -> None:
+    s = sample()
+    constants = Constants.calibrate(s.key + 5, s.query, Variant("midpoint", "none", "absmax", "mean"))
+    assert torch.allclose(constants.centre, s.key.mean(0) + 5, atol=1e-14, rtol=0)
+    centred = s.scores(constants.prepare_key(s.key)).softmax(-1)
+    torch.testing.assert_close(centred, s.scores().softmax(-1), atol=1e-13, rtol=0)
+    torch.testing.assert_close(constants.restore_key(constants.prepare_key(s.key)), s.key, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("smoothing", ["magnitude", "balanced"])
+def test_smoothing_folded_into_the_query_leaves_scores_unchanged(smoothing: str) -> None:
+    s = sample()
+    s = replace(s, key=s.key * torch.arange(1, 65))
+    constants = Constants.calibrate(s.key, s.query, Variant("midpoint", "none", "absmax", "none", smoothing))
+    folded = replace(s, query=constants.prepare_query(s.query)).scores(constants.prepare_key(s.key))
+    torch.testing.assert_close(folded, s.scores(), atol=1e-12, rtol=1e-12)
+
+
+def test_smoothing_commutes_with_rope() -> None:
+    s = sample()
+    constants = Constants.calibrate(s.key, s.query, Variant("midpoint", "none", "absmax", "none", "magnitude"))
+    positions = torch.arange(40).double()
+    turned = cases.rope(constants.prepare_key(s.key), positions)
+    torch.testing.assert_close(turned, constants.prepare_key(cases.rope(s.key, positions)), atol=1e-12, rtol=0)
+
+
+def test_smoothing_by_hand() -> None:
+    assert tie_pairs(torch.tensor([1.0, 2.0, 3.0, 6.0])).tolist() == [2.0, 4.0, 2.0, 4.0]
+    key, query = torch.tensor([[4.0, 1.0, 4.0, 1.0]]), torch.tensor([[1.0, 4.0, 1.0, 4.0]])
+    for smoothing, factor in (("magnitude", [4.0, 1.0]), ("balanced", [2.0, 0.5])):
+        constants = Constants.calibrate(key, query, Variant("midpoint", "none", "absmax", "none", smoothing))
+        assert constants.factor.tolist() == factor * 2
+
+
+def test_rotation_leaves_scores_unchanged() -> None:
+    s = sample()
+    rotation = hadamard(64)
+    turned = replace(s, query=s.query @ rotation).scores(s.key @ rotation)
+    torch.testing.assert_close(turned, s.scores(), atol=1e-13, rtol=0)
+
+
+def test_rope_turns_pairs_and_keeps_their_size() -> None:
+    x = torch.tensor([[1.0, 0.0, 0.0, 2.0]], dtype=torch.float64)
+    found = cases.rope(x, torch.tensor([math.pi / 2]).double(), theta=1e4)
+    slow = math.pi / 200
+    expected = torch.tensor([[0.0, -2 * math.sin(slow), 1.0, 2 * math.cos(slow)]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+
+
+def test_measures_of_exact_keys_are_zero_and_of_wrong_ones_by_hand() -> None:
+    s = sample()
+    weights = s.scores().softmax(-1)
+    assert measure.flips(s, s.key) == 0
+    assert measure.relative_error(s.key, s.key) == 0
+    assert measure.output_error(s, weights, s.key, s.value) == 0
+    assert measure.output_error(s, weights, s.key, s.value * 1.5) == pytest.approx(0.5)
+    wrong = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    right = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert measure.relative_error(wrong, right) == pytest.approx(math.sqrt((4 / 3) ** 2 / 2))
+    assert measure.flips(s, -s.key) == 1
+
+
+def test_causal_mask() -> None:
+    assert cases.causal(4, 2).tolist() == [[True, True, True, False], [True] * 4]
+
+
+def test_stored_as_the_shipped_format_stores_it(x: Tensor) -> None:
+    found = measure.through_reference(x, get_format("k4v4").k)
+    torch.testing.assert_close(store(x, SHIPPED), found, atol=1e-14, rtol=0)
+
+
+def test_synthetic_cases_are_what_they_say() -> None:
+    head = cases.synthetic_head(64, cases.outliers(1, 30, hidden=True), 0, seed=3)
+    assert cases.attended_keys(head.measured) == pytest.approx(cases.ATTENDED_KEYS, rel=1e-2)
+    size = tie_pairs(head.measured.key.square().mean(0))[:32].sqrt()
+    assert (size > 15).sum() == 1 and size.argmax() == tie_pairs(head.calibration.key.square().mean(0))[:32].argmax()
+    query = tie_pairs(head.measured.query.square().mean(0))[:32]
+    assert query.argmin() == size.argmax()
+    sinks = cases.synthetic_head(64, cases.benign, 30, seed=3).measured
+    norms = sinks.key.norm(dim=-1)
+    assert norms[: cases.SINKS].min() > 20 * norms[cases.SINKS :].mean()
+    again = cases.synthetic_head(64, cases.benign, 30, seed=3).measured
+    assert torch.equal(again.key, sinks.key) and torch.equal(again.query, sinks.query)
+
+
+def test_heavy_tails_have_variance_one_and_far_extremes() -> None:
+    measured = cases.synthetic_head(128, cases.tails, 0, seed=5).measured
+    assert measured.value.var().item() == pytest.approx(1, rel=0.3)
+    assert measured.value.abs().max() > 10
+
+
+def test_held_out_centring_repairs_a_key_bias() -> None:
+    case = cases.Case("bias", 64, (cases.synthetic_head(64, cases.bias, 0, seed=7),), "bias")
+    found = measure.measure_case(case)
+    shipped = found.keys[SHIPPED]
+    assert shipped.output_error == pytest.approx(found.shipped.output_error, rel=0.05)
+    centred = found.keys[Variant("midpoint", "hadamard", "absmax", "mean")]
+    assert centred.output_error < 0.5 * shipped.output_error
+    assert measure.affordable(found.best(calibrated=True), 64) and not found.best(calibrated=False).is_calibrated
+
+
+def test_command_writes_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "TOKENS", 300)
+    gaussian = cases.Case("gaussian, D=64", 64, (cases.synthetic_head(64, cases.benign, 0, seed=1),), "gaussian")
+    model = replace(gaussian, name="model", family="model")
+    monkeypatch.setattr(quantiser, "synthetic_cases", lambda sizes, seed: [gaussian])
+    monkeypatch.setattr(quantiser, "model_case", lambda path, seed: model)
+    out = tmp_path / "quantiser.json"
+    main(["quantiser", "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert set(found["quantiser"]) == {"gaussian, D=64", "model"}
+    case = found["quantiser"]["gaussian, D=64"]
+    assert len(case["keys"]) == 144 and len(case["values"]) == 24
+    assert len(case["shipped"]) == len(found["columns"]["shipped"])
+    assert found["overall"]["k4v4"]["all"] == dict.fromkeys(found["overall"]["k4v4"]["all"], 1.0)
+    assert found["bytes"][SHIPPED.name] == {"64": 68, "128": 132}
+
+
+def test_captured_keys_are_those_of_the_cache() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    ids = torch.randint(50, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        cache = model(torch.tensor([ids]), use_cache=True).past_key_values
+    layers = capture.capture(model, ids)
+    assert len(layers) == 2
+    for (query, key, value), cached in zip(layers, cache.layers, strict=True):
+        assert query.shape == (4, 300, 16)
+        torch.testing.assert_close(key, cached.keys[0])
+        torch.testing.assert_close(value, cached.values[0])
+    found = capture.samples(layers)
+    assert len(found) == 4 and torch.equal(found[3].key, layers[1][1][1])
+    assert torch.equal(found[3].query[cases.QUERIES :], layers[1][0][3, -cases.QUERIES :])
+    assert found[3].seen.sum(-1)[[0, 255, 256]].tolist() == [45, 300, 45]
+
+
+def test_demo_model_is_found() -> None:
+    assert (capture.demo_model() / "config.json").is_file()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["quantiser", "--model", str(tmp_path)])
+    assert ended.value.code == 2 and "no config.json there" in capsys.readouterr().err
