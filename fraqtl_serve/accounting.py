@@ -1,14 +1,18 @@
 """Carries the engine's accounts from the API server's engine client to the HTTP request they belong to.
 
-The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Two
-methods of the engine client are wrapped, both without touching what they return: `generate`,
-which is called in the context of an HTTP request and so tells which sequences it owns, and
+The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Three
+methods of the engine client are wrapped, all without touching what they return: `generate`,
+which is called in the context of an HTTP request and so tells which prompts it owns;
+`output_processor.add_request`, which tells the engine's ids of their sequences; and
 `output_processor.process_outputs`, which sees the outputs of all of them.
+
+The account of an aborted sequence comes when its HTTP request is over. It can be in no response
+any more, but it is counted: a ledger is settled when every sequence has ended in the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,24 +25,34 @@ current_ledger: ContextVar[Ledger | None] = ContextVar("fraqtl_ledger", default=
 class Accounting:
     """The open ledgers of one API server process, by the request id that vLLM's handlers chose."""
 
-    def __init__(self, kv_format: str) -> None:
+    def __init__(self, kv_format: str, on_settled: Callable[[Ledger], None] = lambda ledger: None) -> None:
         self.kv_format = kv_format
+        self._on_settled = on_settled  # called once for every ledger that the engine was given work for
         self._open: dict[str, Ledger] = {}
+        self._sequences: dict[str, Ledger] = {}  # by the engine's ids, until the engine says that they ended
 
-    def open(self) -> Ledger:
+    def open(self, endpoint: str = "") -> Ledger:
         """Start a ledger for the HTTP request of the current context."""
-        ledger = Ledger(self.kv_format)
+        ledger = Ledger(self.kv_format, endpoint=endpoint)
         current_ledger.set(ledger)
         return ledger
 
     def close(self, ledger: Ledger) -> None:
+        if ledger.closed:
+            return
         ledger.closed = True
         self._open = {key: other for key, other in self._open.items() if other is not ledger}
+        self._settle(ledger)
+
+    def _settle(self, ledger: Ledger) -> None:
+        if ledger.started and ledger.is_settled:
+            self._on_settled(ledger)
 
     def watch(self, engine_client: Any) -> None:
-        """Wrap the two methods of an engine client."""
+        """Wrap the three methods of an engine client."""
         generate = engine_client.generate
         processor = engine_client.output_processor
+        add_request = processor.add_request
         process_outputs = processor.process_outputs
 
         def watched_generate(
@@ -47,27 +61,60 @@ class Accounting:
             ledger = current_ledger.get()
             if ledger is not None and not ledger.closed:  # tasks can outlive the request they inherit it from
                 ledger.sequences += sampling_params.n
+                ledger.request_id = ledger.request_id or request_id
                 self._open[request_id] = ledger
             return generate(prompt, sampling_params, request_id, *args, **kwargs)
 
+        def watched_add_request(
+            request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
+        ) -> Any:
+            ledger = self._open.get((parent_req or request).external_req_id)
+            if ledger is not None:
+                ledger.started.add(request.request_id)
+                self._sequences[request.request_id] = ledger
+            return add_request(request, prompt, parent_req, request_index, queue)
+
         def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-            for output in engine_core_outputs:
-                self._take(output, processor.request_states.get(output.request_id))
-            return process_outputs(engine_core_outputs, *args, **kwargs)
+            states = processor.request_states
+            said = [output for output in engine_core_outputs if self._take(output)]
+            alive = {output.request_id for output in said if output.request_id in states}
+            result = process_outputs(engine_core_outputs, *args, **kwargs)
+            for output in said:
+                # vLLM forgets a sequence when it is finished here, or before, when it was aborted.
+                finished = output.request_id in alive and output.request_id not in states
+                if finished or _is_last(output):
+                    self._end(output.request_id, finished=finished)
+            return result
 
         engine_client.generate = watched_generate
+        processor.add_request = watched_add_request
         processor.process_outputs = watched_process_outputs
 
-    def _take(self, output: Any, state: Any) -> None:
-        """Move the account out of an engine output into the ledger it belongs to, if it is still open."""
+    def _take(self, output: Any) -> bool:
+        """Move the account out of an engine output into the ledger it belongs to; says if there was one."""
         account = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
         if account is None and output.prefill_stats is None:
-            return
+            return False
         output.kv_transfer_params = output.kv_transfer_params or None
-        ledger = self._open.get((state.parent_req or state).external_req_id) if state is not None else None
+        ledger = self._sequences.get(output.request_id)
         if ledger is None:
-            return
+            return False
         if output.prefill_stats is not None:
             ledger.cached_tokens[output.request_id] = output.prefill_stats.num_cached_tokens
         if account is not None:
             ledger.accounts[output.request_id] = account
+        return account is not None
+
+    def _end(self, key: str, *, finished: bool) -> None:
+        ledger = self._sequences.pop(key, None)
+        if ledger is None:  # its end was already seen
+            return
+        ledger.ended.add(key)
+        if finished:
+            ledger.finished.add(key)
+        self._settle(ledger)
+
+
+def _is_last(output: Any) -> bool:
+    """Whether the engine will say no more of this sequence: it finished, or is the account of an aborted one."""
+    return output.finished or not output.new_token_ids

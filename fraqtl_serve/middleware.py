@@ -42,7 +42,7 @@ class ReportMiddleware:
         if accounting is None:
             await self.app(scope, receive, send)
             return
-        ledger = accounting.open()
+        ledger = accounting.open(_path(scope))
         request = _Request(
             receive,
             path=_path(scope),
@@ -131,8 +131,10 @@ class _Response:
                 (b"x-fraqtl-kv-bytes", str(report.bytes).encode()),
                 (b"x-fraqtl-kv-saved-bytes", str(report.saved_bytes).encode()),
             ]
-            if self.in_body and (payload := parse(self.body)) is not None:
-                self.body = dump(decorate(payload, report))
+            if (payload := parse(self.body)) is not None:
+                self.ledger.response_id = str(payload.get("id") or "")
+                if self.in_body:
+                    self.body = dump(decorate(payload, report))
         headers.append((b"content-length", str(len(self.body)).encode()))
         await self.forward({**self.start, "headers": headers})
         await self.forward({**message, "body": self.body})

@@ -50,7 +50,23 @@ class Ledger:
     """The last account of every sequence, by the engine's request id."""
     cached_tokens: dict[str, int] = field(default_factory=dict)
     closed: bool = False
-    """The response is out: what comes now is nobody's."""
+    """The response is out, or the client has gone: what comes now is in no response."""
+    endpoint: str = ""
+    request_id: str = ""
+    """vLLM's id of the first prompt."""
+    response_id: str = ""
+    """The id that the client was told."""
+    started: set[str] = field(default_factory=set)
+    """The engine's ids of all sequences that it was given."""
+    ended: set[str] = field(default_factory=set)
+    """Those of them that have ended in the engine, whatever the reason."""
+    finished: set[str] = field(default_factory=set)
+    """Those of them that came to their own end: nobody aborted them."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing more can come."""
+        return self.closed and self.ended >= self.started
 
     def report(self) -> KVReport | None:
         """The report over all sequences, or None if the engine said nothing (it failed, say)."""

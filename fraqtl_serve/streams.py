@@ -62,6 +62,7 @@ class StreamDecorator(ABC):
         report = None if target is None else self.ledger.report()
         if payload is None or target is None or report is None:
             return event
+        self.ledger.response_id = str(target.get("id") or "")
         decorate(target, report)
         self.done = True
         return head + mark + dump(payload)

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheLayout
-    from vllm.v1.request import Request
+    from vllm.v1.request import Request, RequestStatus
+    from vllm.v1.worker.worker_base import WorkerBase
 
 SUPPORTED_VERSION = "0.32"
 
@@ -31,11 +33,15 @@ _HOME = {
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
     "CpuPlatform": "vllm.platforms.cpu",
+    "EngineCoreOutput": "vllm.v1.engine",
+    "EngineCoreOutputs": "vllm.v1.engine",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "Request": "vllm.v1.request",
+    "RequestStatus": "vllm.v1.request",
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "VllmConfig": "vllm.config",
+    "WorkerBase": "vllm.v1.worker.worker_base",
     "get_current_vllm_config": "vllm.config",
     "register_kernels": "vllm.triton_utils.dispatcher",
 }
@@ -47,11 +53,15 @@ __all__ = [
     "AttentionBackendEnum",
     "AttentionSpec",
     "CpuPlatform",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
     "KVCacheConfig",
     "KVCacheLayout",
     "Request",
+    "RequestStatus",
     "Scheduler",
     "VllmConfig",
+    "WorkerBase",
     "get_current_vllm_config",
     "register_kernels",
 ]

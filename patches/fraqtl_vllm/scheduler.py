@@ -3,6 +3,9 @@
 `--scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler` puts an account under the key
 "fraqtl" of the `kv_transfer_params` that vLLM carries from the engine to the API server. The
 server's plugin takes it out again, so clients never see it there.
+
+vLLM sends no output for an aborted request. Ours has one, without tokens, that carries the account;
+the API server has forgotten the request by then, and leaves outputs of requests it doesn't know alone.
 """
 
 from __future__ import annotations
@@ -10,7 +13,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fraqtl_vllm._vllm import AsyncScheduler, AttentionSpec, KVCacheConfig, Request, Scheduler, VllmConfig
+from fraqtl_vllm._vllm import (
+    AsyncScheduler,
+    AttentionSpec,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    KVCacheConfig,
+    Request,
+    RequestStatus,
+    Scheduler,
+    VllmConfig,
+)
 
 ACCOUNT_KEY = "fraqtl"
 
@@ -34,6 +47,7 @@ class _Accounting:
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **options)  # type: ignore[call-arg]
+        self._aborted: list[tuple[int, EngineCoreOutput]] = []
         ranks = vllm_config.parallel_config.world_size
         self._sizes = {
             "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
@@ -56,6 +70,11 @@ class _Accounting:
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         account = self.account(request)
+        if request.status is RequestStatus.FINISHED_ABORTED:
+            # The step after an abort always runs, to tell the workers of it: there it is sent.
+            account["tokens"] = min(account["tokens"], request.num_computed_tokens)
+            last = EngineCoreOutput(request.request_id, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: account})
+            self._aborted.append((request.client_index, last))
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)  # type: ignore[misc]
         return {**(kv_params or {}), ACCOUNT_KEY: account}, ec_params
 
@@ -70,6 +89,9 @@ class _Accounting:
                         **(output.kv_transfer_params or {}),
                         ACCOUNT_KEY: self.account(request),
                     }
+        for client_index, last in self._aborted:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(last)
+        self._aborted.clear()
         return outputs
 
 

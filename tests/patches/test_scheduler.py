@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.request import RequestStatus
 
 from fraqtl_vllm.scheduler import _Accounting, block_bytes
 
@@ -82,7 +84,14 @@ def make_scheduler(*, world_size: int = 1) -> Any:
 def admit(scheduler: Any, key: str, *tables: list[int], tokens: int = 40, stop: Any = None) -> Any:
     """A request with these block tables; 0 is vLLM's null block."""
     scheduler.tables[key] = [[SimpleNamespace(block_id=b, is_null=b == 0) for b in table] for table in tables]
-    request = SimpleNamespace(request_id=key, num_tokens=tokens, sampling_params=SimpleNamespace(stop=stop))
+    request = SimpleNamespace(
+        request_id=key,
+        num_tokens=tokens,
+        num_computed_tokens=tokens,
+        sampling_params=SimpleNamespace(stop=stop),
+        status=RequestStatus.FINISHED_STOPPED,
+        client_index=0,
+    )
     scheduler.requests[key] = request
     return request
 
@@ -116,6 +125,36 @@ def test_account_is_taken_before_the_blocks_are_freed(connector_says: dict[str, 
     assert kv_params == (connector_says or {})
     assert others == {"delayed": True}
     assert scheduler.tables == {}
+
+
+def test_account_of_an_aborted_request_is_sent_with_the_next_step() -> None:
+    scheduler = make_scheduler()
+    for key, client, computed in (("a", 0, 24), ("b", 3, 40)):
+        request = admit(scheduler, key, [5], [7], tokens=40)
+        request.status, request.client_index, request.num_computed_tokens = (
+            RequestStatus.FINISHED_ABORTED,
+            client,
+            computed,
+        )
+        scheduler._free_request(request)
+        del scheduler.requests[key]
+    running = SimpleNamespace(request_id="c", kv_transfer_params=None)
+    clients = scheduler.update_from_output(None, {0: EngineCoreOutputs(outputs=[running])})
+    assert sorted(clients) == [0, 3]
+    (first, a), (b,) = clients[0].outputs, clients[3].outputs
+    assert first is running
+    assert (a.request_id, b.request_id) == ("a", "b")
+    assert (a.new_token_ids, a.finish_reason) == ([], None)
+    said = [output.kv_transfer_params["fraqtl"] for output in (a, b)]
+    assert [account["blocks"] for account in said] == [[[5], [7]]] * 2
+    assert [account["tokens"] for account in said] == [24, 39]  # of the first, only 24 were written yet
+    assert scheduler.update_from_output(None, {}) == {}  # said once
+
+
+def test_finished_requests_are_not_sent_again() -> None:
+    scheduler = make_scheduler()
+    scheduler._free_request(admit(scheduler, "a", [5], [7]))
+    assert scheduler.update_from_output(None, {}) == {}
 
 
 def test_requests_with_a_stop_string_tell_after_every_step() -> None:

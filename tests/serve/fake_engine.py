@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.metrics.stats import PrefillStats
 
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
@@ -38,11 +38,20 @@ class FakeProcessor:
     """In the place of vLLM's `OutputProcessor`."""
 
     def __init__(self) -> None:
+        self.stopped: set[str] = set()  # sequences whose next output completes a stop string
         self.request_states: dict[str, Any] = {}
         self.seen: list[Any] = []
 
+    def add_request(
+        self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
+    ) -> None:
+        self.request_states[request.request_id] = SimpleNamespace(request=request, parent_req=parent_req)
+
     def process_outputs(self, engine_core_outputs: list[Any], timestamp: float | None = None) -> str:
         self.seen += engine_core_outputs
+        for output in engine_core_outputs:
+            if output.finished or output.request_id in self.stopped:
+                self.request_states.pop(output.request_id, None)
         return f"processed {len(engine_core_outputs)} at {timestamp}"
 
 
@@ -56,27 +65,42 @@ class FakeEngine:
     ) -> AsyncGenerator[str, None]:
         """Ends every sequence at once, each with its own one of `accounts`."""
         for key, said in zip(self.admit(request_id, sampling_params.n), self.accounts, strict=False):
-            self.say(key, {ACCOUNT_KEY: said})
+            self.say(key, {ACCOUNT_KEY: said}, finish=True)
         yield f"{prompt} {options}"
 
     def admit(self, request_id: str, n: int = 1) -> list[str]:
         """Know a request as vLLM does; returns the engine's own ids of its sequences."""
         if n == 1:
-            states = {f"{request_id}-5eed": SimpleNamespace(external_req_id=request_id, parent_req=None)}
+            keys, parent = [f"{request_id}-5eed"], None
         else:
-            parent = SimpleNamespace(external_req_id=request_id)
-            states = {
-                f"{i}_{request_id}-5eed": SimpleNamespace(external_req_id=f"{i}_{request_id}", parent_req=parent)
-                for i in range(n)
-            }
-        self.output_processor.request_states |= states
-        return list(states)
+            keys, parent = [f"{i}_{request_id}-5eed" for i in range(n)], SimpleNamespace(external_req_id=request_id)
+        for index, key in enumerate(keys):
+            request = SimpleNamespace(request_id=key, external_req_id=key.removesuffix("-5eed"))
+            self.output_processor.add_request(request, "hi", parent, index, None)
+        return keys
 
-    def say(self, key: str, kv_transfer_params: dict[str, Any] | None = None, cached: int | None = None) -> Any:
+    def abort(self, key: str) -> None:
+        """Forget a sequence as vLLM does when its client has gone."""
+        self.output_processor.request_states.pop(key)
+
+    def last_account(self, key: str, said: dict[str, Any]) -> None:
+        """What the engine says of an aborted sequence, afterwards."""
+        output = EngineCoreOutput(request_id=key, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: said})
+        self.output_processor.process_outputs([output])
+
+    def say(
+        self,
+        key: str,
+        kv_transfer_params: dict[str, Any] | None = None,
+        cached: int | None = None,
+        *,
+        finish: bool = False,
+    ) -> Any:
         """Send one output of the sequence `key` through the processor; returns that output."""
         output = EngineCoreOutput(
             request_id=key,
             new_token_ids=[1],
+            finish_reason=FinishReason.STOP if finish else None,
             kv_transfer_params=kv_transfer_params,
             prefill_stats=None if cached is None else PrefillStats(num_cached_tokens=cached),
         )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.engine import EngineCoreOutput
 
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.report import Ledger
@@ -122,13 +123,95 @@ def test_sequences_nobody_knows_are_ignored(accounting: Accounting, engine: Fake
     assert (ledger.accounts, ledger.cached_tokens) == ({}, {})
 
 
-def test_closed_ledger_takes_nothing_more(accounting: Accounting, engine: FakeEngine) -> None:
+@pytest.fixture
+def settled(accounting: Accounting) -> list[Ledger]:
+    ledgers: list[Ledger] = []
+    accounting._on_settled = ledgers.append
+    return ledgers
+
+
+def test_finished_request_settles_when_it_is_closed(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    ledger = start(accounting, engine, params=TWO)
+    first, second = engine.admit("r", n=2)
+    engine.say(first, {ACCOUNT_KEY: account([1])}, finish=True)
+    engine.say(second, {ACCOUNT_KEY: account([2])}, finish=True)
+    assert settled == []
+    accounting.close(ledger)
+    accounting.close(ledger)
+    assert settled == [ledger]
+    assert ledger.finished == ledger.started == {first, second}
+    assert accounting._sequences == {}
+
+
+def test_aborted_request_settles_when_the_engine_gives_its_account(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    ledger = start(accounting, engine, params=TWO)
+    first, second = engine.admit("r", n=2)
+    engine.say(first, {ACCOUNT_KEY: account([1])}, finish=True)
+    engine.abort(second)
+    accounting.close(ledger)
+    engine.say(second)  # a token that was on its way
+    assert settled == []
+    engine.last_account(second, account([2, 3]))
+    assert settled == [ledger]
+    assert ledger.finished == {first}
+    assert ledger.accounts == {first: account([1]), second: account([2, 3])}
+    assert accounting._sequences == {}
+
+
+def test_account_of_every_token_does_not_end_a_sequence(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    # A request with a stop string is aborted while accounts of its tokens are on their way.
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.say(key, {ACCOUNT_KEY: account([1])})
+    engine.abort(key)
+    accounting.close(ledger)
+    engine.say(key, {ACCOUNT_KEY: account([1, 2])})
+    assert settled == []
+    engine.last_account(key, account([1, 2, 3]))
+    assert (settled, ledger.finished) == ([ledger], set())
+    assert ledger.accounts == {key: account([1, 2, 3])}
+
+
+def test_stop_string_finishes_a_sequence(accounting: Accounting, engine: FakeEngine, settled: list[Ledger]) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.output_processor.stopped.add(key)
+    engine.say(key, {ACCOUNT_KEY: account([1])})
+    accounting.close(ledger)
+    assert (settled, ledger.finished) == ([ledger], {key})
+    engine.output_processor.request_states[key] = None  # the engine, not told yet, made another token
+    engine.say(key, {ACCOUNT_KEY: account([1, 2])})
+    assert (settled, ledger.accounts) == ([ledger], {key: account([1])})
+
+
+def test_two_ends_in_one_batch_of_outputs(accounting: Accounting, engine: FakeEngine, settled: list[Ledger]) -> None:
     ledger = start(accounting, engine)
     (key,) = engine.admit("r")
     accounting.close(ledger)
-    output = engine.say(key, {ACCOUNT_KEY: account([1])})
-    assert output.kv_transfer_params is None
-    assert ledger.accounts == {}
+    outputs = [EngineCoreOutput(key, [], kv_transfer_params={ACCOUNT_KEY: account([1])}) for _ in range(2)]
+    engine.abort(key)
+    engine.output_processor.process_outputs(outputs)
+    assert settled == [ledger]
+
+
+def test_request_that_the_engine_never_saw_is_not_settled(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    accounting.close(in_context(accounting.open))
+    accounting.close(start(accounting, engine))  # its prompt was refused after all
+    assert settled == []
+
+
+def test_ledger_knows_where_it_comes_from(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = in_context(lambda: accounting.open("/v1/completions"))
+    assert ledger.endpoint == "/v1/completions"
+    assert start(accounting, engine, "cmpl-1").request_id == "cmpl-1"
 
 
 def test_close_leaves_nothing_behind(accounting: Accounting, engine: FakeEngine) -> None:
@@ -189,8 +272,9 @@ def test_wrapped_methods_pass_everything_on(accounting: Accounting, engine: Fake
 
 def test_vllm_has_what_is_wrapped() -> None:
     """The names that the fake engine stands for; a new vLLM must not drop them."""
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.engine.parallel_sampling import ParentRequest
 
     assert list(inspect.signature(AsyncLLM.generate).parameters)[:4] == [
@@ -199,6 +283,14 @@ def test_vllm_has_what_is_wrapped() -> None:
         "sampling_params",
         "request_id",
     ]
+    assert list(inspect.signature(OutputProcessor.add_request).parameters) == [
+        "self",
+        "request",
+        "prompt",
+        "parent_req",
+        "request_index",
+        "queue",
+    ]
     assert "engine_core_outputs" in inspect.signature(OutputProcessor.process_outputs).parameters
-    assert {"external_req_id", "parent_req"} <= set(inspect.signature(RequestState.__init__).parameters)
+    assert "external_req_id" in EngineCoreRequest.__annotations__
     assert "external_req_id" in ParentRequest.__annotations__
