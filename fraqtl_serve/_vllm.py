@@ -10,9 +10,17 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from fraqtl_vllm._vllm import check_version
 
 check_version()
 
-__all__ = ["FlexibleArgumentParser", "ServeSubcommand", "cli_env_setup", "current_platform", "init_logger"]
+__all__ = [
+    "FlexibleArgumentParser",
+    "ServeSubcommand",
+    "cli_env_setup",
+    "current_platform",
+    "get_prometheus_registry",
+    "init_logger",
+]

@@ -8,9 +8,15 @@ from typing import Any
 from fastapi import FastAPI
 
 from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.capacity import make_pool
+from fraqtl_serve.metrics import Metrics
 from fraqtl_serve.middleware import ReportMiddleware
+from fraqtl_serve.records import Records, record_of
+from fraqtl_serve.report import Ledger
+from fraqtl_serve.routes import router
 from fraqtl_serve.shutdown import BoundedShutdown
 from fraqtl_vllm.config import read_config
+from fraqtl_vllm.pool import METHOD
 
 
 class FraqtlEndpoints:
@@ -21,12 +27,24 @@ class FraqtlEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args
+        app.include_router(router)
         app.add_middleware(BoundedShutdown)
         app.add_middleware(ReportMiddleware, in_body=getattr(args, "fraqtl_report", True))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
             return
-        accounting = Accounting(read_config(args.additional_config).kv_format)
+        kv_format = read_config(args.additional_config).kv_format
+        records, metrics = Records(), Metrics()
+
+        def keep(ledger: Ledger) -> None:
+            record = record_of(ledger)
+            records.add(record)
+            metrics.observe(record)
+
+        accounting = Accounting(kv_format, keep)
         accounting.watch(engine_client)
-        state.fraqtl_accounting = accounting
+        ranks = await engine_client.collective_rpc(METHOD)
+        pool = make_pool(kv_format, ranks, engine_client.vllm_config.model_config.max_model_len)
+        metrics.set_pool(pool)
+        state.fraqtl_pool, state.fraqtl_records, state.fraqtl_accounting = pool, records, accounting

@@ -7,7 +7,14 @@ BACKEND_CLASS = "fraqtl_vllm.backend.FraqtlBackend"
 
 
 def register() -> None:
-    """`vllm.general_plugins`: make `--attention-backend FRAQTL` known."""
+    """`vllm.general_plugins`: make `--attention-backend FRAQTL` known, and let workers tell of their KV pool."""
+    _register_backend_name()
+    from fraqtl_vllm.pool import install
+
+    install()
+
+
+def _register_backend_name() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
@@ -20,7 +27,7 @@ def platform() -> str | None:
     The engine's process unpickles its configuration, which names our backend, before general
     plugins are loaded, but after the platform is looked up: so the name is registered here too.
     """
-    register()
+    _register_backend_name()
     from vllm.platforms import builtin_platform_plugins
 
     if any(find() is not None for find in builtin_platform_plugins.values()):

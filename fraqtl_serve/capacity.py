@@ -1,0 +1,90 @@
+"""How much the KV pool holds, and what the same memory would hold in the model's own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class Capacity(BaseModel):
+    """The KV pool of one engine."""
+
+    kv_format: str = Field(description="name of the KV-cache format")
+    block_size: int = Field(description="tokens a block")
+    block_bytes: int = Field(description="bytes of a block: all layers and ranks, scales and padding included")
+    baseline_block_bytes: int = Field(description="bytes of a block in the model's own dtype")
+    ratio: float = Field(description="baseline_block_bytes / block_bytes")
+    pool_bytes: int = Field(description="bytes of all blocks")
+    blocks: int = Field(description="blocks in the pool")
+    baseline_blocks: int = Field(description="blocks that the same memory would hold in the model's own dtype")
+    tokens: int = Field(description="tokens that the pool holds")
+    baseline_tokens: int = Field(description="tokens that the same memory would hold in the model's own dtype")
+    max_model_len: int = Field(description="the longest sequence, in tokens")
+    concurrency: float = Field(description="sequences of max_model_len tokens that the pool holds")
+    baseline_concurrency: float = Field(description="the same in the model's own dtype")
+    pool_use: float | None = Field(description="share of the blocks in use now, 0 to 1; null without metrics")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What is fixed when the engine has started."""
+
+    kv_format: str
+    blocks: int
+    block_size: int
+    block_bytes: int
+    baseline_block_bytes: int
+    max_model_len: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def ratio(self) -> float:
+        return self.baseline_block_bytes / self.block_bytes
+
+    def capacity(self, pool_use: float | None) -> Capacity:
+        baseline_blocks = self.total_bytes // self.baseline_block_bytes
+        tokens, baseline_tokens = self.blocks * self.block_size, baseline_blocks * self.block_size
+        return Capacity(
+            kv_format=self.kv_format,
+            block_size=self.block_size,
+            block_bytes=self.block_bytes,
+            baseline_block_bytes=self.baseline_block_bytes,
+            ratio=round(self.ratio, 4),
+            pool_bytes=self.total_bytes,
+            blocks=self.blocks,
+            baseline_blocks=baseline_blocks,
+            tokens=tokens,
+            baseline_tokens=baseline_tokens,
+            max_model_len=self.max_model_len,
+            concurrency=round(tokens / self.max_model_len, 2),
+            baseline_concurrency=round(baseline_tokens / self.max_model_len, 2),
+            pool_use=pool_use,
+        )
+
+
+def make_pool(kv_format: str, ranks: list[dict[str, Any]], max_model_len: int) -> Pool:
+    """From what every rank says of its pool (`fraqtl_vllm.pool`).
+
+    Groups of layers take turns with the same blocks, so a block's bytes are those of the largest group. The
+    ranks hold parts of the same blocks.
+    """
+    return Pool(
+        kv_format=kv_format,
+        blocks=min(rank["blocks"] for rank in ranks),
+        block_size=ranks[0]["block_size"][0],
+        block_bytes=sum(max(rank["block_bytes"]) for rank in ranks),
+        baseline_block_bytes=sum(max(rank["baseline_block_bytes"]) for rank in ranks),
+        max_model_len=max_model_len,
+    )
+
+
+def pool_use(families: Iterable[Any]) -> float | None:
+    """The mean over engines of vLLM's own gauge, from what a Prometheus registry collects."""
+    values = [s.value for family in families for s in family.samples if s.name == "vllm:kv_cache_usage_perc"]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,74 @@
+"""JSON routes about the KV pool and the last requests, under `/plugins/fraqtl`.
+
+vLLM's own check of the API key covers /v1 only, so these routes check it themselves. Errors are raised as
+HTTPException, which vLLM's handlers turn into OpenAI's error shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from argparse import Namespace
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from pydantic import BaseModel
+
+from fraqtl_serve._vllm import get_prometheus_registry
+from fraqtl_serve.capacity import Capacity, pool_use
+from fraqtl_serve.records import RING_SIZE, RequestRecord
+
+PREFIX = "/plugins/fraqtl"
+
+
+class RequestList(BaseModel):
+    requests: list[RequestRecord]
+
+
+def api_keys(args: Namespace) -> list[str]:
+    """The keys that vLLM accepts on /v1: those of the command line, or else that of the environment."""
+    return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
+
+
+def check_key(request: Request) -> None:
+    """Raises HTTPException 401 unless the request has one of the server's keys, or the server has none."""
+    keys = api_keys(request.app.state.args)
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    digest = _digest(given)
+    # All keys are compared, and digests instead of keys: how long it takes must not tell how much was right.
+    matches = [secrets.compare_digest(digest, _digest(key)) for key in keys]
+    if keys and not (scheme.lower() == "bearer" and any(matches)):
+        raise HTTPException(401, "this server needs its API key: Authorization: Bearer KEY")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+router = APIRouter(prefix=PREFIX, tags=["fraqtl"], dependencies=[Depends(check_key)])
+
+
+@router.get("/capacity")
+def capacity(request: Request) -> Capacity:
+    """What the KV pool holds, against the same memory in the model's own dtype."""
+    pool = getattr(request.app.state, "fraqtl_pool", None)
+    if pool is None:
+        raise HTTPException(503, "the engine has not said what its KV pool is made of")
+    answer: Capacity = pool.capacity(pool_use(get_prometheus_registry().collect()))
+    return answer
+
+
+@router.get("/requests")
+def requests(request: Request, limit: Annotated[int, Query(ge=1, le=RING_SIZE)] = 50) -> RequestList:
+    """The last requests that this API server process answered, the newest first."""
+    return RequestList(requests=request.app.state.fraqtl_records.latest(limit))
+
+
+@router.get("/requests/{request_id}")
+def one_request(request: Request, request_id: str) -> RequestRecord:
+    """One of the last requests, by the id of its response."""
+    record: RequestRecord | None = request.app.state.fraqtl_records.get(request_id)
+    if record is None:
+        raise HTTPException(404, f"no request {request_id} among the last {RING_SIZE}")
+    return record

@@ -1,0 +1,133 @@
+"""The JSON routes on a FastAPI application with vLLM's own error handlers, without an engine."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+from fraqtl_serve.capacity import Pool
+from fraqtl_serve.records import Records, RequestRecord
+from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_serve.routes import router
+from tests.serve.fake_engine import account
+
+POOL = Pool("k4v4", blocks=1000, block_size=16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096)
+PATHS = ("/plugins/fraqtl/capacity", "/plugins/fraqtl/requests", "/plugins/fraqtl/requests/r1")
+REPORT: KVReport | None = Ledger("k4v4", accounts={"a": account([1])}).report()
+
+
+def record(number: int) -> RequestRecord:
+    return RequestRecord(id=f"r{number}", endpoint="/v1/completions", status="finished", time=1.5, report=REPORT)
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    init_exception_handler(app)
+    app.include_router(router)
+    app.state.args = Namespace(api_key=None, log_error_stack=False)
+    app.state.fraqtl_pool = POOL
+    app.state.fraqtl_records = Records()
+    for number in range(60):
+        app.state.fraqtl_records.add(record(number))
+    return app
+
+
+@pytest.fixture
+def client(app: FastAPI) -> TestClient:
+    return TestClient(app)
+
+
+def error(response: Any) -> dict[str, Any]:
+    """What went wrong, in OpenAI's shape."""
+    [(key, error)] = response.json().items()
+    assert key == "error"
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] == response.status_code
+    return dict(error)
+
+
+def test_capacity(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fraqtl_serve.routes.pool_use", lambda families: 0.5)
+    assert client.get(PATHS[0]).json() == POOL.capacity(0.5).model_dump()
+
+
+def test_capacity_before_the_engine_is_up(app: FastAPI, client: TestClient) -> None:
+    del app.state.fraqtl_pool
+    response = client.get(PATHS[0])
+    assert response.status_code == 503
+    assert "pool" in error(response)["message"]
+
+
+def test_requests(client: TestClient) -> None:
+    found = client.get(PATHS[1], params={"limit": 2}).json()
+    assert found == {"requests": [record(59).model_dump(), record(58).model_dump()]}
+    assert found["requests"][0]["report"]["bytes"] == 2176
+    assert len(client.get(PATHS[1]).json()["requests"]) == 50
+    assert len(client.get(PATHS[1], params={"limit": 256}).json()["requests"]) == 60
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "257", "many", ""])
+def test_wrong_limits(client: TestClient, limit: str) -> None:
+    response = client.get(PATHS[1], params={"limit": limit})
+    assert response.status_code == 400  # as vLLM answers on its own routes
+    assert "limit" in str(error(response)["param"])
+
+
+def test_one_request(client: TestClient) -> None:
+    assert client.get(PATHS[2]).json() == record(1).model_dump()
+
+
+def test_unknown_request(client: TestClient) -> None:
+    response = client.get("/plugins/fraqtl/requests/nope")
+    assert response.status_code == 404
+    assert "nope" in error(response)["message"]
+
+
+@pytest.mark.parametrize("where", ["command line", "environment"])
+@pytest.mark.parametrize("path", PATHS)
+def test_key_is_asked_for(
+    app: FastAPI, client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, where: str
+) -> None:
+    if where == "command line":
+        app.state.args.api_key = ["other", "sesame"]
+        monkeypatch.setenv("VLLM_API_KEY", "of no account then")
+    else:
+        monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert client.get(path, headers={"Authorization": "Bearer sesame"}).status_code == 200
+    assert client.get(path, headers={"Authorization": "bearer sesame"}).status_code == 200
+    refused = [
+        None,
+        "sesame",
+        "Bearer ",
+        "Bearer",
+        "Basic sesame",
+        "Bearer sesam",
+        "Bearer of no account then",
+        "Bearer é",
+    ]
+    for given in refused:
+        response = client.get(path, headers={} if given is None else {"Authorization": given.encode()})
+        assert response.status_code == 401, given
+        assert "API key" in error(response)["message"]
+
+
+def test_empty_keys_are_no_keys(app: FastAPI, client: TestClient) -> None:
+    app.state.args.api_key = [""]
+    assert client.get(PATHS[0]).status_code == 200
+
+
+def test_models_stand_in_the_schema(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    assert set(PATHS[:2]) <= schema["paths"].keys()
+    assert {"Capacity", "KVReport", "RequestRecord", "RequestList"} <= schema["components"]["schemas"].keys()
