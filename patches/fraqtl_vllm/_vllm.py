@@ -15,7 +15,7 @@ from vllm import __version__ as VLLM_VERSION
 from fraqtl_kernels.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig, get_current_vllm_config
+    from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
     from vllm.platforms.cpu import CpuPlatform
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -32,6 +32,7 @@ _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
+    "CompilationMode": "vllm.config",
     "CpuPlatform": "vllm.platforms.cpu",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
@@ -52,6 +53,7 @@ __all__ = [
     "AsyncScheduler",
     "AttentionBackendEnum",
     "AttentionSpec",
+    "CompilationMode",
     "CpuPlatform",
     "EngineCoreOutput",
     "EngineCoreOutputs",

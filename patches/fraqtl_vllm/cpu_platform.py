@@ -3,6 +3,7 @@
 Everything that is replaced is listed here:
   attention backend       ours, whatever is asked for: the stock one needs the CPU extension
   custom_ops              "none": layers run their torch versions
+  torch.compile           off: it would compile C++ for minutes at every first start
   slot mapping            a torch version of the one Triton kernel that the model runner needs
   torch.ops._C            Python versions of the three native ops that are left (`NATIVE_OPS`)
   executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
@@ -105,6 +106,7 @@ class CpuWithoutNativeOps(CpuPlatform):
         if vllm_config.attention_config.backend is None:
             vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
         vllm_config.compilation_config.custom_ops = ["none"]
+        vllm_config.compilation_config.mode = _vllm.CompilationMode.NONE
         if vllm_config.parallel_config.world_size == 1:
             vllm_config.parallel_config.distributed_executor_backend = "uni"
         else:
