@@ -10,6 +10,7 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 TESTS ?= tests
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ serve: $(VENV)/serve.done
 	$(BIN)/fraqtl-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
