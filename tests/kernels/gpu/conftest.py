@@ -1,7 +1,4 @@
-"""Triton kernels run in Triton's interpreter here, which must be chosen before Triton is imported.
-
-Set FRAQTL_TEST_DEVICE=cuda to run the same tests, compiled, on a GPU.
-"""
+"""Triton kernels run in Triton's interpreter here, or compiled on a GPU: see `tests/conftest.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ import pytest
 import torch
 
 DEVICE = os.environ.get("FRAQTL_TEST_DEVICE", "cpu")
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 try:
     import triton  # noqa: F401
