@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from dataclasses import dataclass
 
 import pytest
@@ -83,6 +85,14 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """‖out − expected‖ / ‖expected‖ in float64; NaN anywhere counts as infinite."""
     out, expected = out.double(), expected.double()
     return float(((out - expected).norm() / expected.norm()).nan_to_num(float("inf")))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Each test has inputs of its own, the same in every run; FRAQTL_TEST_SEED=random makes fresh ones."""
+    seed = os.environ.get("FRAQTL_TEST_SEED", "0")
+    if seed != "random":
+        torch.manual_seed(zlib.crc32(f"{seed} {request.node.nodeid}".encode()))
 
 
 @pytest.fixture(params=FORMATS)
