@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_the_size_of_an_fp16_cache() -> None:
     prompts = [recall_prompt(1000, seed=i)[0] for i in range(24)]
     result = run(prompts, kv_cache_memory_bytes=255 << 20, max_num_batched_tokens=2048, rounds=2)
     # First touch of the pool's own pages counts too: 24 requests of 1,000 tokens hold 13 MB packed, 50 MB in FP16.
-    assert result.pool["resident_growth"] < 400 << 20
+    assert result.pool["resident_growth"] < 150 << 20
 
 
 @pytest.mark.parametrize("chunk", [32, 57])
