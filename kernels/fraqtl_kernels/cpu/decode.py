@@ -38,23 +38,29 @@ def _half_table() -> Any:
 @njit(fastmath=_FAST, cache=True, nogil=True)
 def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
     """`count` rows of codes from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
-    if bits == 4:
-        half_size = size // 2
-        for n in range(count):
-            row, at = start + n * half_size, n * size
-            for d in range(half_size):
-                tile[at + d] = np.float32(raw[row + d] & 15)
-            for d in range(half_size):
-                tile[at + half_size + d] = np.float32(raw[row + d] >> 4)
-    elif bits == 8:
-        for d in range(count * size):
-            tile[d] = np.float32(raw[start + d])
-    elif bits == 16:
-        for d in range(count * size):
-            tile_bits[d] = np.int32(raw16[start // 2 + d]) << 16
-    else:
-        for d in range(count * size):
-            tile[d] = half[raw16[start // 2 + d]]
+    # Rows are sliced before their loop: an index that might be negative keeps the loop from vectorising.
+    width = size // 2 if bits == 4 else size
+    for n in range(count):
+        target = tile[n]
+        if bits == 4:
+            codes, upper = raw[start + n * width : start + (n + 1) * width], target[width:]
+            for d in range(width):
+                target[d] = np.float32(codes[d] & 15)
+            for d in range(width):
+                upper[d] = np.float32(codes[d] >> 4)
+        elif bits == 8:
+            codes = raw[start + n * width : start + (n + 1) * width]
+            for d in range(width):
+                target[d] = np.float32(codes[d])
+        else:
+            words = raw16[start // 2 + n * width : start // 2 + (n + 1) * width]
+            if bits == 16:
+                row_bits = tile_bits[n]
+                for d in range(width):
+                    row_bits[d] = np.int32(words[d]) << 16
+            else:
+                for d in range(width):
+                    target[d] = half[words[d]]
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -88,7 +94,7 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
     for item in prange(runs.shape[0] * heads):
         run, head = item // heads, item % heads
         request = runs[run, 0]
-        tile_bits = np.empty(block_size * size, np.int32)
+        tile_bits = np.empty((block_size, size), np.int32)
         tile = tile_bits.view(np.float32)
         weights = np.empty(block_size, np.float32)
         power_bits = np.empty(block_size, np.int32)
@@ -97,6 +103,7 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
         scores = np.empty((queries, block_size), np.float32)
         best = np.full(queries, -np.inf, np.float32)
         sums = np.zeros(queries, np.float32)
+        scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
         newest, oldest = positions[request, -1], positions[request, 0]
         for block in range(runs[run, 1], runs[run, 2]):
             page = np.int64(table[request, block]) * block_stride + head * head_stride
@@ -104,11 +111,13 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
             begin = max(0, oldest - window + 1 - base) if window > 0 else 0
             end = min(block_size, newest + 1 - base)
             _load_codes(raw, raw16, half, page, end, size, k_bits, tile, tile_bits)
-            for m in range(queries):
-                for n in range(begin, end):
+            for n in range(begin, end):
+                row = tile[n]
+                for m in range(queries):
+                    query = q[request, head, m]
                     dot = np.float32(0)
                     for d in range(size):
-                        dot += q[request, head, m, d] * tile[n * size + d]
+                        dot += query[d] * row[d]
                     scores[m, n] = dot
             if k_bits < 16:
                 for n in range(begin, end):
@@ -132,16 +141,24 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
                 _exp(weights, power, power_bits, last - first)
                 decay = np.exp(best[m] - top)
                 sums[m] *= decay
+                scaled_sums[m] *= decay
+                value = values[m]
                 for d in range(size):
-                    values[m, d] *= decay
+                    value[d] *= decay
                 best[m] = top
                 for n in range(first, last):
                     weight = weights[n - first]
                     sums[m] += weight
                     if v_bits < 16:
                         weight *= half[raw16[(page + vs_offset) // 2 + n]]
+                    scaled_sums[m] += weight
+                    row = tile[n]
                     for d in range(size):
-                        values[m, d] += weight * (tile[n * size + d] - scales[1])
+                        value[d] += weight * row[d]
+        for m in range(queries):
+            value = values[m]
+            for d in range(size):
+                value[d] -= scales[1] * scaled_sums[m]
         highest[run, head] = best
         total[run, head] = sums
         out[run, head] = values
