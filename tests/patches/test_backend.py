@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_vllm.backend import FraqtlBackend, FraqtlImpl, FraqtlMetadataBuilder
+from fraqtl_vllm import cpu_attention
+from fraqtl_vllm.backend import FraqtlBackend
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
 BYTES = {
@@ -54,8 +55,8 @@ def test_sliding_window_stays_in_the_spec() -> None:
 def test_what_vllm_asks_the_backend() -> None:
     assert FraqtlBackend.get_name() == "FRAQTL"
     assert AttentionBackendEnum["FRAQTL"].get_class() is FraqtlBackend
-    assert FraqtlBackend.get_impl_cls() is FraqtlImpl
-    assert FraqtlBackend.get_builder_cls() is FraqtlMetadataBuilder
+    assert FraqtlBackend.get_impl_cls() is cpu_attention.Impl
+    assert FraqtlBackend.get_builder_cls() is cpu_attention.MetadataBuilder
     assert FraqtlBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
     assert FraqtlBackend.get_supported_head_sizes() == [64, 80, 96, 128, 256] == list(HEAD_SIZES)
     (sizes,) = FraqtlBackend.get_supported_kernel_block_sizes()
@@ -65,11 +66,10 @@ def test_what_vllm_asks_the_backend() -> None:
     assert FraqtlBackend.supported_dtypes == [torch.float16, torch.bfloat16, torch.float32]
 
 
-def make_layer(device: str = "cpu", additional_config: Any = None, **options: Any) -> FraqtlImpl:
+def make_layer(additional_config: Any = None, **options: Any) -> cpu_attention.Impl:
     config = VllmConfig(additional_config=additional_config or {}, device_config=DeviceConfig(device="cpu"))
-    config.device_config.device_type = device
     with set_current_vllm_config(config):
-        return FraqtlImpl(**{"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2, **options})
+        return cpu_attention.Impl(**{"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2, **options})
 
 
 def test_format_of_a_layer_is_that_of_the_specs() -> None:
@@ -102,7 +102,6 @@ def test_profiling_run_attends_nothing() -> None:
             {"attn_type": AttentionType.ENCODER_ONLY},
             "the packed KV cache does not support encoder_only attention, only decoders",
         ),
-        ({"device": "cuda"}, "this version attends packed blocks on the CPU only; its GPU kernels are to come"),
     ],
 )
 def test_refused_layers(options: dict[str, Any], sentence: str) -> None:

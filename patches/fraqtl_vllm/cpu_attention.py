@@ -1,0 +1,80 @@
+"""The CPU half of the backend: compiled kernels over the pages, for prefill and decode alike.
+
+The keys of the running chunk are read back from their pages like all others, so that chunking, prefix
+hits and preemption can't change what is attended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from fraqtl_kernels import cpu
+from fraqtl_vllm.layer import FraqtlImpl
+
+
+@dataclass
+class Metadata(AttentionMetadata):
+    """One step's batch, shared by all layers of a KV-cache group."""
+
+    block_table: Tensor
+    plan: cpu.AttentionPlan
+
+
+class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
+    """Plans a step on the host; there are no CUDA graphs here."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Metadata:
+        batch = common_attn_metadata
+        plan = cpu.plan_attention(batch.query_start_loc.tolist(), batch.seq_lens.tolist())
+        return Metadata(batch.block_table_tensor, plan)
+
+
+class Impl(FraqtlImpl[Metadata]):
+    """One layer's write and attention on the CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cpu.warm_up()
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        if kv_cache.numel():
+            cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None:  # profiling run: no cache exists yet
+            return output.fill_(0)
+        cpu.attend(
+            query,
+            kv_cache,
+            self.layout(kv_cache),
+            attn_metadata.block_table,
+            attn_metadata.plan,
+            output,
+            scale=self.scale,
+            window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+        return output
