@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
     from vllm.platforms.cpu import CpuPlatform
     from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -43,7 +45,10 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
+    "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_current_vllm_config": "vllm.config",
+    "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
     "register_kernels": "vllm.triton_utils.dispatcher",
 }
 
@@ -64,7 +69,10 @@ __all__ = [
     "Scheduler",
     "VllmConfig",
     "WorkerBase",
+    "flash_attn_varlen_func",
     "get_current_vllm_config",
+    "get_flash_attn_version",
+    "merge_attn_states",
     "register_kernels",
 ]
 

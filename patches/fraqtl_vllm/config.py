@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -22,6 +22,11 @@ class FraqtlConfig(BaseModel):
 
     kv_format: str = DEFAULT_FORMAT
     """The name of a KV-cache format, see `fraqtl_kernels.formats`."""
+
+    prefill_keys: Literal["raw", "packed"] | None = None
+    """Which keys and values of a running prompt chunk its queries see: the raw ones, through flash attention, or the
+    packed ones, so that the text doesn't depend on how a prompt was cut into chunks. A GPU takes raw ones
+    unless told otherwise, the CPU knows packed ones only."""
 
     @field_validator("kv_format")
     @classmethod

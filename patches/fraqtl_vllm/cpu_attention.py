@@ -14,6 +14,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from fraqtl_kernels import cpu
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_vllm._vllm import get_current_vllm_config
+from fraqtl_vllm.config import read_config
 from fraqtl_vllm.layer import FraqtlImpl
 
 
@@ -44,6 +47,8 @@ class Impl(FraqtlImpl[Metadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
+            raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         cpu.warm_up()
 
     def do_kv_cache_update(

@@ -92,6 +92,12 @@ def test_profiling_run_attends_nothing() -> None:
     assert torch.equal(out, torch.zeros(3, 4, 64))
 
 
+def test_raw_prompt_keys_need_a_gpu() -> None:
+    make_layer(additional_config={"fraqtl": {"prefill_keys": "packed"}})
+    with pytest.raises(UnsupportedError, match="prefill_keys 'raw' needs a GPU: on the CPU choose 'packed'"):
+        make_layer(additional_config={"fraqtl": {"prefill_keys": "raw"}})
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

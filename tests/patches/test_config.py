@@ -29,6 +29,10 @@ def test_format_by_name() -> None:
         ({"kv_format": "int3"}, "unknown KV format 'int3': choose one of bf16, fp16, "),
         ({"kv_format": 4}, "--additional-config: fraqtl.kv_format: Input should be a valid string"),
         ({"kv_format": None}, "--additional-config: fraqtl.kv_format: Input should be a valid string"),
+        (
+            {"prefill_keys": "cooked"},
+            "--additional-config: fraqtl.prefill_keys: Input should be 'raw' or 'packed'",
+        ),
         ("k4v4", "--additional-config: \"fraqtl\" must be an object, not 'k4v4'"),
         (None, '--additional-config: "fraqtl" must be an object, not None'),
     ],
