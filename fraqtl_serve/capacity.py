@@ -16,6 +16,7 @@ class Capacity(BaseModel):
     block_size: int = Field(description="tokens a block")
     block_bytes: int = Field(description="bytes of a block: all layers and ranks, scales and padding included")
     baseline_block_bytes: int = Field(description="bytes of a block in the model's own dtype")
+    baseline_dtype: str = Field(description="the model's own dtype")
     ratio: float = Field(description="baseline_block_bytes / block_bytes")
     pool_bytes: int = Field(description="bytes of all blocks")
     blocks: int = Field(description="blocks in the pool")
@@ -26,6 +27,20 @@ class Capacity(BaseModel):
     concurrency: float = Field(description="sequences of max_model_len tokens that the pool holds")
     baseline_concurrency: float = Field(description="the same in the model's own dtype")
     pool_use: float | None = Field(description="share of the blocks in use now, 0 to 1; null without metrics")
+    running: int | None = Field(description="sequences that the engine works on now; null without metrics")
+    waiting: int | None = Field(description="sequences that wait for room now; null without metrics")
+
+
+USE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engines are doing, by vLLM's own gauges; None where it keeps none (--disable-log-stats)."""
+
+    pool_use: float | None = None
+    running: int | None = None
+    waiting: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Pool:
     block_bytes: int
     baseline_block_bytes: int
     max_model_len: int
+    baseline_dtype: str
 
     @property
     def total_bytes(self) -> int:
@@ -47,7 +63,7 @@ class Pool:
     def ratio(self) -> float:
         return self.baseline_block_bytes / self.block_bytes
 
-    def capacity(self, pool_use: float | None) -> Capacity:
+    def capacity(self, load: Load) -> Capacity:
         baseline_blocks = self.total_bytes // self.baseline_block_bytes
         tokens, baseline_tokens = self.blocks * self.block_size, baseline_blocks * self.block_size
         return Capacity(
@@ -55,6 +71,7 @@ class Pool:
             block_size=self.block_size,
             block_bytes=self.block_bytes,
             baseline_block_bytes=self.baseline_block_bytes,
+            baseline_dtype=self.baseline_dtype,
             ratio=round(self.ratio, 4),
             pool_bytes=self.total_bytes,
             blocks=self.blocks,
@@ -64,11 +81,13 @@ class Pool:
             max_model_len=self.max_model_len,
             concurrency=round(tokens / self.max_model_len, 2),
             baseline_concurrency=round(baseline_tokens / self.max_model_len, 2),
-            pool_use=pool_use,
+            pool_use=load.pool_use,
+            running=load.running,
+            waiting=load.waiting,
         )
 
 
-def make_pool(kv_format: str, ranks: list[dict[str, Any]], max_model_len: int) -> Pool:
+def make_pool(kv_format: str, ranks: list[dict[str, Any]], max_model_len: int, baseline_dtype: str) -> Pool:
     """From what every rank says of its pool (`fraqtl_vllm.pool`).
 
     Groups of layers take turns with the same blocks, so a block's bytes are those of the largest group. The
@@ -81,10 +100,19 @@ def make_pool(kv_format: str, ranks: list[dict[str, Any]], max_model_len: int) -
         block_bytes=sum(max(rank["block_bytes"]) for rank in ranks),
         baseline_block_bytes=sum(max(rank["baseline_block_bytes"]) for rank in ranks),
         max_model_len=max_model_len,
+        baseline_dtype=baseline_dtype,
     )
 
 
-def pool_use(families: Iterable[Any]) -> float | None:
-    """The mean over engines of vLLM's own gauge, from what a Prometheus registry collects."""
-    values = [s.value for family in families for s in family.samples if s.name == "vllm:kv_cache_usage_perc"]
-    return sum(values) / len(values) if values else None
+def read_load(families: Iterable[Any]) -> Load:
+    """From what a Prometheus registry collects: the mean use over engines, the sums of sequences."""
+    values: dict[str, list[float]] = {name: [] for name in (USE, RUNNING, WAITING)}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name in values:
+            values[sample.name].append(sample.value)
+    use, running, waiting = values.values()
+    return Load(
+        pool_use=sum(use) / len(use) if use else None,
+        running=int(sum(running)) if running else None,
+        waiting=int(sum(waiting)) if waiting else None,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
@@ -9,11 +10,13 @@ from fastapi import FastAPI
 
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.capacity import make_pool
+from fraqtl_serve.history import History
 from fraqtl_serve.metrics import Metrics
 from fraqtl_serve.middleware import ReportMiddleware
+from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
-from fraqtl_serve.routes import router
+from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.shutdown import BoundedShutdown
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
@@ -28,6 +31,7 @@ class FraqtlEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args
         app.include_router(router)
+        app.include_router(page_router)
         app.add_middleware(BoundedShutdown)
         app.add_middleware(ReportMiddleware, in_body=getattr(args, "fraqtl_report", True))
 
@@ -45,6 +49,10 @@ class FraqtlEndpoints:
         accounting = Accounting(kv_format, keep)
         accounting.watch(engine_client)
         ranks = await engine_client.collective_rpc(METHOD)
-        pool = make_pool(kv_format, ranks, engine_client.vllm_config.model_config.max_model_len)
+        model = engine_client.vllm_config.model_config
+        pool = make_pool(kv_format, ranks, model.max_model_len, str(model.dtype).removeprefix("torch."))
         metrics.set_pool(pool)
+        state.fraqtl_history = History()
+        # The loop keeps no task alive by itself: the state does.
+        state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))
         state.fraqtl_pool, state.fraqtl_records, state.fraqtl_accounting = pool, records, accounting

@@ -16,7 +16,8 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from pydantic import BaseModel
 
 from fraqtl_serve._vllm import get_prometheus_registry
-from fraqtl_serve.capacity import Capacity, pool_use
+from fraqtl_serve.capacity import Capacity, Load, read_load
+from fraqtl_serve.history import PoolHistory
 from fraqtl_serve.records import RING_SIZE, RequestRecord
 
 PREFIX = "/plugins/fraqtl"
@@ -46,6 +47,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def load_now() -> Load:
+    return read_load(get_prometheus_registry().collect())
+
+
 router = APIRouter(prefix=PREFIX, tags=["fraqtl"], dependencies=[Depends(check_key)])
 
 
@@ -55,7 +60,14 @@ def capacity(request: Request) -> Capacity:
     pool = getattr(request.app.state, "fraqtl_pool", None)
     if pool is None:
         raise HTTPException(503, "the engine has not said what its KV pool is made of")
-    answer: Capacity = pool.capacity(pool_use(get_prometheus_registry().collect()))
+    answer: Capacity = pool.capacity(load_now())
+    return answer
+
+
+@router.get("/history")
+def history(request: Request, since: Annotated[float, Query(allow_inf_nan=False)] = 0) -> PoolHistory:
+    """Pool use over the last hour at most; `since`, in seconds since 1970, leaves out what is known."""
+    answer: PoolHistory = request.app.state.fraqtl_history.later_than(since)
     return answer
 
 

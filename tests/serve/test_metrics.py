@@ -17,7 +17,7 @@ from fraqtl_serve.records import RequestRecord
 from fraqtl_serve.report import Ledger
 from tests.serve.fake_engine import account
 
-POOL = Pool("k4v4", blocks=1000, block_size=16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096)
+POOL = Pool("k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="half")
 
 
 def record(status: Any = "finished", *accounts: dict[str, Any]) -> RequestRecord:

@@ -10,14 +10,20 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from fraqtl_serve.capacity import Pool
+from fraqtl_serve.capacity import Load, Pool
+from fraqtl_serve.history import SECONDS, History
 from fraqtl_serve.records import Records, RequestRecord
 from fraqtl_serve.report import KVReport, Ledger
 from fraqtl_serve.routes import router
 from tests.serve.fake_engine import account
 
-POOL = Pool("k4v4", blocks=1000, block_size=16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096)
-PATHS = ("/plugins/fraqtl/capacity", "/plugins/fraqtl/requests", "/plugins/fraqtl/requests/r1")
+POOL = Pool("k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="half")
+PATHS = (
+    "/plugins/fraqtl/capacity",
+    "/plugins/fraqtl/requests",
+    "/plugins/fraqtl/requests/r1",
+    "/plugins/fraqtl/history",
+)
 REPORT: KVReport | None = Ledger("k4v4", accounts={"a": account([1])}).report()
 
 
@@ -37,6 +43,7 @@ def app() -> FastAPI:
     app.include_router(router)
     app.state.args = Namespace(api_key=None, log_error_stack=False)
     app.state.fraqtl_pool = POOL
+    app.state.fraqtl_history = History()
     app.state.fraqtl_records = Records()
     for number in range(60):
         app.state.fraqtl_records.add(record(number))
@@ -58,8 +65,9 @@ def error(response: Any) -> dict[str, Any]:
 
 
 def test_capacity(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fraqtl_serve.routes.pool_use", lambda families: 0.5)
-    assert client.get(PATHS[0]).json() == POOL.capacity(0.5).model_dump()
+    load = Load(pool_use=0.5, running=2, waiting=0)
+    monkeypatch.setattr("fraqtl_serve.routes.read_load", lambda families: load)
+    assert client.get(PATHS[0]).json() == POOL.capacity(load).model_dump()
 
 
 def test_capacity_before_the_engine_is_up(app: FastAPI, client: TestClient) -> None:
@@ -92,6 +100,22 @@ def test_unknown_request(client: TestClient) -> None:
     response = client.get("/plugins/fraqtl/requests/nope")
     assert response.status_code == 404
     assert "nope" in error(response)["message"]
+
+
+def test_history(app: FastAPI, client: TestClient) -> None:
+    for when, use in ((10.0, 0.0), (12.0, 0.5), (14.0, 0.25)):
+        app.state.fraqtl_history.add(when, use)
+    everything = {"seconds": SECONDS, "time": [10.0, 12.0, 14.0], "pool_use": [0.0, 0.5, 0.25]}
+    assert client.get(PATHS[3]).json() == everything
+    assert client.get(PATHS[3], params={"since": 10.0}).json() == {
+        **everything,
+        "time": [12, 14],
+        "pool_use": [0.5, 0.25],
+    }
+    assert client.get(PATHS[3], params={"since": 14.0}).json()["time"] == []
+    for wrong in ("nan", "inf", "yesterday"):
+        response = client.get(PATHS[3], params={"since": wrong})
+        assert response.status_code == 400 and "since" in str(error(response)["param"])
 
 
 @pytest.mark.parametrize("where", ["command line", "environment"])
