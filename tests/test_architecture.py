@@ -21,7 +21,7 @@ BELOW = {
     "fraqtl_kernels": set[str](),
     "fraqtl_vllm": {"fraqtl_kernels", "vllm"},
     "fraqtl_serve": {"fraqtl_kernels", "fraqtl_vllm", "vllm"},
-    "fraqtl_bench": {"fraqtl_kernels"},
+    "fraqtl_bench": {"fraqtl_kernels", "vllm"},
 }
 # vLLM's documented extension points; whatever else is needed of it stands in a package's _vllm.py.
 EXTENSION_POINTS = {
@@ -84,7 +84,7 @@ def test_imports_are_absolute(package: str) -> None:
     assert [f"{file}: {module}" for file, module in imports_of(package) if module.startswith(".")] == []
 
 
-@pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve"])
+@pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve", "fraqtl_bench"])
 def test_vllm_stands_in_one_module_of_a_package(package: str) -> None:
     wrong = [
         f"{file}: {module}"

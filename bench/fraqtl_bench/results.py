@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
-PACKAGES = ("fraqtl-serve", "vllm", "torch", "triton", "transformers", "numba")
+PACKAGES = ("fraqtl-serve", "vllm", "torch", "triton", "flashinfer-python", "transformers", "numba")
 
 
 def provenance() -> dict[str, Any]:
@@ -24,6 +24,20 @@ def provenance() -> dict[str, Any]:
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """Name, memory and driver of the first GPU."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
     }
 
 

@@ -1,9 +1,7 @@
-"""`fraqtl-bench`: arguments, result files, and a small real run of `kernels`."""
+"""`fraqtl-bench`: arguments and result files."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 
 from fraqtl_bench import results
 from fraqtl_bench.cli import main
-from fraqtl_bench.kernels import Shape, bytes_read
 from fraqtl_bench.recall import make_text
 
 
@@ -30,40 +27,11 @@ def test_recall_texts_fill_the_context_and_hold_their_codes() -> None:
             assert text.count(f"The code for {name} is {code}.") == 1
 
 
-def test_shapes() -> None:
-    assert Shape.parse("8x4096x32x8x128") == Shape(8, 4096, 32, 8, 128)
-    for wrong in ("8x4096", "a", "1x2x3x4x5x6"):
-        with pytest.raises(argparse.ArgumentTypeError, match="give batch x context"):
-            Shape.parse(wrong)
-
-
-def test_bytes_that_a_decode_step_must_read() -> None:
-    shape = Shape(2, 1000, 32, 8, 128)
-    assert bytes_read("sdpa-bf16", shape) == 2 * 1000 * 8 * 512
-    assert bytes_read("k4v4", shape) == 2 * 1000 * 8 * 132
-
-
-def test_kernels_run_and_write_what_they_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "deep" / "kernels.json"
-    arguments = ["--grid", "1x64x4x2x64", "--repeats", "2", "--working-set", "1", "--max-sets", "2", "--out", str(out)]
-    main(["kernels", *arguments])
-    found = json.loads(out.read_text())
-    assert found["schema_version"] == results.SCHEMA_VERSION
-    assert found["machine"]["cores"] >= 1 and found["packages"]["torch"]
-    arms = found["kernels"]["1x64x4x2x64"]
-    assert set(arms) == {"sdpa-bf16", "bf16", "fp16", "k8v8", "k8v4", "k4v4"}
-    assert all(0 < arm["relative_error"] < 1e-2 and arm["median_ms"] > 0 for arm in arms.values())
-    assert "sdpa-bf16" in capsys.readouterr().out
-
-
 def test_wrong_arguments_end_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["recall", "--formats", "int3"])
     assert ended.value.code == 2
     assert "fraqtl-bench: unknown KV format 'int3': choose one of bf16" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["kernels", "--grid", "1x64x5x2x64"])
-    assert "must be a multiple of the KV heads" in capsys.readouterr().err
 
 
 def test_result_files_are_written_whole(tmp_path: Path) -> None:

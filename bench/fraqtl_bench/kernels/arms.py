@@ -1,0 +1,86 @@
+"""What is compared: an arm stores a set of inputs its own way and says how to attend over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fraqtl_bench.kernels.shapes import Inputs, exact_attention, relative_error
+from fraqtl_kernels.errors import one_of
+
+
+class UnavailableError(Exception):
+    """An arm that can't run here; the text says why."""
+
+
+@dataclass
+class Prepared:
+    """One set of inputs, stored by one arm.
+
+    call: attends, into `output`, (batch, query heads, D). bytes: what a call must read of the cache. stored: what the
+    cache of the first request holds, (key, value), (tokens, KV heads, D), or None where nobody can tell.
+    refresh: to be called before each call, untimed; for what an engine computes once a step for all layers.
+    """
+
+    call: Callable[[], object]
+    output: Tensor
+    bytes: int
+    stored: Callable[[], tuple[Tensor, Tensor]] | None
+    refresh: Callable[[], object] | None = None
+
+
+class Arm(Protocol):
+    """A plugin. name: unique. foreign: not ours, so that whatever goes wrong in it makes it unavailable."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def foreign(self) -> bool: ...
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """Raises UnavailableError where the arm can't run."""
+
+
+def errors_of(prepared: Prepared, inputs: Inputs) -> dict[str, float | None]:
+    """Relative errors of the first request's output against float64.
+
+    total_error: against attention over the inputs. quantisation_error: of exact attention over what the cache holds.
+    kernel_error: the output against that, so what arithmetic alone costs, rounding of the output included.
+    """
+    prepared.call()
+    output, query = prepared.output[0].cpu(), inputs.query[0].cpu()
+    truth = exact_attention(inputs.query[0], inputs.key[0], inputs.value[0], inputs.scale).cpu()
+    found: dict[str, float | None] = {"total_error": relative_error(output, truth)}
+    if prepared.stored is None:
+        return found | {"kernel_error": None, "quantisation_error": None}
+    key, value = prepared.stored()
+    stored = exact_attention(query.to(key.device), key, value, inputs.scale).cpu()
+    return found | {
+        "kernel_error": relative_error(output, stored),
+        "quantisation_error": relative_error(stored, truth),
+    }
+
+
+def arms_for(device: str) -> dict[str, Arm]:
+    """Every arm of a device by name, the baselines first."""
+    if device == "cpu":
+        from fraqtl_bench.kernels.cpu_arms import cpu_arms
+
+        return {arm.name: arm for arm in cpu_arms()}
+    from fraqtl_bench.kernels.cuda_arms import cuda_arms
+    from fraqtl_bench.kernels.rivals import rivals
+
+    return {arm.name: arm for arm in (*rivals(), *cuda_arms())}
+
+
+def choose(device: str, names: list[str] | None) -> list[Arm]:
+    """The arms with these names, all if none is given. Raises ConfigError, which lists the valid names."""
+    known = arms_for(device)
+    for name in names or ():
+        if name not in known:
+            raise one_of(f"arm for --device {device}", name, known)
+    return [arm for arm in known.values() if names is None or arm.name in names]

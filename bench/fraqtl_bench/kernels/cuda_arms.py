@@ -1,0 +1,74 @@
+"""Arms on a GPU: our formats through our Triton kernels, launched as the attention backend launches them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fraqtl_bench.kernels.arms import Arm, Prepared
+from fraqtl_bench.kernels.cpu_arms import stored_values
+from fraqtl_bench.kernels.shapes import Inputs
+from fraqtl_kernels.formats import FORMATS, KVFormat
+from fraqtl_kernels.pages import PageLayout
+
+
+@dataclass(frozen=True)
+class PackedOnGpu:
+    """Our decode over pages of a format, in shuffled blocks."""
+
+    format: KVFormat
+    foreign: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        from fraqtl_kernels.gpu.bases import Bases
+        from fraqtl_kernels.gpu.decode import decode, plan_decode
+        from fraqtl_kernels.gpu.write import write
+
+        shape, device = inputs.shape, inputs.query.device
+        layout = PageLayout(self.format, shape.head_size, inputs.block_size)
+        width = self.format.bytes_per_token(shape.head_size)
+        pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8, device=device)
+        bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device)
+        for r in range(shape.batch):
+            write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r), bases)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        plan = plan_decode(
+            layout,
+            requests=shape.batch,
+            queries=1,
+            query_heads=shape.query_heads,
+            kv_heads=shape.kv_heads,
+            longest=shape.context,
+            multiprocessors=multiprocessors,
+        )
+        scratch = torch.empty(plan.scratch_floats(shape.head_size), device=device)
+        query_start = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+        lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
+        output = torch.empty_like(inputs.query)
+
+        def call() -> None:
+            decode(
+                inputs.query,
+                pool,
+                layout,
+                inputs.order,
+                query_start,
+                lengths,
+                output,
+                plan,
+                bases,
+                scratch,
+                scale=inputs.scale,
+            )
+
+        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs))
+
+
+def cuda_arms() -> Iterator[Arm]:
+    yield from (PackedOnGpu(format) for format in FORMATS.values())

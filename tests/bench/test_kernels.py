@@ -1,0 +1,202 @@
+"""`fraqtl-bench kernels`: small real runs, what counts as an error, and arms that can't run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fraqtl_bench import results
+from fraqtl_bench.cli import main
+from fraqtl_bench.kernels import DEFAULT_GRID, sweep
+from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError, arms_for, choose, errors_of
+from fraqtl_bench.kernels.cuda_arms import PackedOnGpu
+from fraqtl_bench.kernels.shapes import Inputs, Shape, exact_attention, relative_error
+from fraqtl_bench.kernels.timing import CpuTimer
+from fraqtl_kernels.formats import FORMATS
+from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
+
+CPU = torch.device("cpu")
+TINY = Shape(2, 40, 4, 2, 64)
+
+
+def test_shapes() -> None:
+    assert Shape.parse("8x4096x32x8x128") == Shape(8, 4096, 32, 8, 128)
+    for wrong in ("8x4096", "a", "1x2x3x4x5x6"):
+        with pytest.raises(argparse.ArgumentTypeError, match="give batch x context"):
+            Shape.parse(wrong)
+    for grid in DEFAULT_GRID.values():
+        for text in grid:
+            Shape.parse(text).check()
+
+
+def test_inputs_are_fresh_and_repeatable() -> None:
+    one, again, other = (Inputs.random(TINY, 16, seed, CPU) for seed in (0, 0, 1))
+    assert torch.equal(one.key, again.key) and not torch.equal(one.key, other.key)
+    slots = torch.cat([one.slots(0), one.slots(1)])
+    assert len(set(slots.tolist())) == 80 and int(slots.max()) < one.blocks * 16
+
+
+def test_exact_attention() -> None:
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    query, key, value = (x.double() for x in (inputs.query[1], inputs.key[1], inputs.value[1]))
+    found = exact_attention(inputs.query[1], inputs.key[1], inputs.value[1], inputs.scale)
+    for head in range(4):
+        weights = (key[:, head // 2] @ query[head] * 64**-0.5).softmax(0)
+        assert relative_error(found[head], weights @ value[:, head // 2]) < 1e-12
+
+
+def test_errors_tell_arithmetic_from_quantisation() -> None:
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    arms = arms_for("cpu")
+    found = {name: errors_of(arms[name].prepare(inputs), inputs) for name in ("sdpa-bf16", "bf16", "k8v8", "k4v4")}
+    for errors in found.values():
+        assert errors["kernel_error"] < 1e-2
+    assert found["bf16"]["quantisation_error"] == found["sdpa-bf16"]["quantisation_error"] == 0
+    assert 0 < found["k8v8"]["quantisation_error"] < found["k4v4"]["quantisation_error"] < 0.3
+    assert found["k4v4"]["total_error"] == pytest.approx(found["k4v4"]["quantisation_error"], rel=0.1)
+    wrong = arms["bf16"].prepare(inputs)
+    call = wrong.call
+    wrong.call = lambda: (call(), wrong.output.mul_(1.1))
+    assert errors_of(wrong, inputs)["kernel_error"] == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="in Triton's interpreter")
+@pytest.mark.parametrize("name", ["k4v4", "bf16"])
+def test_gpu_arms_in_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton")
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    prepared = PackedOnGpu(FORMATS[name]).prepare(inputs)
+    assert errors_of(prepared, inputs)["kernel_error"] < 1e-2
+    assert prepared.bytes == 2 * 40 * 2 * {"k4v4": 68, "bf16": 256}[name]
+
+
+class Broken:
+    """An arm that fails in one way or another."""
+
+    def __init__(self, name: str, error: Exception | None = None, late: bool = False, foreign: bool = True) -> None:
+        self.name, self.error, self.late, self.foreign = name, error, late, foreign
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        if self.error and not self.late:
+            raise self.error
+
+        def call() -> None:
+            if self.error:
+                raise self.error
+
+        return Prepared(call, inputs.query.clone(), 10, None)
+
+
+def run(arms: list[Arm]) -> dict[str, Any]:
+    args = argparse.Namespace(device="cpu", block_size=16, seed=0, max_sets=2, working_set=1)
+    return sweep.measure([TINY], arms, CpuTimer(), 1e9, 3, args)[str(TINY)]
+
+
+def test_arms_that_cannot_run_say_why_and_stop_nobody() -> None:
+    found = run(
+        [
+            Broken("absent", UnavailableError("no such package")),
+            Broken("raises", RuntimeError("two\nlines")),
+            Broken("late", ValueError("in the call"), late=True),
+            Broken("fine"),
+            arms_for("cpu")["k4v4"],
+        ]
+    )
+    assert found["absent"] == {"skipped": "no such package"}
+    assert found["raises"] == {"skipped": "RuntimeError: two"}
+    assert found["late"] == {"skipped": "ValueError: in the call"}
+    assert found["fine"]["median_ms"] > 0 and found["fine"]["kernel_error"] is None
+    assert found["k4v4"]["input_sets"] == 2 and "speed_against_baseline" not in found["k4v4"]
+
+
+def test_our_own_errors_are_not_swallowed() -> None:
+    with pytest.raises(RuntimeError, match="ours"):
+        run([Broken("ours", RuntimeError("ours"), foreign=False)])
+
+
+def test_speed_is_against_the_fastest_baseline() -> None:
+    found = {
+        "fa3-bf16": {"median_ms": 2.0},
+        "flashinfer-bf16": {"median_ms": 1.0},
+        "k4v4": {"median_ms": 0.5},
+        "gone": {"skipped": "x"},
+    }
+    sweep._compare(found)
+    assert found["k4v4"] == {"median_ms": 0.5, "baseline": "flashinfer-bf16", "speed_against_baseline": 2.0}
+    assert found["fa3-bf16"]["speed_against_baseline"] == 0.5
+    assert found["gone"] == {"skipped": "x"}
+
+
+def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "kernels.json"
+    arguments = ["--grid", "1x64x4x2x64", "--repeats", "2", "--working-set", "1", "--max-sets", "2", "--out", str(out)]
+    main(["kernels", *arguments])
+    found = json.loads(out.read_text())
+    assert found["schema_version"] == results.SCHEMA_VERSION
+    assert found["machine"]["cores"] >= 1 and found["packages"]["torch"]
+    assert found["repeats"] == 2 and found["copy_bytes_per_s"] > 1e8
+    arms = found["kernels"]["1x64x4x2x64"]
+    assert list(arms) == ["sdpa-bf16", *FORMATS]
+    for name, arm in arms.items():
+        width = 256 if name == "sdpa-bf16" else FORMATS[name].bytes_per_token(64)
+        assert arm["bytes"] == 64 * 2 * width
+        assert arm["gb_per_s"] == pytest.approx(arm["bytes"] / arm["median_ms"] / 1e6)
+        assert arm["share_of_copy_bandwidth"] == pytest.approx(arm["gb_per_s"] * 1e9 / found["copy_bytes_per_s"])
+        assert arm["kernel_error"] < 1e-2 and arm["baseline"] == "sdpa-bf16"
+    assert "sdpa-bf16" in capsys.readouterr().out
+
+
+def test_errors_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "errors.json"
+    main(["kernels", "--errors", "--grid", "1x64x4x2x64", "--arms", "k4v4", "bf16", "--out", str(out)])
+    found = json.loads(out.read_text())["errors"]["1x64x4x2x64"]
+    assert set(found) == {"k4v4", "bf16"} and set(found["k4v4"]) == {
+        "kernel_error",
+        "quantisation_error",
+        "total_error",
+    }
+    assert "relative error against float64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--grid", "1x64x5x2x64"], "1x64x5x2x64: the query heads must be a multiple of the KV heads"),
+        (["--arms", "int3"], "unknown arm for --device cpu 'int3': choose one of sdpa-bf16, bf16, "),
+    ],
+)
+def test_wrong_arguments_end_in_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["kernels", *arguments])
+    assert ended.value.code == 2
+    assert f"fraqtl-bench: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["kernels", "--device", "cuda"])
+    assert "--device cuda: torch finds no GPU here, choose cpu" in capsys.readouterr().err
+
+
+def test_every_gpu_arm_can_be_named() -> None:
+    names = [arm.name for arm in choose("cuda", None)]
+    assert names[:2] == ["fa3-bf16", "flashinfer-bf16"] and names[-len(FORMATS) :] == list(FORMATS)
+    assert [arm.name for arm in choose("cuda", ["k4v4", "fa3-bf16"])] == ["fa3-bf16", "k4v4"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they can run")
+def test_rivals_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    for name in ("fa3-bf16", "flashinfer-bf16", "fa3-fp8"):
+        with pytest.raises(UnavailableError, match="can't be imported"):
+            arms_for("cuda")[name].prepare(inputs)
