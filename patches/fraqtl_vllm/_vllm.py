@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheLayout
     from vllm.v1.request import Request, RequestStatus
+    from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase
 
 SUPPORTED_VERSION = "0.32"
@@ -34,6 +35,7 @@ _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
+    "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CompilationMode": "vllm.config",
     "CpuPlatform": "vllm.platforms.cpu",
     "EngineCoreOutput": "vllm.v1.engine",
@@ -58,6 +60,7 @@ __all__ = [
     "AsyncScheduler",
     "AttentionBackendEnum",
     "AttentionSpec",
+    "CPUWorker",
     "CompilationMode",
     "CpuPlatform",
     "EngineCoreOutput",

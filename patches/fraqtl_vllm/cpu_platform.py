@@ -6,6 +6,7 @@ Everything that is replaced is listed here:
   torch.compile           off: it would compile C++ for minutes at every first start
   slot mapping            a torch version of the one Triton kernel that the model runner needs
   torch.ops._C            Python versions of the three native ops that are left (`NATIVE_OPS`)
+  worker                  ours (`cpu_worker`): the stock one dies of a request with a seed and a long prompt
   executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
   default block size      16 tokens, as on GPUs: the stock kernels that want 128 are not there
 """
@@ -25,6 +26,9 @@ from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import CpuPlatform
 from fraqtl_vllm.plugin import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.support import check_supported
+
+STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+WORKER = "fraqtl_vllm.cpu_worker.FraqtlCpuWorker"
 
 
 def gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
@@ -107,6 +111,8 @@ class CpuWithoutNativeOps(CpuPlatform):
             vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
         vllm_config.compilation_config.custom_ops = ["none"]
         vllm_config.compilation_config.mode = _vllm.CompilationMode.NONE
+        if vllm_config.parallel_config.worker_cls == STOCK_WORKER:
+            vllm_config.parallel_config.worker_cls = WORKER
         if vllm_config.parallel_config.world_size == 1:
             vllm_config.parallel_config.distributed_executor_backend = "uni"
         else:

@@ -1,0 +1,39 @@
+"""vLLM's CPU worker, which survives a seed.
+
+A request with a `seed` has a generator of its own. Where a step ends before its prompt does, vLLM draws a
+token for it all the same, throws it away and turns the generator back, which the CPU's generators can't:
+the exception ends the engine. Here they are put aside for such a step, so nothing needs turning back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fraqtl_vllm._vllm import CPUWorker
+
+
+@contextmanager
+def generators_put_aside(runner: Any) -> Iterator[None]:
+    """Without the generators of the requests in a runner's batch whose prompts go on after this step."""
+    generators = runner.input_batch.generators  # the sampler reads this very dictionary, by row of the batch
+    unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+    aside = {row: generators.pop(row) for row in unfinished.tolist() if row in generators}
+    try:
+        yield
+    finally:
+        generators.update(aside)
+
+
+class FraqtlCpuWorker(CPUWorker):
+    def init_device(self) -> None:
+        super().init_device()
+        runner: Any = self.model_runner
+        sample_tokens = runner.sample_tokens
+
+        def careful_sample_tokens(grammar_output: Any) -> Any:
+            with generators_put_aside(runner):
+                return sample_tokens(grammar_output)
+
+        runner.sample_tokens = careful_sample_tokens
