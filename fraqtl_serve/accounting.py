@@ -93,17 +93,14 @@ class Accounting:
     def _take(self, output: Any) -> bool:
         """Move the account out of an engine output into the ledger it belongs to; says if there was one."""
         account = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
-        if account is None and output.prefill_stats is None:
+        if account is None:
             return False
         output.kv_transfer_params = output.kv_transfer_params or None
         ledger = self._sequences.get(output.request_id)
         if ledger is None:
             return False
-        if output.prefill_stats is not None:
-            ledger.cached_tokens[output.request_id] = output.prefill_stats.num_cached_tokens
-        if account is not None:
-            ledger.accounts[output.request_id] = account
-        return account is not None
+        ledger.accounts[output.request_id] = account
+        return True
 
     def _end(self, key: str, *, finished: bool) -> None:
         ledger = self._sequences.pop(key, None)

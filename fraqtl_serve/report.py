@@ -19,7 +19,7 @@ class KVUsage(BaseModel):
     """
 
     tokens: int = Field(description="KV entries written: prompt + generated - 1, summed over the sequences")
-    blocks: int = Field(description="blocks held at the end; blocks that sequences share count once")
+    blocks: int = Field(description="blocks held at the end; those that sequences share count once")
     shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache")
     bytes: int = Field(description="bytes of these blocks: all layers and ranks, scales and padding included")
     baseline_bytes: int = Field(description="bytes of the same blocks in the model's own dtype")
@@ -48,7 +48,6 @@ class Ledger:
     """How many sequences the request asked for: n, summed over its prompts."""
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last account of every sequence, by the engine's request id."""
-    cached_tokens: dict[str, int] = field(default_factory=dict)
     closed: bool = False
     """The response is out, or the client has gone: what comes now is in no response."""
     endpoint: str = ""
@@ -76,7 +75,7 @@ class Ledger:
         sizes = accounts[0]
         groups = range(len(sizes["block_size"]))
         held = [{b for a in accounts for b in a["blocks"][g]} for g in groups]
-        shared = [{b for key in self.accounts for b in self._found_in_cache(key, g)} for g in groups]
+        shared = [{b for a in accounts for b in a["shared"][g]} for g in groups]
         used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
         baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
         return KVReport(
@@ -90,10 +89,3 @@ class Ledger:
             saved_bytes=baseline - used,
             ratio=round(baseline / used, 4) if used else 1.0,
         )
-
-    def _found_in_cache(self, key: str, group: int) -> list[int]:
-        """The blocks of one sequence that a prefix-cache hit gave it and that it still held at its end."""
-        account = self.accounts[key]
-        hits = self.cached_tokens.get(key, 0) // account["block_size"][group] - account["skipped"][group]
-        blocks: list[int] = account["blocks"][group][: max(0, hits)]
-        return blocks

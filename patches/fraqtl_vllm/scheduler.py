@@ -24,6 +24,7 @@ from fraqtl_vllm._vllm import (
     Scheduler,
     VllmConfig,
 )
+from fraqtl_vllm.allocations import Allocations
 
 ACCOUNT_KEY = "fraqtl"
 
@@ -48,6 +49,7 @@ class _Accounting:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **options)  # type: ignore[call-arg]
         self._aborted: list[tuple[int, EngineCoreOutput]] = []
+        self._allocations = Allocations(self.kv_cache_manager)  # type: ignore[attr-defined]
         ranks = vllm_config.parallel_config.world_size
         self._sizes = {
             "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
@@ -56,20 +58,26 @@ class _Accounting:
         }
 
     def account(self, request: Request) -> dict[str, Any]:
-        """What `request` holds now: block ids per KV-cache group, tokens, and bytes per block.
+        """What `request` holds now: tokens, blocks per KV-cache group, and bytes per block.
 
-        skipped: how many blocks at the start of the sequence a sliding window has left behind.
+        blocks: a number for every block, the same in two accounts only if both mean one allocation of it.
+        shared: those of them that the request found in the prefix cache.
         """
         tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
+        # A sliding window leaves null blocks behind.
+        held = [[block.block_id for block in table if not block.is_null] for table in tables]
+        found, name = self._allocations.found_in_cache, self._allocations.name
+        key = request.request_id
         return {
             "tokens": max(0, request.num_tokens - 1),
-            "blocks": [[block.block_id for block in table if not block.is_null] for table in tables],
-            "skipped": [sum(block.is_null for block in table) for table in tables],
+            "blocks": [[name(b) for b in group] for group in held],
+            "shared": [[name(b) for b in group if found(key, g, b)] for g, group in enumerate(held)],
             **self._sizes,
         }
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         account = self.account(request)
+        self._allocations.forget(request.request_id)
         if request.status is RequestStatus.FINISHED_ABORTED:
             # The step after an abort always runs, to tell the workers of it: there it is sent.
             account["tokens"] = min(account["tokens"], request.num_computed_tokens)

@@ -11,7 +11,7 @@ import torch
 from tests.e2e.engine import DEMO_MODEL
 
 SHAPE = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 
 def random_llama(folder: Path, head_size: int) -> Path:

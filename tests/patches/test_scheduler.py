@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +51,28 @@ def test_padding_counts_in_the_pool_and_not_in_the_baseline() -> None:
     assert block_bytes(pool((PADDED, 2)), 1, torch.float16) == [16384]
 
 
+class FakeManager:
+    """Admits sequences to blocks: as many new ones as asked for, after those of the prefix cache."""
+
+    def __init__(self, tables: dict[str, list[list[Any]]]) -> None:
+        self.tables = tables
+        self.block_pool = SimpleNamespace(blocks=[None] * 100, get_new_blocks=lambda count: [])
+        self.room = True
+
+    def get_blocks(self, key: str) -> Any:
+        return SimpleNamespace(blocks=self.tables[key])
+
+    def allocate_slots(self, request: Any, num_new_tokens: int, *, new_computed_blocks: Any = None) -> Any:
+        return SimpleNamespace(blocks=()) if self.room else None
+
+
 class StockScheduler:
     """What the account reads of vLLM's scheduler: requests and their block tables."""
 
     def __init__(self, *, vllm_config: Any, kv_cache_config: Any, log_stats: bool = False) -> None:
         self.tables: dict[str, list[list[Any]]] = {}
         self.requests: dict[str, Any] = {}
-        self.kv_cache_manager = SimpleNamespace(get_blocks=lambda key: SimpleNamespace(blocks=self.tables[key]))
+        self.kv_cache_manager = FakeManager(self.tables)
         self.log_stats = log_stats
         self.connector_says: dict[str, Any] | None = None
 
@@ -102,7 +118,7 @@ def test_account_is_the_block_managers_table() -> None:
     assert scheduler.account(request) == {
         "tokens": 39,
         "blocks": [[5, 3, 9], [7]],
-        "skipped": [0, 2],
+        "shared": [[], []],
         "block_size": [16, 32],
         "block_bytes": [4352, 8704],
         "baseline_block_bytes": [16384, 32768],
@@ -112,7 +128,50 @@ def test_account_is_the_block_managers_table() -> None:
 def test_account_before_the_first_token() -> None:
     scheduler = make_scheduler()
     account = scheduler.account(admit(scheduler, "a", [], [], tokens=0))
-    assert (account["tokens"], account["blocks"], account["skipped"]) == (0, [[], []], [0, 0])
+    assert (account["tokens"], account["blocks"], account["shared"]) == (0, [[], []], [[], []])
+
+
+def computed(*groups: list[int]) -> Any:
+    return SimpleNamespace(blocks=tuple([SimpleNamespace(block_id=b) for b in group] for group in groups))
+
+
+def test_blocks_found_in_the_prefix_cache_are_those_of_the_last_admission() -> None:
+    scheduler = make_scheduler()
+    manager = scheduler.kv_cache_manager
+    request = admit(scheduler, "a", [5, 3, 9], [0, 3, 7])
+    manager.allocate_slots(request, 20, new_computed_blocks=computed([5, 3], [0, 3]))
+    manager.allocate_slots(request, 1)  # a running sequence grows
+    assert scheduler.account(request)["shared"] == [[5, 3], [3]]
+    manager.room = False  # preempted, and not admitted again yet
+    manager.allocate_slots(request, 20, new_computed_blocks=computed([9], []))
+    assert scheduler.account(request)["shared"] == [[5, 3], [3]]
+    manager.room = True
+    manager.allocate_slots(request, 20, new_computed_blocks=computed([5], []))
+    assert scheduler.account(request)["shared"] == [[5], []]
+    scheduler._free_request(request)
+    assert scheduler._allocations._found == {}
+
+
+def test_a_block_that_was_handed_out_again_has_another_number() -> None:
+    scheduler = make_scheduler()
+    pool = scheduler.kv_cache_manager.block_pool
+    block = SimpleNamespace(block_id=5)
+    pool.get_new_blocks = scheduler._allocations._watched_get(lambda count: [block] * count)
+    names = []
+    for key in ("a", "b", "c"):
+        if key != "c":  # c shares the block with b
+            pool.get_new_blocks(1)
+        names.append(scheduler.account(admit(scheduler, key, [5], []))["blocks"])
+    assert names == [[[105], []], [[205], []], [[205], []]]
+
+
+def test_vllm_has_what_is_watched() -> None:
+    """The names that the fake manager stands for; a new vLLM must not drop them."""
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    assert "new_computed_blocks" in inspect.signature(KVCacheManager.allocate_slots).parameters
+    assert list(inspect.signature(BlockPool.get_new_blocks).parameters) == ["self", "num_blocks"]
 
 
 @pytest.mark.parametrize("connector_says", [None, {"remote_host": "10.0.0.1"}])

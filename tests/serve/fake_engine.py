@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, FinishReason
-from vllm.v1.metrics.stats import PrefillStats
 
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
 
@@ -18,16 +17,16 @@ def account(
     block_size: tuple[int, ...] = (16,),
     block_bytes: tuple[int, ...] = (2176,),
     baseline_block_bytes: tuple[int, ...] = (8192,),
-    skipped: tuple[int, ...] = (0,),
+    shared: tuple[list[int], ...] = (),
 ) -> dict[str, Any]:
-    """What the engine says about a sequence: one list of blocks for every KV-cache group.
+    """What the engine says about a sequence: for every KV-cache group its blocks, and which of them were cached.
 
     The sizes are those of one layer with two heads of 64 dimensions: 2 · 16 · 68 and 2 · 16 · 256 bytes.
     """
     return {
         "tokens": tokens,
         "blocks": list(blocks),
-        "skipped": list(skipped),
+        "shared": list(shared) or [[] for _ in blocks],
         "block_size": list(block_size),
         "block_bytes": list(block_bytes),
         "baseline_block_bytes": list(baseline_block_bytes),
@@ -88,21 +87,13 @@ class FakeEngine:
         output = EngineCoreOutput(request_id=key, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: said})
         self.output_processor.process_outputs([output])
 
-    def say(
-        self,
-        key: str,
-        kv_transfer_params: dict[str, Any] | None = None,
-        cached: int | None = None,
-        *,
-        finish: bool = False,
-    ) -> Any:
+    def say(self, key: str, kv_transfer_params: dict[str, Any] | None = None, *, finish: bool = False) -> Any:
         """Send one output of the sequence `key` through the processor; returns that output."""
         output = EngineCoreOutput(
             request_id=key,
             new_token_ids=[1],
             finish_reason=FinishReason.STOP if finish else None,
             kv_transfer_params=kv_transfer_params,
-            prefill_stats=None if cached is None else PrefillStats(num_cached_tokens=cached),
         )
         self.output_processor.process_outputs([output])
         return output

@@ -104,23 +104,12 @@ def test_prompts_of_one_request_share_its_ledger(accounting: Accounting, engine:
     assert sorted(ledger.accounts) == ["0_cmpl-0-5eed", "1_cmpl-0-5eed", "cmpl-1-5eed"]
 
 
-def test_cached_tokens_are_those_of_the_prefill(accounting: Accounting, engine: FakeEngine) -> None:
-    ledger = start(accounting, engine)
-    (key,) = engine.admit("r")
-    engine.say(key, cached=48)
-    engine.say(key)
-    engine.say(key, {ACCOUNT_KEY: account([1, 2, 3, 4])})
-    assert ledger.cached_tokens == {key: 48}
-    report = ledger.report()
-    assert report is not None and report.shared_blocks == 3
-
-
 def test_sequences_nobody_knows_are_ignored(accounting: Accounting, engine: FakeEngine) -> None:
     ledger = start(accounting, engine)
-    assert engine.say("stranger-5eed", {ACCOUNT_KEY: account([1])}, cached=16).kv_transfer_params is None
+    assert engine.say("stranger-5eed", {ACCOUNT_KEY: account([1])}).kv_transfer_params is None
     (unwatched,) = engine.admit("another")  # a request that no ledger was opened for
     assert engine.say(unwatched, {ACCOUNT_KEY: account([1])}).kv_transfer_params is None
-    assert (ledger.accounts, ledger.cached_tokens) == ({}, {})
+    assert ledger.accounts == {}
 
 
 @pytest.fixture

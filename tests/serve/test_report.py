@@ -61,28 +61,18 @@ def test_prompts_without_common_blocks_add_up() -> None:
 
 
 def test_blocks_found_in_the_prefix_cache() -> None:
-    # 47 cached tokens fill two blocks of 16; the third was only begun by another request, and is our own.
-    ledger = Ledger("k4v4", accounts={"a": account([9, 4, 6, 2])}, cached_tokens={"a": 47})
+    ledger = Ledger("k4v4", accounts={"a": account([9, 4, 6, 2], shared=([9, 4],))})
     assert report_of(ledger).shared_blocks == 2
 
 
 def test_a_cached_block_counts_once_for_all_sequences() -> None:
-    accounts = {"0_a": account([1, 2, 5]), "1_a": account([1, 2, 6]), "b": account([1, 9])}
-    ledger = Ledger("k4v4", accounts=accounts, cached_tokens={"0_a": 16, "1_a": 32, "b": 16})
-    report = report_of(ledger)
+    accounts = {
+        "0_a": account([1, 2, 5], shared=([1],)),
+        "1_a": account([1, 2, 6], shared=([1, 2],)),
+        "b": account([1, 9], shared=([1],)),
+    }
+    report = report_of(Ledger("k4v4", accounts=accounts))
     assert (report.blocks, report.shared_blocks) == (5, 2)
-
-
-def test_cached_blocks_behind_the_sliding_window_are_not_held() -> None:
-    # Four cached blocks, of which the window has left three behind: only block 11 is still one of them.
-    ledger = Ledger("k4v4", accounts={"a": account([11, 12, 13], skipped=(3,))}, cached_tokens={"a": 64})
-    report = report_of(ledger)
-    assert (report.blocks, report.shared_blocks) == (3, 1)
-
-
-def test_window_past_all_cached_blocks() -> None:
-    ledger = Ledger("k4v4", accounts={"a": account([11, 12, 13], skipped=(5,))}, cached_tokens={"a": 64})
-    assert report_of(ledger).shared_blocks == 0
 
 
 def test_groups_have_their_own_bytes_and_block_sizes() -> None:
@@ -92,10 +82,9 @@ def test_groups_have_their_own_bytes_and_block_sizes() -> None:
         block_size=(16, 64),
         block_bytes=(100, 1000),
         baseline_block_bytes=(400, 2000),
-        skipped=(0, 2),
+        shared=([1, 2, 3], [8]),
     )
-    # 192 cached tokens: all three blocks of the first group, the third block of the second, of which two are gone.
-    report = report_of(Ledger("k8v8", accounts={"a": said}, cached_tokens={"a": 192}))
+    report = report_of(Ledger("k8v8", accounts={"a": said}))
     assert report.model_dump() == {
         "version": 1,
         "kv_format": "k8v8",
@@ -111,13 +100,13 @@ def test_groups_have_their_own_bytes_and_block_sizes() -> None:
 
 
 def test_equal_block_numbers_of_two_groups_are_two_blocks() -> None:
-    said = account([1], [1], block_size=(16, 16), block_bytes=(10, 20), baseline_block_bytes=(40, 80), skipped=(0, 0))
+    said = account([1], [1], block_size=(16, 16), block_bytes=(10, 20), baseline_block_bytes=(40, 80))
     report = report_of(Ledger("k4v4", accounts={"a": said}))
     assert (report.blocks, report.bytes) == (2, 30)
 
 
 def test_no_account_no_report() -> None:
-    assert Ledger("k4v4", sequences=2, cached_tokens={"a": 16}).report() is None
+    assert Ledger("k4v4", sequences=2).report() is None
 
 
 def test_a_request_that_held_nothing() -> None:
@@ -145,7 +134,7 @@ def test_usage_holds_integers_that_add_up() -> None:
 
 
 def test_json_round_trip() -> None:
-    report = report_of(Ledger("k4v4", accounts={"a": account([1, 2])}, cached_tokens={"a": 16}))
+    report = report_of(Ledger("k4v4", accounts={"a": account([1, 2], shared=([1],))}))
     assert KVReport.model_validate_json(report.model_dump_json()) == report
     assert KVUsage.model_validate(report.usage()).model_dump() == report.usage()
 

@@ -1,0 +1,208 @@
+"""Compares the reports of random requests with what a witness saw in the engine's block pool.
+
+    python -m tests.e2e.accounts --requests 300 --out bench/results/cpu/accounting.json
+
+Three servers: the demo model in a pool so small that requests are preempted; a model whose layers with
+sliding windows give blocks back; the demo model on two tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fraqtl_bench import results
+from tests.e2e.random_load import Job, Outcome, make_jobs, send_all
+from tests.e2e.random_models import random_gemma2
+from tests.e2e.server import running
+from tests.e2e.witness import FILE
+
+ROOT = Path(__file__).parents[2]
+SEQUENCE = re.compile(r"^(?:(?P<child>\d+)_)?cmpl-(?P<job>job\d+)-(?P<prompt>\d+)-")
+ANSWER = 120  # tokens, three times that for requests that will be aborted
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A server: the model, its flags, and a pool of so many blocks for prompts of at most so many tokens."""
+
+    arguments: tuple[str, ...]
+    block_bytes: int  # of the group of layers that needs most, over all ranks: for the size of the pool only
+    blocks: int
+    longest: int = 3000
+    ranks: int = 1
+
+    @property
+    def flags(self) -> list[str]:
+        memory = self.blocks * self.block_bytes // self.ranks
+        return [
+            *self.arguments,
+            *("--kv-cache-memory-bytes", str(memory), "--max-model-len", str(self.longest + 3 * ANSWER)),
+            *("--scheduler-cls", "tests.e2e.witness.witnessed_scheduler"),
+            *("--worker-extension-cls", "tests.e2e.witness.Pages"),
+        ]
+
+
+DEMO_BLOCK = 4 * 2 * 16 * 68
+TINY_POOL = Setup((), DEMO_BLOCK, blocks=240)  # one of the longest sequences
+
+
+def two_ranks(longest: int = 3000) -> Setup:
+    return Setup(("--tensor-parallel-size", "2"), DEMO_BLOCK, blocks=longest // 6, longest=longest, ranks=2)
+
+
+def sliding_windows(folder: Path, *arguments: str, longest: int = 3000, ranks: int = 1) -> Setup:
+    """One layer sees everything, one 32 tokens: two groups, each with blocks of 2 heads of 260 bytes a token."""
+    model = str(random_gemma2(folder))
+    return Setup((model, *arguments), 2 * 16 * 260, blocks=longest // 4, longest=longest, ranks=ranks)
+
+
+@dataclass
+class Comparison:
+    requests: int
+    counts: dict[str, int]
+    mismatches: list[str]
+
+
+def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24) -> Comparison:
+    """Serve, send random requests, and hold every report against the witness."""
+    jobs = make_jobs(requests, seed, setup.longest, ANSWER)
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder) / "witness.jsonl"
+        environment = {FILE: str(notes), "VLLM_SERVER_DEV_MODE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with running(*setup.flags, environment=environment) as server:
+            answer = httpx.post(f"{server.url}/collective_rpc", json={"method": "fraqtl_pages"}, timeout=60)
+            ranks = answer.raise_for_status().json()["results"]
+            outcomes = asyncio.run(send_all(server.url, jobs, concurrency))
+        lines = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert len(ranks) == setup.ranks, ranks
+    block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
+    return Comparison(requests, count(jobs, outcomes, lines), find_mismatches(jobs, outcomes, lines, block_bytes))
+
+
+def find_mismatches(
+    jobs: list[Job], outcomes: dict[str, Outcome], lines: list[Line], block_bytes: list[int]
+) -> list[str]:
+    by_job: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if match := SEQUENCE.match(line["sequence"]):
+            by_job[match["job"]][line["sequence"]].append(line)
+    wrong = []
+    for job in jobs:
+        outcome = outcomes[job.id]
+        if outcome.error:
+            wrong.append(f"{job.id}: {outcome.error}")
+            continue
+        seen = expected(job, outcome, by_job[job.id], block_bytes)
+        said = outcome.report and {key: outcome.report[key] for key in seen or {}}
+        if said != seen:
+            wrong.append(f"{job.id} ({outcome.status}, n={job.n}, stop={job.stop}): said {said}, seen {seen}")
+    return wrong + disputes(lines, block_bytes)
+
+
+def expected(
+    job: Job, outcome: Outcome, sequences: dict[str, list[Line]], block_bytes: list[int]
+) -> dict[str, int] | None:
+    """What the report must say, by the witness; None if the engine never saw the request."""
+    ends = [line for key, seen in sequences.items() if (line := last_line(job, outcome, key, seen)) is not None]
+    if not ends:
+        return None
+    groups = range(len(block_bytes))
+    held = [{number for end in ends for number in end["blocks"][g]} for g in groups]
+    shared = [{number for end in ends for number in end["shared"][g]} for g in groups]
+    return {
+        "tokens": sum(min(end["length"] - 1, end["written"]) for end in ends),
+        "blocks": sum(map(len, held)),
+        "shared_blocks": sum(map(len, shared)),
+        "bytes": sum(len(numbers) * size for numbers, size in zip(held, block_bytes, strict=True)),
+    }
+
+
+def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Line | None:
+    """The witness's line of the moment at which a sequence ended.
+
+    A stop string is found by the API server, and the engine goes on until it hears of that: the
+    sequence ended with the last token that the client got.
+    """
+    match = SEQUENCE.match(sequence)
+    assert match is not None
+    prompt = int(match["prompt"])
+    choice = outcome.choices.get(prompt * job.n + int(match["child"] or 0))
+    length = None
+    if outcome.status == "finished" and choice is not None and choice.stopped_by_string:
+        length = len(job.prompts[prompt]) + choice.tokens
+    elif outcome.status == "finished" and job.aborts and job.stop and job.n == 1 and outcome.report:
+        length = outcome.report["tokens"] + 1  # it had stopped before the client could go
+    if length is not None:
+        return next((line for line in seen if line["event"] == "output" and line["length"] == length), None) or next(
+            line for line in seen if line["event"] == "end" and line["length"] == length
+        )
+    return next((line for line in seen if line["event"] == "end"), None)
+
+
+def disputes(lines: list[Line], block_bytes: list[int]) -> list[str]:
+    """Moments at which the witness and the pool disagree, or requests held more than there is."""
+    wrong = []
+    for line in lines:
+        if line["event"] != "output":
+            if line["disputed"] or line["held"] + line["free"] != line["usable"]:
+                wrong.append(f"pool: {line}")
+            if sum(map(len, line["blocks"])) > line["usable"]:
+                wrong.append(f"more than the pool: {line}")
+    return wrong
+
+
+def count(jobs: list[Job], outcomes: dict[str, Outcome], lines: list[Line]) -> dict[str, int]:
+    """How much of everything the load had."""
+    reports = [o.report for o in outcomes.values() if o.report]
+    events = Counter(line["event"] for line in lines)
+    longest = max(len(p) for job in jobs for p in job.prompts)
+    return {
+        "reports": len(reports),
+        "aborted": sum(o.status == "aborted" for o in outcomes.values()),
+        "streamed": sum(job.stream for job in jobs),
+        "several_sequences": sum(job.n > 1 or len(job.prompts) > 1 for job in jobs),
+        "stopped_by_string": sum(c.stopped_by_string for o in outcomes.values() for c in o.choices.values()),
+        "with_shared_blocks": sum(report["shared_blocks"] > 0 for report in reports),
+        "preemptions": events["preempted"],
+        "ends_checked_against_the_pool": events["end"] + events["preempted"],
+        "fewest_free_blocks": min((line["free"] for line in lines if "free" in line), default=-1),
+        "longest_prompt": longest,
+        "shortest_prompt": min(len(p) for job in jobs for p in job.prompts),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=300, help="in the tiny pool; the others get a fifth of it")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        setups = {"tiny pool": TINY_POOL, "sliding windows": sliding_windows(Path(folder)), "two ranks": two_ranks()}
+        for name, setup in setups.items():
+            requests = args.requests if setup is TINY_POOL else max(1, args.requests // 5)
+            comparison = compare(setup, requests, args.seed)
+            found[name] = vars(comparison)
+            print(f"{name}: {len(comparison.mismatches)} mismatches in {requests} requests, {comparison.counts}")
+            print("\n".join(comparison.mismatches[:20]))
+    if args.out:
+        command = f"python -m tests.e2e.accounts --requests {args.requests} --seed {args.seed}"
+        results.save(args.out, {"command": command, "setups": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Reports against the engine's block pool, read by a witness. `python -m tests.e2e.accounts` runs it in full."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.e2e.accounts import TINY_POOL, compare, sliding_windows
+
+
+def test_reports_equal_what_the_pool_held() -> None:
+    found = compare(replace(TINY_POOL, blocks=64, longest=600), requests=60, seed=3)
+    assert found.mismatches == []
+    for event in ("aborted", "streamed", "several_sequences", "stopped_by_string", "with_shared_blocks", "preemptions"):
+        assert found.counts[event] > 0, found.counts
+
+
+def test_sliding_windows_on_two_ranks(tmp_path: Path) -> None:
+    setup = sliding_windows(tmp_path, "--tensor-parallel-size", "2", longest=600, ranks=2)
+    found = compare(setup, requests=25, seed=4)
+    assert found.mismatches == []
+    assert found.counts["with_shared_blocks"] > 0
