@@ -1,13 +1,18 @@
 """KV-cache formats as data. Everything that depends on a format reads it from here.
 
-A key or value vector of head size D is stored in one of two ways:
+A key or value vector of head size D is stored in one of three ways:
 
 - raw: D numbers of 16 bits in the named dtype;
-- quantised: D codes of 4 or 8 bits and one fp16 scale. With b bits the value of code c is
-  (c - (2^b - 1) / 2) · scale: a midpoint grid, symmetric about zero, which uses all 2^b codes.
+- quantised: D codes of b = 2, 4 or 8 bits and an fp16 scale for each of `groups` equal runs of
+  dimensions. The value of code c is (c - (2^b - 1) / 2) · scale: a midpoint grid, symmetric about
+  zero, which uses all 2^b codes. scale = max|x| / 2^(b-1): the largest element lies on the outer edge of
+  the last cell, so that no rounding error exceeds half a step;
+- static: D codes and nothing else. The value of code c = 1 .. 2^b - 1 is (c - 2^(b-1)) · s_d, with a
+  scale s_d for each dimension that calibration fixes before the first request.
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
-spreads outliers over all dimensions (see `rotation.py`).
+spreads outliers over all dimensions (see `rotation.py`). `centred` says that calibration may move
+and smooth it before that (see `constants.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ class VectorFormat:
     bits: int
     rotated: bool = False
     raw_dtype: torch.dtype | None = None
+    groups: int = 1
+    static: bool = False
+    centred: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -42,15 +50,21 @@ class VectorFormat:
 
     @property
     def midpoint(self) -> float:
-        """The code that stands for zero (it lies between two codes)."""
-        return self.levels / 2
+        """The code that stands for zero. On the midpoint grid it lies between two codes."""
+        return float(self.edge) if self.static else self.levels / 2
+
+    @property
+    def edge(self) -> int:
+        """Steps from zero to the outer edge of the grid, 2^(bits - 1)."""
+        return 1 << (self.bits - 1)
 
     def code_bytes(self, head_size: int) -> int:
         return head_size * self.bits // 8
 
     @property
     def scale_bytes(self) -> int:
-        return 0 if self.is_raw else SCALE_BYTES
+        """Bytes of the scales that are stored with every vector."""
+        return 0 if self.is_raw or self.static else SCALE_BYTES * self.groups
 
     def bytes(self, head_size: int) -> int:
         """Bytes of one vector, its scale included."""
@@ -78,6 +92,16 @@ class KVFormat:
     def is_quantised(self) -> bool:
         return not (self.k.is_raw and self.v.is_raw)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether constants of the model make this format better."""
+        return self.k.centred or self.needs_calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the format means nothing without constants of the model."""
+        return self.k.static or self.v.static
+
 
 def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
     vector = VectorFormat(16, raw_dtype=dtype)
@@ -85,7 +109,10 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 
 
 INT8 = VectorFormat(8)
-INT4_ROTATED = VectorFormat(4, rotated=True)
+INT4_KEY = VectorFormat(4, rotated=True, centred=True)
+INT4_VALUE = VectorFormat(4, rotated=True)
+INT2_VALUE = VectorFormat(2, rotated=True, groups=4)
+INT4_CHANNEL = VectorFormat(4, static=True)
 
 FORMATS: dict[str, KVFormat] = {
     f.name: f
@@ -93,8 +120,10 @@ FORMATS: dict[str, KVFormat] = {
         _raw("bf16", torch.bfloat16, "the baseline: bfloat16 blocks through the same code path"),
         _raw("fp16", torch.float16, "the same in float16"),
         KVFormat("k8v8", INT8, INT8, "half the memory, for models that tolerate no loss at all"),
-        KVFormat("k8v4", INT8, INT4_ROTATED, "keys that 4 bits hurt"),
-        KVFormat("k4v4", INT4_ROTATED, INT4_ROTATED, "the default: a quarter of the memory"),
+        KVFormat("k8v4", INT8, INT4_VALUE, "keys that 4 bits hurt"),
+        KVFormat("k4v4", INT4_KEY, INT4_VALUE, "the default: a quarter of the memory"),
+        KVFormat("k4v4-channel", INT4_CHANNEL, INT4_CHANNEL, "the published recipe, to compare with: static scales"),
+        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "the least memory, where a loss can be afforded"),
     )
 }
 DEFAULT_FORMAT = "k4v4"

@@ -7,7 +7,9 @@
 
 N tokens a block, N a multiple of 16, so every plane starts at a multiple of 16 bytes of the
 page and no scale lies inside a row of codes. A 4-bit row holds dimensions 0 .. D/2-1 in its low
-nibbles and D/2 .. D-1 in its high nibbles. Raw formats have the first two planes only.
+nibbles and D/2 .. D-1 in its high nibbles; byte i of a 2-bit row holds dimensions i, i + D/4,
+i + D/2 and i + 3D/4, the first in its lowest bits. A vector in G groups has G scales side by side:
+its plane of scales has N × 2G bytes. Raw and static formats have the first two planes only.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import SCALE_BYTES, SCALE_DTYPE, KVFormat, VectorFormat, check_head_size
+from fraqtl_kernels.formats import SCALE_DTYPE, KVFormat, VectorFormat, check_head_size
 
 BLOCK_SIZE_MULTIPLE = 16
 
@@ -28,7 +30,8 @@ class Planes:
     """Views into the pool: writing them writes the pages.
 
     k, v: (blocks, heads, N, code bytes) uint8, or (blocks, heads, N, D) in the raw dtype.
-    k_scale, v_scale: (blocks, heads, N) fp16, None for raw vectors.
+    k_scale, v_scale: (blocks, heads, N) fp16, (blocks, heads, N, groups) for vectors in groups, None
+    for raw and static ones. The sign of a key's scale is a flag, see `constants.py`.
     """
 
     k: Tensor
@@ -91,6 +94,7 @@ class PageLayout:
         return plane if vector.raw_dtype is None else plane.view(vector.raw_dtype)
 
     def _scales(self, page: Tensor, vector: VectorFormat, offset: int) -> Tensor | None:
-        if vector.is_raw:
+        if not vector.scale_bytes:
             return None
-        return page[..., offset : offset + self.block_size * SCALE_BYTES].view(SCALE_DTYPE)
+        scales = page[..., offset : offset + self.block_size * vector.scale_bytes].view(SCALE_DTYPE)
+        return scales if vector.groups == 1 else scales.unflatten(-1, (self.block_size, vector.groups))

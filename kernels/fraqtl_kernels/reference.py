@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import SCALE_DTYPE, VectorFormat
-from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.rotation import hadamard
 
 _LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
@@ -16,34 +21,81 @@ def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
     """Codes and scale of vectors on the midpoint grid of `formats.py`.
 
     x: (..., D) floating point, already rotated. Returns codes (..., D) uint8, one a dimension,
-    and scale (...) fp16, max|x| / midpoint: the largest magnitude falls on the outermost code.
-    A zero vector has scale 0 and comes back as zero; NaN stays NaN, infinity becomes NaN.
+    and scale (...) fp16, or (..., groups): max|x| / 2^(bits - 1), the largest magnitude falls on the edge of the
+    outermost cell. Where that is zero, x comes back as zero; NaN stays NaN, infinity becomes NaN.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    scale = (x.abs().amax(-1) / vector.midpoint).clamp_max(_LARGEST_SCALE).to(SCALE_DTYPE)
-    steps = x / scale.to(x.dtype).unsqueeze(-1) + vector.midpoint
-    codes = steps.nan_to_num(0.0).round().clamp(0, vector.levels)
-    return codes.to(torch.uint8), torch.where(x.isinf().any(-1), torch.nan, scale)
+    runs = x.unflatten(-1, (vector.groups, -1))
+    scale = (runs.abs().amax(-1) / vector.edge).clamp_max(_LARGEST_SCALE).to(SCALE_DTYPE)
+    steps = (runs / scale.to(x.dtype).unsqueeze(-1)).flatten(-2) + vector.midpoint
+    codes = steps.nan_to_num(0.0).round().clamp(0, vector.levels).to(torch.uint8)
+    scale = torch.where(runs.isinf().any(-1), torch.nan, scale)
+    return codes, scale.squeeze(-1) if vector.groups == 1 else scale
+
+
+def quantise_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
+    """Codes (..., KV heads, D) uint8 on the symmetric grid with a step for every channel.
+
+    x: (..., KV heads, D). step: (KV heads, D). What lies beyond the grid is clipped to its end; NaN becomes zero.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    steps = (x / step.to(x) + vector.midpoint).nan_to_num(vector.midpoint, vector.levels, 1)
+    return steps.round().clamp(1, vector.levels).to(torch.uint8)
 
 
 def dequantise(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(..., D) codes and (...) scales -> (..., D) values: (code - midpoint) · scale."""
-    return (codes.to(dtype) - vector.midpoint) * scale.to(dtype).unsqueeze(-1)
+    """(..., D) codes and the scales of `quantise` -> (..., D) values: (code - midpoint) · |scale|."""
+    scale = scale.to(dtype).abs()
+    steps = codes.to(dtype) - vector.midpoint
+    if vector.groups == 1:
+        return steps * scale.unsqueeze(-1)
+    return (steps.unflatten(-1, (vector.groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of keys (..., KV heads, D), by the formula in `constants.py`."""
+    if vector.static:
+        return quantise_static(key, _required(constants.key_scale), vector), None
+    if not vector.centred:
+        return quantise(rotate(key, vector), vector)
+    prepared = constants.prepare_keys(key)
+    codes, scale = quantise(rotate(prepared, vector), vector)
+    if constants.sink_centre is None:
+        return codes, scale
+    as_sink = replace(constants, key_centre=constants.sink_centre).prepare_keys(key)
+    sink_codes, sink_scale = quantise(rotate(as_sink, vector), vector)
+    nearer = sink_scale < scale
+    return torch.where(nearer[..., None], sink_codes, codes), torch.where(nearer, -sink_scale, scale)
+
+
+def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of values (..., KV heads, D)."""
+    if vector.static:
+        return quantise_static(value, _required(constants.value_scale), vector), None
+    return quantise(rotate(value, vector), vector)
+
+
+def _required(scale: Tensor | None) -> Tensor:
+    if scale is None:
+        raise ConfigError("a format with static scales needs calibration: leave calibration on")
+    return scale
 
 
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
-    """(..., D) codes -> (..., code bytes): low nibbles hold the first half of the dimensions."""
-    if vector.bits == 8:
-        return codes
-    low, high = codes.chunk(2, -1)
-    return low | (high << 4)
+    """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
+    parts = codes.chunk(8 // vector.bits, -1)
+    packed = parts[0].clone()
+    for j, part in enumerate(parts[1:], 1):
+        packed |= part << (j * vector.bits)
+    return packed
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
     if vector.bits == 8:
         return packed
-    return torch.cat([packed & 15, packed >> 4], -1)
+    shifts = range(0, 8, vector.bits)
+    return torch.cat([(packed >> shift) & vector.levels for shift in shifts], -1)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:
@@ -56,11 +108,28 @@ def unrotate(x: Tensor, vector: VectorFormat) -> Tensor:
     return x @ hadamard(x.shape[-1]).to(x.dtype).T if vector.rotated else x
 
 
-def stored_values(plane: Tensor, scale: Tensor | None, vector: VectorFormat) -> Tensor:
-    """What a plane of pages stands for: (blocks, heads, N, D) float64, in the original basis."""
-    if scale is None:
-        return plane.double()
-    return unrotate(dequantise(unpack(plane, vector), scale, vector, torch.float64), vector)
+def stored_keys(planes: Planes, vector: VectorFormat, constants: LayerConstants = IDENTITY) -> Tensor:
+    """The keys that pages stand for: (blocks, KV heads, N, D) float64, in the model's own basis."""
+    if vector.is_raw:
+        return planes.k.double()
+    codes = unpack(planes.k, vector)
+    if planes.k_scale is None:
+        return (codes.double() - vector.midpoint) * _required(constants.key_scale).double()[:, None]
+    keys = unrotate(dequantise(codes, planes.k_scale, vector, torch.float64), vector)
+    if not vector.centred:
+        return keys
+    is_sink = planes.k_scale.signbit().transpose(1, 2)
+    return constants.restore_keys(keys.transpose(1, 2), is_sink).transpose(1, 2)
+
+
+def stored_values(planes: Planes, vector: VectorFormat, constants: LayerConstants = IDENTITY) -> Tensor:
+    """The values that pages stand for: (blocks, KV heads, N, D) float64, in the model's own basis."""
+    if vector.is_raw:
+        return planes.v.double()
+    codes = unpack(planes.v, vector)
+    if planes.v_scale is None:
+        return (codes.double() - vector.midpoint) * _required(constants.value_scale).double()[:, None]
+    return unrotate(dequantise(codes, planes.v_scale, vector, torch.float64), vector)
 
 
 def write(
@@ -69,31 +138,33 @@ def write(
     key: Tensor,
     value: Tensor,
     slot_mapping: Tensor,
-    *,
-    key_centre: Tensor | None = None,
+    constants: LayerConstants = IDENTITY,
 ) -> None:
     """Quantise tokens one by one and put them into their slots; slot -1 writes nothing.
 
     key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset.
-    key_centre: (KV heads, D), subtracted from every key that is quantised.
     """
-    if key_centre is not None and not layout.format.k.is_raw:
-        key = key.double() - key_centre.double()
-    planes = layout.planes(pool)
+    k, v, planes = layout.format.k, layout.format.v, layout.planes(pool)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot < 0:
             continue
-        block, offset = divmod(slot, layout.block_size)
-        for x, vector, plane, scales in (
-            (key[token], layout.format.k, planes.k, planes.k_scale),
-            (value[token], layout.format.v, planes.v, planes.v_scale),
-        ):
-            if scales is None:
-                plane[block, :, offset] = x.to(plane.dtype)
-                continue
-            codes, scale = quantise(rotate(x.double(), vector), vector)
-            plane[block, :, offset] = pack(codes, vector)
-            scales[block, :, offset] = scale
+        place = slot // layout.block_size, slice(None), slot % layout.block_size
+        if k.is_raw:
+            planes.k[place] = key[token].to(planes.k.dtype)
+        else:
+            codes, scale = encode_keys(key[token].double(), k, constants)
+            _store(planes.k, planes.k_scale, place, pack(codes, k), scale)
+        if v.is_raw:
+            planes.v[place] = value[token].to(planes.v.dtype)
+        else:
+            codes, scale = encode_values(value[token].double(), v, constants)
+            _store(planes.v, planes.v_scale, place, pack(codes, v), scale)
+
+
+def _store(plane: Tensor, scales: Tensor | None, place: Any, packed: Tensor, scale: Tensor | None) -> None:
+    plane[place] = packed
+    if scales is not None and scale is not None:
+        scales[place] = scale
 
 
 def paged_attention(
@@ -108,7 +179,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
-    key_centre: Tensor | None = None,
+    constants: LayerConstants = IDENTITY,
 ) -> Tensor:
     """Causal attention of every request over its pages, in float64.
 
@@ -119,13 +190,11 @@ def paged_attention(
     query: (tokens, query heads, D), requests one after another, the last token of a request at
     position length - 1. block_table: (requests, blocks). query_start: (requests + 1,).
     lengths: (requests,) tokens in the cache, the queries' own included. sinks: (query heads,).
-    key_centre: as for `write`, added back to the stored keys. Returns float64 like query.
+    constants: those that the pages were written with. Returns float64 like query.
     """
     planes = layout.planes(pool)
-    keys = stored_values(planes.k, planes.k_scale, layout.format.k)
-    if key_centre is not None and not layout.format.k.is_raw:
-        keys = keys + key_centre.double()[:, None]
-    values = stored_values(planes.v, planes.v_scale, layout.format.v)
+    keys = stored_keys(planes, layout.format.k, constants)
+    values = stored_values(planes, layout.format.v, constants)
     group = query.shape[1] // keys.shape[1]
     output = torch.zeros(query.shape, dtype=torch.float64)
     for r, length in enumerate(lengths.tolist()):

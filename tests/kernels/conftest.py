@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.pages import PageLayout
 
@@ -25,6 +27,7 @@ class PagedBatch:
     block_table: Tensor
     query_start: Tensor
     lengths: Tensor
+    constants: LayerConstants = IDENTITY
 
     @property
     def scale(self) -> float:
@@ -52,7 +55,10 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     padding: int = 0,
     seed: int | None = None,
+    calibrated: bool = False,
 ) -> PagedBatch:
+    """Random requests in a pool. calibrated: keys have a bias, smoothing to gain from, and sinks. Formats that need
+    calibration have it anyway."""
     if seed is not None:
         torch.manual_seed(seed)
     layout = PageLayout(FORMATS[format_name], head_size, block_size)
@@ -65,19 +71,27 @@ def make_batch(
         table[r, :n] = order[start : start + n].int()
         start += n
     key, value = (torch.randn(len(lengths), max(lengths), kv_heads, head_size, dtype=dtype) for _ in range(2))
+    query = torch.randn(sum(queries), kv_heads * group, head_size, dtype=dtype)
+    if calibrated:
+        key = (key * 4 ** torch.randn(head_size) + 5 * torch.randn(kv_heads, head_size)).to(dtype)
+        key[:, ::5] += (40 * torch.randn(kv_heads, head_size)).to(dtype)
+    constants = IDENTITY
+    if calibrated or layout.format.needs_calibration:
+        constants = calibrate(layout.format, key.flatten(0, 1), query, value.flatten(0, 1))
     for r, n in enumerate(lengths):
         token = torch.arange(n)
         slots = table[r, token // block_size].long() * block_size + token % block_size
-        reference.write(pool, layout, key[r, :n], value[r, :n], slots)
+        reference.write(pool, layout, key[r, :n], value[r, :n], slots, constants)
     return PagedBatch(
         layout=layout,
         pool=pool,
-        query=torch.randn(sum(queries), kv_heads * group, head_size, dtype=dtype),
+        query=query,
         key=key,
         value=value,
         block_table=table,
         query_start=torch.tensor([0, *queries]).cumsum(0),
         lengths=torch.tensor(lengths),
+        constants=constants,
     )
 
 

@@ -4,7 +4,7 @@ import torch
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, check_head_size, get_format
 
-BYTES_AT_128 = {"bf16": 512, "fp16": 512, "k8v8": 260, "k8v4": 196, "k4v4": 132}
+BYTES_AT_128 = {"bf16": 512, "fp16": 512, "k8v8": 260, "k8v4": 196, "k4v4": 132, "k4v4-channel": 128, "k4v2": 106}
 
 
 def test_bytes_of_every_format_at_head_size_128() -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
 from fraqtl_kernels.cpu.prefill import prefill
+from fraqtl_kernels.cpu.queries import prepare_queries
 from fraqtl_kernels.cpu.tiles import Bucket, attend_tiles
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.reference import rotate, unrotate
+from fraqtl_kernels.reference import unrotate
 
 DECODE_QUERIES = 8  # up to so many query tokens a request take the compiled kernel
 TILE_QUERIES = 1024  # query tokens of one request attended at once
@@ -65,23 +67,28 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    constants: LayerConstants = IDENTITY,
 ) -> None:
     """Write causal attention over the packed pages to `output`.
 
     query, output: (tokens, query heads, D) in any floating dtype; pool as for `write`;
-    block_table: (requests, blocks) int. Same result as `reference.paged_attention`.
+    block_table: (requests, blocks) int; constants as for `write`. Same result as `reference.paged_attention`.
     """
     heads = pool.shape[1]
     for bucket in plan.buckets:
-        q = rotate(query[bucket.tokens].to(torch.float32), layout.format.k) * scale
+        q = query[bucket.tokens].to(torch.float32)
         rows, count, query_heads, size = q.shape
         # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
         q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
+        queries = prepare_queries(q, layout.format.k, constants, scale)
         if count <= DECODE_QUERIES:
-            out = decode(q, pool, layout, block_table, bucket.rows, bucket.positions, window=window, soft_cap=soft_cap)
+            out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
         elif soft_cap:
-            out = attend_tiles(q, layout.planes(pool), layout, block_table, bucket, window, soft_cap)
+            out = attend_tiles(queries, layout.planes(pool), layout, block_table, bucket, window, soft_cap)
         else:
-            out = prefill(q, layout.planes(pool), layout, block_table, bucket, window)
+            out = prefill(queries, layout.planes(pool), layout, block_table, bucket, window)
+        out = unrotate(out, layout.format.v)
+        if layout.format.v.static and constants.value_scale is not None:
+            out = out * constants.value_scale[:, None]
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
-        output[bucket.tokens] = unrotate(out, layout.format.v).to(output.dtype)
+        output[bucket.tokens] = out.to(output.dtype)

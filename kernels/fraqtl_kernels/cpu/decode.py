@@ -17,7 +17,10 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
+from fraqtl_kernels.constants import IDENTITY
+from fraqtl_kernels.cpu.queries import Queries, prepare_queries
+from fraqtl_kernels.cpu.tiles import Bucket
+from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
 RUN_TOKENS = 512  # no run is shorter than this, unless the context is
@@ -48,6 +51,12 @@ def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
                 target[d] = np.float32(codes[d] & 15)
             for d in range(width):
                 upper[d] = np.float32(codes[d] >> 4)
+        elif bits == 2:
+            codes = raw[start + n * (size // 4) : start + (n + 1) * (size // 4)]
+            for part in range(4):
+                quarter = target[part * (size // 4) : (part + 1) * (size // 4)]
+                for d in range(size // 4):
+                    quarter[d] = np.float32((codes[d] >> (2 * part)) & 3)
         elif bits == 8:
             codes = raw[start + n * width : start + (n + 1) * width]
             for d in range(width):
@@ -61,6 +70,18 @@ def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
             else:
                 for d in range(width):
                     target[d] = half[words[d]]
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
+    """Codes become numbers where a row has several scales: from byte `start` of the pool, `groups` a row."""
+    width = size // groups
+    for n in range(count):
+        for group in range(groups):
+            part = tile[n][group * width : (group + 1) * width]
+            scale = half[raw16[start // 2 + n * groups + group]]
+            for d in range(width):
+                part[d] = (part[d] - midpoint) * scale
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -84,12 +105,15 @@ def _exp(x, power, power_bits, count):
 
 
 @njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
-def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, window, soft_cap, highest, total, out):
+def _decode(
+    q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
+):
     """See `decode`. runs: (runs, 3) request of the bucket, its first block and the one after its last.
 
-    sizes: block size, K bits, V bits, block stride, head stride, V offset, K and V scale offsets.
+    q_terms: (3, R, KV heads, M), sum(q), base and sink of `Queries`.
+    sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets.
     """
-    block_size, k_bits, v_bits, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes
+    block_size, k_bits, v_bits, k_groups, v_groups, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes
     heads, queries, size = q.shape[1], q.shape[2], q.shape[3]
     for item in prange(runs.shape[0] * heads):
         run, head = item // heads, item % heads
@@ -121,10 +145,17 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
                     scores[m, n] = dot
             if k_bits < 16:
                 for n in range(begin, end):
-                    scale = half[raw16[(page + ks_offset) // 2 + n]]
+                    scale, is_sink = np.float32(1), np.float32(0)
+                    if k_groups == 1:
+                        bits = raw16[(page + ks_offset) // 2 + n]
+                        scale, is_sink = half[bits & 0x7FFF], np.float32(bits >> 15)
                     for m in range(queries):
-                        scores[m, n] = (scores[m, n] - scales[0] * q_sum[request, head, m]) * scale
+                        offset = q_terms[1, request, head, m] + is_sink * q_terms[2, request, head, m]
+                        dot = scores[m, n] - midpoints[0] * q_terms[0, request, head, m]
+                        scores[m, n] = dot * scale + offset
             _load_codes(raw, raw16, half, page + v_offset, end, size, v_bits, tile, tile_bits)
+            if v_groups > 1:
+                _scale_groups(raw16, half, page + vs_offset, end, size, v_groups, midpoints[1], tile)
             for m in range(queries):
                 position = positions[request, m % positions.shape[1]]
                 last = min(end, position + 1 - base)
@@ -149,7 +180,7 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
                 for n in range(first, last):
                     weight = weights[n - first]
                     sums[m] += weight
-                    if v_bits < 16:
+                    if v_groups == 1:
                         weight *= half[raw16[(page + vs_offset) // 2 + n]]
                     scaled_sums[m] += weight
                     row = tile[n]
@@ -157,31 +188,32 @@ def _decode(q, q_sum, raw, raw16, half, table, positions, runs, sizes, scales, w
                         value[d] += weight * row[d]
         for m in range(queries):
             value = values[m]
-            for d in range(size):
-                value[d] -= scales[1] * scaled_sums[m]
+            for d in range(size if v_groups <= 1 else 0):
+                value[d] -= midpoints[1] * scaled_sums[m]
         highest[run, head] = best
         total[run, head] = sums
         out[run, head] = values
 
 
 def decode(
-    q: Tensor,
+    queries: Queries,
     pool: Tensor,
     layout: PageLayout,
     block_table: Tensor,
-    rows: Tensor,
-    positions: Tensor,
+    bucket: Bucket,
     *,
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
     """Attention of a bucket of requests over their pages.
 
-    q: (R, KV heads, M, D) float32, rotated and scaled, M = query heads a KV head x query tokens, the
-    tokens innermost. rows: (R,) rows of `block_table`. positions: (R, Q). Returns (R, KV heads, M, D)
-    float32, in the basis in which V is stored.
+    block_table: (requests, blocks) int. Returns (R, KV heads, M, D) float32 like the queries, in the basis in which V
+    is stored, static scales of V still to be applied.
     """
-    block_table = block_table[rows]  # a copy, so its memory layout, and with it the compiled code, is always the same
+    q, positions = queries.q, bucket.positions
+    block_table = block_table[
+        bucket.rows
+    ]  # a copy, so its memory layout, and with it the compiled code, is always the same
     runs = _split_runs(positions, layout.block_size, pool.shape[1], window)
     shape = (len(runs), *q.shape[1:3])
     highest, total = q.new_empty(shape), q.new_empty(shape)
@@ -189,11 +221,12 @@ def decode(
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
     k, v = layout.format.k, layout.format.v
     offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
-    sizes = (layout.block_size, _kind(k), _kind(v), pool.stride(0), pool.stride(1), *offsets)
+    groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
+    sizes = (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets)
     midpoints = (0.0 if k.is_raw else k.midpoint, 0.0 if v.is_raw else v.midpoint)
     _decode(
         q.numpy(),
-        q.sum(-1).numpy(),
+        torch.stack([queries.total, queries.base, queries.sink]).numpy(),
         raw,
         raw.view(np.uint16),
         _half_table(),
@@ -208,7 +241,7 @@ def decode(
         total.numpy(),
         out.numpy(),
     )
-    return _combine(runs[:, 0], len(rows), highest, total, out)
+    return _combine(runs[:, 0], len(bucket.rows), highest, total, out)
 
 
 def warm_up() -> None:
@@ -216,16 +249,8 @@ def warm_up() -> None:
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     table, rows, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((1, 1), (1,), (1, 1)))
-    decode(
-        torch.zeros(1, 1, 1, 64, dtype=torch.float32),
-        pool,
-        layout,
-        table.int(),
-        rows,
-        positions,
-        window=None,
-        soft_cap=None,
-    )
+    queries = prepare_queries(torch.zeros(1, 1, 1, 64, dtype=torch.float32), layout.format.k, IDENTITY, 1.0)
+    decode(queries, pool, layout, table.int(), Bucket(rows, positions, positions), window=None, soft_cap=None)
 
 
 def _kind(vector: VectorFormat) -> int:

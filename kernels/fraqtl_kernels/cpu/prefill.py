@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.cpu.tiles import Bucket, codes_as_floats, gather, key_tiles
-from fraqtl_kernels.formats import VectorFormat
+from fraqtl_kernels.cpu.queries import Queries
+from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
 from fraqtl_kernels.pages import PageLayout, Planes
 
 # The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
@@ -19,14 +19,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def prefill(
-    q: Tensor, planes: Planes, layout: PageLayout, block_table: Tensor, bucket: Bucket, window: int | None
+    queries: Queries, planes: Planes, layout: PageLayout, block_table: Tensor, bucket: Bucket, window: int | None
 ) -> Tensor:
-    """q: (1, KV heads, M, D) float32, rotated and scaled, M = query heads a KV head x query tokens, the
-    tokens innermost. Returns the same shape, in the basis in which V is stored."""
-    _, heads, rows, size = q.shape
+    """Attention of one request. Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is
+    stored. The centre of the keys is left out: softmax is blind to it."""
+    _, heads, rows, size = queries.q.shape
     count = bucket.positions.shape[1]
     group = rows // count
-    q = q.view(1, heads * group, count, size)
+    q = queries.q.view(1, heads * group, count, size)
     out = torch.zeros_like(q)
     total = q.new_full((1, heads * group, count, 1), -torch.inf)
     for blocks, position in key_tiles(layout, block_table, bucket, window):
@@ -34,8 +34,8 @@ def prefill(
         if window is not None:
             seen &= position > bucket.positions[0, :, None] - window
         used = int(seen.any(0).nonzero().max()) + 1  # what lies behind the last key may be anything, even NaN
-        key = _values(planes.k, planes.k_scale, layout.format.k, blocks)[:, :, :used]
-        value = _values(planes.v, planes.v_scale, layout.format.v, blocks)[:, :, :used]
+        key = _keys(queries, planes, layout, blocks)[:, :, :used]
+        value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)[:, :, :used]
         unseen = ~seen[:, :used].any(0)
         if bool(unseen.any()):
             key, value = (x.masked_fill(unseen[:, None], 0) for x in (key, value))
@@ -52,7 +52,10 @@ def prefill(
     return out.view(1, heads, rows, size)
 
 
-def _values(plane: Tensor, scale: Tensor | None, vector: VectorFormat, blocks: Tensor) -> Tensor:
-    """(1, KV heads, keys, D) float32, still rotated."""
-    codes = codes_as_floats(plane, vector, blocks)
-    return codes if scale is None else (codes - vector.midpoint) * gather(scale, blocks).float()[..., None]
+def _keys(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
+    """(1, KV heads, keys, D) float32, in the stored basis."""
+    keys = tile_values(planes.k, planes.k_scale, layout.format.k, blocks)
+    if queries.sink_shift is None or planes.k_scale is None:
+        return keys
+    is_sink = gather(planes.k_scale, blocks).signbit()
+    return keys + queries.sink_shift[:, None] * is_sink[..., None]

@@ -3,7 +3,8 @@
 Codes are never turned into a floating copy of the cache. A tile of pages is gathered, its codes
 become floats, and the rest is folded into the two products:
 
-    q·k = k_scale · (q·c - midpoint · sum(q))      out = Σ_j (p_j · v_scale_j) · (c_j - midpoint)
+    q·k = |k_scale| · (q·c - midpoint · sum(q)) + what the centres add (see `queries.py`)
+    out = Σ_j (p_j · v_scale_j) · (c_j - midpoint)
 
 Tiles of at most `TILE_TOKENS` keys are joined by their running maximum and sum (the online
 softmax of Milakov & Gimelshein, arXiv 1805.02867), so the workspace does not grow with the
@@ -18,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.reference import unpack
+from fraqtl_kernels.reference import dequantise, unpack
 
 TILE_TOKENS = 4096  # keys gathered at once
 
@@ -39,7 +41,7 @@ class Bucket:
 
 
 def attend_tiles(
-    q: Tensor,
+    queries: Queries,
     planes: Planes,
     layout: PageLayout,
     block_table: Tensor,
@@ -47,15 +49,14 @@ def attend_tiles(
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
-    """q: (R, KV heads, M, D) float32, rotated and scaled; returns the same shape, in the basis of V."""
-    rows, heads, queries = q.shape[:3]
-    q_sum = q.sum(-1, keepdim=True)
-    highest = q.new_full((rows, heads, queries, 1), -torch.inf)
+    """Returns (R, KV heads, M, D) float32 like the queries, in the basis in which V is stored."""
+    q = queries.q
+    highest = q.new_full((*q.shape[:3], 1), -torch.inf)
     total = torch.zeros_like(highest)
     out = torch.zeros_like(q)
-    repeat = queries // bucket.tokens.shape[1]
+    repeat = q.shape[2] // bucket.tokens.shape[1]
     for blocks, position in key_tiles(layout, block_table, bucket, window):
-        scores = _scores(q, q_sum, planes, layout, blocks)
+        scores = _scores(queries, planes, layout, blocks)
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         hidden = position[:, None] > bucket.positions[:, :, None]  # (R, Q, keys)
@@ -100,19 +101,32 @@ def codes_as_floats(plane: Tensor, vector: VectorFormat, blocks: Tensor) -> Tens
     return (codes if vector.is_raw else unpack(codes, vector)).to(torch.float32)
 
 
-def _scores(q: Tensor, q_sum: Tensor, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
-    vector = layout.format.k
+def tile_values(plane: Tensor, scale: Tensor | None, vector: VectorFormat, blocks: Tensor) -> Tensor:
+    """(R, heads, keys, D) float32: a tile as numbers, in the stored basis. Without scales, in steps."""
+    codes = codes_as_floats(plane, vector, blocks)
+    if vector.is_raw:
+        return codes
+    return codes - vector.midpoint if scale is None else dequantise(codes, gather(scale, blocks), vector)
+
+
+def _scores(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
+    vector, q = layout.format.k, queries.q
     scores = q @ codes_as_floats(planes.k, vector, blocks).transpose(-1, -2)
+    if vector.is_raw:
+        return scores
+    scores = scores - vector.midpoint * queries.total[..., None]
     if planes.k_scale is None:
         return scores
-    return (scores - vector.midpoint * q_sum) * gather(planes.k_scale, blocks).float()[:, :, None]
+    scale = gather(planes.k_scale, blocks)[:, :, None]
+    return scores * scale.float().abs() + queries.base[..., None] + queries.sink[..., None] * scale.signbit()
 
 
 def _weighted_values(weights: Tensor, planes: Planes, layout: PageLayout, blocks: Tensor, unseen: Tensor) -> Tensor:
     """unseen: (R, keys) slots that hold no key of the row; what lies there may be anything, even NaN."""
     vector = layout.format.v
-    if planes.v_scale is None:
-        return weights @ codes_as_floats(planes.v, vector, blocks).masked_fill(unseen[:, None, :, None], 0)
+    if planes.v_scale is None or vector.groups > 1:
+        values = tile_values(planes.v, planes.v_scale, vector, blocks)
+        return weights @ values.masked_fill(unseen[:, None, :, None], 0)
     scales = gather(planes.v_scale, blocks).float().masked_fill(unseen[:, None], 0)
     weights = weights * scales[:, :, None]
     return weights @ codes_as_floats(planes.v, vector, blocks) - vector.midpoint * weights.sum(-1, keepdim=True)

@@ -47,7 +47,7 @@ class Bases:
         signs = (exact.sign() if format.k.rotated or format.v.rotated else exact).to(device=device, dtype=dtype)
         inverse = signs.T.contiguous()
         centre = None
-        if key_centre is not None and not format.k.is_raw:
+        if key_centre is not None and format.k.centred:
             centre = key_centre.double()
             if format.k.rotated:
                 centre = centre @ exact.to(centre.device)

@@ -2,7 +2,7 @@
 
 For every (token, KV head), with H the rotation and c the key centre (keys only):
 
-    y = x H - c H,   scale = fp16(max|y| / midpoint),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
+    y = x H - c H,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
 
 the midpoint grid of `reference.quantise`, rounding half to even as it does. Sums of the rotation are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
@@ -81,8 +81,8 @@ def store_vectors(
             low -= tl.load(centre + column, mask=column < HEAD // 2, other=0.0)
             high -= tl.load(centre + HEAD // 2 + column, mask=column < HEAD // 2, other=0.0)
         largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
-        midpoint: tl.constexpr = (2**BITS - 1) / 2
-        scale16 = tl.minimum(largest / midpoint, _LARGEST_SCALE).to(tl.float16)
+        edge: tl.constexpr = 2 ** (BITS - 1)
+        scale16 = tl.minimum(largest / edge, _LARGEST_SCALE).to(tl.float16)
         codes_low = quantise_half(low, scale16.to(tl.float32), BITS)
         codes_high = quantise_half(high, scale16.to(tl.float32), BITS)
         if BITS == 4:

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu import decode as decode_module
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE
 
+# Formats that the Triton kernels take.
+GPU_FORMATS = [name for name in FORMATS if name not in ("k4v2", "k4v4-channel")]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -55,12 +59,13 @@ class Case:
         sinks = torch.randn(self.kv_heads * self.group) * 2 if self.sinks else None
         centre = torch.randn(self.kv_heads, self.head_size) if self.centred else None
         if centre is not None:
+            constants = LayerConstants(key_centre=centre)
             for r, length in enumerate(self.lengths):
                 token = torch.arange(length)
                 slots = batch.block_table[r, token // self.block_size].long() * self.block_size
                 slots += token % self.block_size
                 key, value = batch.key[r, :length] + centre.to(self.dtype), batch.value[r, :length]
-                reference.write(batch.pool, batch.layout, key, value, slots, key_centre=centre)
+                reference.write(batch.pool, batch.layout, key, value, slots, constants)
         return batch, sinks, centre
 
 
@@ -76,7 +81,7 @@ def expected(case: Case, batch: PagedBatch, sinks: Tensor | None, centre: Tensor
         window=case.window,
         soft_cap=case.soft_cap,
         sinks=sinks,
-        key_centre=centre,
+        constants=LayerConstants(key_centre=centre),
     )
 
 

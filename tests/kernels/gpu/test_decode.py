@@ -18,7 +18,7 @@ from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.decode import decode, plan_decode
 from fraqtl_kernels.gpu.splits import choose_splits
 from fraqtl_kernels.pages import PageLayout
-from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error, run_decode
+from tests.kernels.gpu.cases import GPU_FORMATS, TOLERANCE, Case, decode_error, run_decode
 
 SWEEP = int(os.environ.get("FRAQTL_SWEEP", "100"))
 
@@ -41,7 +41,7 @@ def random_cases(count: int, seed: int = 3) -> list[Case]:
         group = draw("group", (1, 2, 4, 8, 7))
         cases.append(
             Case(
-                format=draw("format", FORMATS),
+                format=draw("format", GPU_FORMATS),
                 dtype=draw("dtype", (torch.float16, torch.bfloat16)),
                 head_size=draw("head size", HEAD_SIZES),
                 block_size=draw("block size", (16, 32, 64, 128)),
@@ -67,7 +67,7 @@ def test_sweep(case: Case) -> None:
     assert decode_error(case) <= TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GPU_FORMATS)
 def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
     assert decode_error(Case(format=name, dtype=dtype)) <= TOLERANCE[dtype]
 

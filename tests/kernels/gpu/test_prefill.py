@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.prefill import prefill
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import TOLERANCE, Case, expected, to_device
+from tests.kernels.gpu.cases import GPU_FORMATS, TOLERANCE, Case, expected, to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 
@@ -36,7 +35,7 @@ def prefill_error(case: Case) -> float:
     return relative_error(output.cpu(), expected(case, batch, sinks, centre))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GPU_FORMATS)
 def test_a_chunk_behind_a_cached_prefix(name: str, dtype: torch.dtype) -> None:
     case = Case(format=name, dtype=dtype, lengths=(90, 33, 5), queries=(41, 33, 1), padding=48)
     assert prefill_error(case) <= TOLERANCE[dtype]

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.formats import HEAD_SIZES
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.workspace import dequantise
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import Case, to_device
+from tests.kernels.gpu.cases import GPU_FORMATS, Case, to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GPU_FORMATS)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
     case = Case(format=name, dtype=dtype, head_size=size, lengths=(5, 90, 64), centred=size == 64, padding=48)
@@ -36,19 +37,17 @@ def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
         key,
         value,
         Bases.of(batch.layout.format, size, dtype, DEVICE),
-        None if centre is None or batch.layout.format.k.is_raw else centre.to(DEVICE),
+        None if centre is None or not batch.layout.format.k.centred else centre.to(DEVICE),
     )
     planes = batch.layout.planes(batch.pool)
-    for ours, plane, scale, vector, shift in (
-        (key, planes.k, planes.k_scale, batch.layout.format.k, centre),
-        (value, planes.v, planes.v_scale, batch.layout.format.v, None),
+    constants = LayerConstants(key_centre=centre)
+    for ours, stored in (
+        (key, reference.stored_keys(planes, batch.layout.format.k, constants)),
+        (value, reference.stored_values(planes, batch.layout.format.v)),
     ):
-        stored = reference.stored_values(plane, scale, vector)
         for r, (first, count) in enumerate(ranges):
             token = torch.arange(first, first + count)
             exact = stored[batch.block_table[r, token // 16].long(), :, token % 16]
-            if shift is not None and not vector.is_raw:
-                exact = exact + shift.double()
             if count:
                 assert relative_error(ours[start[r] : start[r + 1]].cpu(), exact) < ROUNDING[dtype]
         assert ours[start[-1] :].isnan().all()  # nothing behind the end
