@@ -11,6 +11,8 @@ from torch import Tensor
 from fraqtl_bench.kernels.arms import Arm, Prepared
 from fraqtl_bench.kernels.shapes import Inputs
 from fraqtl_kernels import cpu, reference
+from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
 
@@ -31,23 +33,26 @@ class PackedOnCpu:
         layout = PageLayout(self.format, shape.head_size, inputs.block_size)
         width = self.format.bytes_per_token(shape.head_size)
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8)
+        constants = calibrate(self.format, inputs.key[0], inputs.query, inputs.value[0])
         for r in range(shape.batch):
-            cpu.write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r))
+            cpu.write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r), constants)
         plan = cpu.plan_attention(list(range(shape.batch + 1)), [shape.context] * shape.batch)
         output = torch.empty_like(inputs.query)
 
         def call() -> None:
-            cpu.attend(inputs.query, pool, layout, inputs.order, plan, output, scale=inputs.scale)
+            cpu.attend(inputs.query, pool, layout, inputs.order, plan, output, scale=inputs.scale, constants=constants)
 
-        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs))
+        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs, constants))
 
 
-def stored_values(pool: Tensor, layout: PageLayout, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def stored_values(
+    pool: Tensor, layout: PageLayout, inputs: Inputs, constants: LayerConstants = IDENTITY
+) -> tuple[Tensor, Tensor]:
     """Keys and values of the first request, by the reference: (context, KV heads, D) float64 each, on the CPU."""
     pages = pool[inputs.order[0].long()].cpu()
     planes = layout.planes(pages)
-    key = reference.stored_values(planes.k, planes.k_scale, layout.format.k)
-    value = reference.stored_values(planes.v, planes.v_scale, layout.format.v)
+    key = reference.stored_keys(planes, layout.format.k, constants)
+    value = reference.stored_values(planes, layout.format.v, constants)
     tokens = [x.transpose(1, 2).flatten(0, 1)[: inputs.shape.context] for x in (key, value)]
     return tokens[0], tokens[1]
 
