@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fraqtl_bench import kernels, quantiser, recall
+from fraqtl_bench import decode_step, kernels, quantiser, recall, texts
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (kernels, quantiser, recall)
+COMMANDS = (decode_step, kernels, quantiser, recall, texts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -36,11 +36,19 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def start(*arguments: str, port: int | None = None, environment: dict[str, str] | None = None) -> Server:
-    """Start a server, on a free port if none is given, in a process group of its own; does not wait for it."""
+def start(
+    *arguments: str,
+    port: int | None = None,
+    environment: dict[str, str] | None = None,
+    module: tuple[str, ...] = ("fraqtl_serve", "serve"),
+) -> Server:
+    """Start a server, on a free port if none is given, in a process group of its own; does not wait for it.
+
+    module: what to run with `python -m`, and its first arguments.
+    """
     port = port or free_port()
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
-    full = [sys.executable, "-m", "fraqtl_serve", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    full = [sys.executable, "-m", *module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     env.pop("TRITON_INTERPRET", None)  # a caller's, that tests kernels beside
     with log.open("wb") as out:
@@ -84,8 +92,12 @@ def group_members(server: Server) -> list[int]:
 
 
 @contextmanager
-def running(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    server = start(*arguments, environment=environment)
+def running(
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    module: tuple[str, ...] = ("fraqtl_serve", "serve"),
+) -> Iterator[Server]:
+    server = start(*arguments, environment=environment, module=module)
     try:
         wait_until_ready(server)
         yield server

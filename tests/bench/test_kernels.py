@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fraqtl_bench import results
+from fraqtl_bench import dummy_model, results
 from fraqtl_bench.cli import main
 from fraqtl_bench.kernels import DEFAULT_GRID, sweep
 from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError, arms_for, choose, errors_of
@@ -200,3 +202,58 @@ def test_rivals_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("fa3-bf16", "flashinfer-bf16", "fa3-fp8"):
         with pytest.raises(UnavailableError, match="can't be imported"):
             arms_for("cuda")[name].prepare(inputs)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="in Triton's interpreter")
+def test_what_the_memory_checker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fraqtl_bench.kernels import sanitize
+
+    monkeypatch.setattr(sanitize, "LENGTHS", (1, 17, 40, 70))
+    output = sanitize.run(FORMATS["k4v4"], 64, CPU, multiprocessors=4)
+    assert output.isfinite().all() and output.abs().max() > 0
+
+
+RIVALS_IN_THE_INTERPRETER = """
+import os, sys
+os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # vLLM believes in a GPU that comes later
+import torch
+torch.set_num_threads(1)
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.bfloat16 = torch.float16  # whose bytes the interpreter doesn't multiply as what they are
+import fraqtl_vllm.cpu_platform
+fraqtl_vllm.cpu_platform.check_supported = lambda config: None  # it refuses rivals' formats
+from fraqtl_bench.kernels._vllm import prepare_backend
+from fraqtl_bench.kernels.arms import errors_of
+from fraqtl_bench.kernels.shapes import Inputs, Shape
+inputs = Inputs.random(Shape(2, 70, 4, 2, 64), 16, 0, torch.device("cpu"))
+for dtype in ("auto", "int4_per_token_head", "turboquant_4bit_nc"):
+    prepared = prepare_backend("TURBOQUANT" if dtype.startswith("turbo") else "TRITON_ATTN", dtype, inputs)
+    print("FOUND", dtype, prepared.bytes, errors_of(prepared, inputs))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they run as they are")
+def test_vllm_backends_in_the_interpreter() -> None:
+    """That vLLM's builder, write and forward are called as they want to be, which a GPU run would find out late."""
+    pytest.importorskip("triton")
+    pytest.importorskip("vllm")
+    done = subprocess.run([sys.executable, "-c", RIVALS_IN_THE_INTERPRETER], capture_output=True, text=True)
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    found = {dtype: (int(size), ast.literal_eval(errors)) for _, dtype, size, errors in lines}
+    assert set(found) == {"auto", "int4_per_token_head", "turboquant_4bit_nc"}, done.stderr[-2000:]
+    per_token = {dtype: size / (2 * 70 * 2) for dtype, (size, _) in found.items()}
+    assert per_token == {"auto": 256, "int4_per_token_head": 72, "turboquant_4bit_nc": 70}
+    assert found["auto"][1]["kernel_error"] < 2e-3
+    assert found["int4_per_token_head"][1]["kernel_error"] < 1e-2  # against what it stored, by our reading of it
+    assert all(errors["total_error"] < 0.2 for _, errors in found.values())
+
+
+def test_the_dummy_model_is_a_llama_of_eight_billion(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig, AutoTokenizer
+
+    dummy_model.make(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (32, 4096, 128)
+    assert config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path))
