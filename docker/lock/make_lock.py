@@ -29,7 +29,7 @@ TORCH = "torch==2.13.0"
 BUILD = ["setuptools>=77", "wheel"]
 TEST = [
     "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy",
-    "matplotlib", "langchain-openai", "litellm",
+    "matplotlib", "langchain-openai", "litellm", "playwright", "axe-playwright-python",
 ]  # fmt: skip
 GPU_ONLY = re.compile(
     r"(nvidia|cuda|nccl|flashinfer|humming|tokenspeed)\b.*|nccl4py|instanttensor|tilelang|torch[-_]c[-_]dlpack[-_]ext|"
