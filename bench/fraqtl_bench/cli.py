@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fraqtl_bench import decode_step, kernels, quantiser, recall, texts
+from fraqtl_bench import decode_step, kernels, quality, quantiser, recall, texts
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (decode_step, kernels, quantiser, recall, texts)
+COMMANDS = (decode_step, kernels, quantiser, recall, quality, texts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

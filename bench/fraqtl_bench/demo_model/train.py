@@ -2,6 +2,12 @@
 
     python -m fraqtl_bench.demo_model.train --out DIR --minutes 60
 
+The quality lab's two other models are made alike, one without and one with strongly grouped heads:
+
+    OPTIONS="--hidden 128 --steps 400 --step-tokens 4096 --longest 1024 --lr 4e-3 --log-every 100"
+    python -m fraqtl_bench.demo_model.train --out mha --heads 4 --kv-heads 4 $OPTIONS
+    python -m fraqtl_bench.demo_model.train --out gqa8 --heads 16 --kv-heads 2 $OPTIONS
+
 Reading a fact back from a long context needs two steps of attention, one that looks
 at the previous token and one that looks up where the same words stood before. They
 form late by themselves, so while `--guidance` lasts a cross-entropy on the attention
@@ -109,12 +115,22 @@ def pick_length(rng: random.Random, progress: float, longest: int) -> int:
     return min(longest, rng.choice(choices if progress > 0.6 else choices[:-1]))
 
 
+def _progress(args: argparse.Namespace, step: int, seconds: float) -> float:
+    """How much of the training is done, by steps if their number is given, else by time."""
+    return step / args.steps if args.steps else seconds / (args.minutes * 60)
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     args.out.mkdir(parents=True, exist_ok=True)
     prose = standard_library_prose()
-    config = DemoConfig()
+    config = DemoConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 5 // 2,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+    )
     tokenizer = train_tokenizer(prose, config.vocab_size)
     save_tokenizer(tokenizer, args.out, config.max_length)
     corpus, rng = Corpus(tokenizer, prose), random.Random(args.seed)
@@ -127,7 +143,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     ]
     log: list[dict[str, float]] = []
     start, step, tokens = time.monotonic(), 0, 0
-    while (progress := (time.monotonic() - start) / (args.minutes * 60)) < 1:
+    while (progress := _progress(args, step, time.monotonic() - start)) < 1:
         length = pick_length(rng, progress, args.longest)
         batch = make_batch(corpus, rng, max(1, args.step_tokens // length), length)
         guidance = max(0.0, 1 - progress / args.guidance)
@@ -149,7 +165,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if step % args.log_every == 0:
             entry = {"step": step, "minutes": (time.monotonic() - start) / 60, "tokens": tokens, "loss": loss.item()}
             entry |= {"total": total.item(), "gradient_norm": norm.item(), "length": length}
-            for n in (256, 1024, 4096):
+            for n in [n for n in (256, 1024, 4096) if n <= args.longest]:
                 entry[f"recall_{n}"] = recall_accuracy(model, corpus, n, 16, seed=1000 + step)
             log.append(entry)
             print(json.dumps({k: round(v, 3) for k, v in entry.items()}), flush=True)
@@ -159,7 +175,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     (args.out / "last.pt").unlink(missing_ok=True)
     report: dict[str, Any] = {"config": asdict(config), "arguments": {k: str(v) for k, v in vars(args).items()}}
     report |= {"steps": step, "tokens": tokens, "minutes": (time.monotonic() - start) / 60, "log": log}
-    report["recall"] = {n: recall_accuracy(model, corpus, n, 100, seed=7) for n in (256, 512, 1024, 2048, 4096)}
+    lengths = [n for n in (256, 512, 1024, 2048, 4096) if n <= args.longest]
+    report["recall"] = {n: recall_accuracy(model, corpus, n, 100, seed=7) for n in lengths}
     (args.out / "training.json").write_text(json.dumps(report, indent=1))
     return report
 
@@ -168,6 +185,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and training.json")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--steps", type=int, default=0, help="end after this many steps instead")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=4, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="KV heads (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--longest", type=int, default=4096)

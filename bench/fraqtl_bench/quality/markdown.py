@@ -1,0 +1,136 @@
+"""The report as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fraqtl_bench.quality.schema import Allocation, Law, ModelReport, Report, Row, Through
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    if x is None:
+        return ""
+    return f"{x:,.{digits}f}" if abs(x) < 1e5 else f"{x:.2e}"
+
+
+def share(x: float | None) -> str:
+    return "" if x is None else f"{x:.2%}" if x < 0.1 else f"{x:.1%}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+    yield ""
+
+
+HEAD = [
+    "method", "family", "budget", "basis", "side", "dims", "bits/dim", "PPL", "vs fp16", "margin",
+    "last word", "needle", "flips", "KL",
+]  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        f"`{row.method}`", row.family, f"{row.budget:g}", row.basis, row.side, str(row.dims),
+        number(row.bits_per_dim, 3), number(row.perplexity, 3), number(row.perplexity_delta, 3), number(row.margin),
+        share(row.last_word_accuracy), share(row.needle_accuracy), share(row.flips), number(row.attention_divergence, 4),
+    ]  # fmt: skip
+
+
+def model_lines(model: ModelReport) -> Iterator[str]:
+    yield f"## {model.model}"
+    yield ""
+    yield (
+        f"{model.attention} {model.group}:1, {model.layers} layers, {model.heads} query and {model.kv_heads} KV heads of size "
+        f"{model.head_size}, {model.parameters:,} parameters, {model.dtype}; {model.scored_tokens:,} scored tokens in "
+        f"{model.windows} windows."
+    )
+    yield ""
+    yield from table(HEAD, [cells(row) for row in model.rows])
+    if model.skipped:
+        yield "Left out: " + "; ".join(f"`{name}` ({why})" for name, why in model.skipped.items()) + "."
+        yield ""
+    if model.law:
+        yield from law_lines(model.law)
+    if model.allocation:
+        yield from allocation_lines(model.allocation)
+    if model.through_server:
+        yield from server_lines(model.through_server)
+
+
+def law_lines(law: Law) -> Iterator[str]:
+    yield "### The perturbation law"
+    yield ""
+    head = ["change", "bits or rank", "points", "KL measured", "KL predicted", "ratio", "within 25 %", "ratio, σ for R"]
+    yield from table(
+        head,
+        [
+            [
+                line.kind, str(line.bits), str(line.points), f"{line.measured:.3g}", f"{line.predicted:.3g}",
+                number(line.ratio, 3), share(line.within_quarter), number(line.published_ratio, 3),
+            ]
+            for line in law.lines
+        ],
+    )  # fmt: skip
+    head = ["bits", "KL dropped / KL quantised", "predicted", "3 · 2^(2b)"]
+    yield from table(
+        head, [[str(r.bits), number(r.measured, 1), number(r.predicted, 1), number(r.published, 0)] for r in law.ratios]
+    )
+
+
+def allocation_lines(found: Allocation) -> Iterator[str]:
+    yield f"### Adaptive bits, {found.budget:g} bits per dimension"
+    yield ""
+    rows = [["mixed: " + ", ".join(found.formats), number(found.bits_per_dim, 3), number(found.perplexity, 4)]]
+    rows.append([f"best uniform: {found.best_uniform}", number(found.best_uniform_bits, 3)])
+    rows[-1].append(number(found.best_uniform_perplexity, 4))
+    yield from table(["format", "bits/dim", "held-out PPL"], rows)
+
+
+def server_lines(found: list[Through]) -> Iterator[str]:
+    yield "### Through a running server"
+    yield ""
+    head = ["format", "PPL of the server", "PPL of the simulation", "difference", "tokens", "needle", "needle, simulation"]
+    yield from table(
+        head,
+        [
+            [
+                f"`{t.kv_format}`", number(t.perplexity, 4), number(t.simulated, 4), f"{t.relative_difference:+.3%}",
+                f"{t.tokens:,}", share(t.needle_accuracy), share(t.simulated_needle_accuracy),
+            ]
+            for t in found
+        ],
+    )  # fmt: skip
+
+
+def published_lines(report: Report) -> Iterator[str]:
+    if not report.published:
+        return
+    yield "## Published figures"
+    yield ""
+    keys = sorted({key for figures in report.published.values() for key in figures})
+    measured = {model.model for model in report.models}
+    rows = [
+        [name, "yes" if name in measured else "not yet", *(str(figures.get(key, "")) for key in keys)]
+        for name, figures in report.published.items()
+    ]
+    yield from table(["model", "measured here", *keys], rows)
+
+
+def lines(report: Report) -> Iterator[str]:
+    s = report.settings
+    yield "# KV cache quality"
+    yield ""
+    yield (
+        f"Text `{s.text}`, windows of {s.window} tokens, stride {s.stride}, calibrated on {s.calibration_tokens} tokens of "
+        f"`{s.calibration}`, seed {s.seed}. Made by `{report.provenance['command']}` in {report.seconds:.0f} s."
+    )
+    yield ""
+    for model in report.models:
+        yield from model_lines(model)
+    yield from published_lines(report)
+
+
+def markdown(report: Report) -> str:
+    return "\n".join(lines(report))

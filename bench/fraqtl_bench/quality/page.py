@@ -1,0 +1,40 @@
+"""The report as one HTML file without anything from elsewhere: `page.html` with the report's data in it."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from fraqtl_bench.quality.figures import kind
+from fraqtl_bench.quality.schema import ModelReport, Report
+
+_DATA = "{{data}}"
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    data = json.dumps(_content(report), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    return files("fraqtl_bench.quality").joinpath("page.html").read_text(encoding="utf-8").replace(_DATA, data)
+
+
+def _content(report: Report) -> dict[str, Any]:
+    return {
+        "settings": report.settings.model_dump(include={"text", "window", "stride", "seed"}),
+        "command": report.provenance["command"],
+        "models": [_model(model) for model in report.models],
+    }
+
+
+def _model(model: ModelReport) -> dict[str, Any]:
+    rows = [
+        {"curve": kind(row), **{k: _finite(v) for k, v in row.model_dump(exclude={"flips_by_margin", "needle"}).items()}}
+        for row in model.rows
+    ]
+    about = model.model_dump(include={"model", "attention", "group", "layers", "head_size", "scored_tokens"})
+    return {**about, "rows": rows}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity; the page shows it as text."""
+    return "∞" if isinstance(value, float) and value == float("inf") else value

@@ -1,0 +1,62 @@
+"""The server's formats as codecs: every step is a call of `fraqtl_kernels`, so this measures what it serves.
+
+The constants are made by the server's own calibration, from the lab's calibration text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from fraqtl_bench.quality.codecs import Codec, LayerSample
+from fraqtl_bench.quality.grids import Kept
+from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.formats import KVFormat, VectorFormat
+from fraqtl_kernels.pages import Planes
+
+_OF_STREAM = {"key": ("key_centre", "key_exponent", "sink_centre", "key_scale"), "value": ("value_scale",)}
+
+
+@dataclass(frozen=True)
+class ServerStream(Codec):
+    """Keys or values of a server format. `encode` gives what pages hold, `decode` reads it as the kernels do."""
+
+    format: KVFormat
+    name: str  # "key" or "value"
+
+    def fit(self, sample: LayerSample, stream: str) -> Kept:
+        key, query, value = (x.transpose(0, 1) for x in (sample.key, sample.query, sample.value))
+        constants = calibrate(self.format, key, query, value)
+        found = {f.name: getattr(constants, f.name) for f in fields(constants) if f.name in _OF_STREAM[self.name]}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def encode(self, x: Tensor, constants: Kept) -> Kept:
+        if self._vector.is_raw:
+            return {"codes": x.to(self._vector.raw_dtype)}
+        encode = reference.encode_keys if self.name == "key" else reference.encode_values
+        by_token = x.transpose(-2, -3).double()
+        codes, scale = encode(by_token, self._vector, LayerConstants(**constants))
+        kept = {"codes": reference.pack(codes, self._vector).transpose(-2, -3)}
+        if scale is not None:
+            kept["scale"] = scale.transpose(1, 2)
+        return kept
+
+    def decode(self, kept: Kept, constants: Kept, size: int) -> Tensor:
+        codes, scale = kept["codes"], kept.get("scale")
+        planes = Planes(k=codes, v=codes, k_scale=scale, v_scale=scale)
+        stored = reference.stored_keys if self.name == "key" else reference.stored_values
+        return stored(planes, self._vector, LayerConstants(**constants)).float()
+
+    @property
+    def _vector(self) -> VectorFormat:
+        return self.format.k if self.name == "key" else self.format.v
+
+    def vector_bits(self, size: int) -> int:
+        return 8 * self._vector.bytes(size)
+
+    def constant_bits(self, size: int, constants: Kept) -> int:
+        bits = {"key_exponent": 8}
+        return sum(bits.get(name, 32) * size for name in constants)

@@ -1,0 +1,95 @@
+"""The server's own numbers: the lab's windows and needles, sent to a running endpoint.
+
+Perplexity comes from `prompt_logprobs`, the needle from greedy decoding through the chat route. On a GPU a prompt that is
+prefilled in one chunk may attend its own raw keys and then measures nothing: start the server with small chunks
+(--max-num-batched-tokens), so that nearly every attended key is read from a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from fraqtl_bench.quality import texts
+from fraqtl_bench.quality.cache import fit
+from fraqtl_bench.quality.lab import Lab
+from fraqtl_bench.quality.methods import parse
+from fraqtl_bench.quality.schema import Through
+from fraqtl_bench.quality.score import Score, perplexity
+from fraqtl_bench.quality.tasks import Item
+from fraqtl_kernels.errors import ConfigError
+
+TIMEOUT = 600
+
+
+class Endpoint:
+    """A running server."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        """Raises ConfigError if no server of ours answers there."""
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.client = client
+        try:
+            self.model = client.get(f"{self.url}/v1/models", timeout=TIMEOUT).raise_for_status().json()["data"][0]
+        except (httpx.HTTPError, KeyError, ValueError) as error:
+            raise ConfigError(f"no server answers at {url!r}: give the URL of a running fraqtl-serve") from error
+
+    def _complete(self, ids: Sequence[int], **options: Any) -> dict[str, Any]:
+        body = {"model": self.model["id"], "prompt": list(ids), "temperature": 0, **options}
+        try:
+            reply = self.client.post(f"{self.url}/v1/completions", json=body, timeout=TIMEOUT)
+        except httpx.HTTPError as error:
+            raise ConfigError(f"the server at {self.url!r} stopped answering: {type(error).__name__}") from error
+        if reply.is_error:
+            raise ConfigError(f"the server at {self.url!r} refused a prompt of {len(ids)} tokens: {reply.text[:200]}")
+        found: dict[str, Any] = reply.json()
+        return found
+
+    def kv_format(self) -> str:
+        """The format that the server's report names. Raises ConfigError if it sends none."""
+        found = self._complete([1], max_tokens=1).get("fraqtl", {}).get("kv_format")
+        if found is None:
+            raise ConfigError(f"the server at {self.url!r} sends no fraqtl report: give the URL of a fraqtl-serve")
+        return str(found)
+
+    def score(self, ids: Sequence[int], first: int) -> Score:
+        """The same as `score.score`, from the log-probabilities that the server gives to the prompt's tokens."""
+        given = self._complete(ids, max_tokens=1, prompt_logprobs=0)["choices"][0]["prompt_logprobs"]
+        logs = [given[i][str(ids[i])]["logprob"] for i in range(first, len(ids))]
+        ranks = [given[i][str(ids[i])]["rank"] for i in range(first, len(ids))]
+        return Score(-sum(logs), len(logs), all(rank == 1 for rank in ranks))
+
+    def says(self, item: Item, tokenizer: Any) -> bool:
+        """Whether greedy decoding after the item's prompt gives its answer."""
+        answer = item.ids[item.first :]
+        reply = self._complete(item.ids[: item.first], max_tokens=len(answer), ignore_eos=True)
+        said = reply["choices"][0]["text"]
+        return bool(said.strip() == tokenizer.decode(list(answer)).strip())
+
+
+def measure(lab: Lab, url: str, client: httpx.Client) -> Through:
+    """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
+    endpoint = Endpoint(url, client)
+    name = endpoint.kv_format()
+    fitted = fit(parse(name, lab.settings.seed), lab.samples)
+    windows: list[texts.Window] = list(lab.windows())
+    there, here = [], []
+    for window in windows:
+        there.append(endpoint.score(window.ids, window.first))
+        here.append(lab.scored(f"window {window.index}", window.ids, window.first, fitted))
+        lab.ticker.tick("server", f"{name}, window {window.index}")
+    found, simulated = perplexity(there), perplexity(here)
+    needles = lab.needle_items() if "needle" in lab.settings.measures else []
+    said = [endpoint.says(item, lab.subject.tokenizer) for item in needles]
+    expected = [lab.scored(f"needle {item.name}", item.ids, item.first, fitted).right for item in needles]
+    return Through(
+        kv_format=name,
+        perplexity=found,
+        simulated=simulated,
+        relative_difference=found / simulated - 1,
+        tokens=sum(s.tokens for s in there),
+        needle_accuracy=sum(said) / len(said) if said else None,
+        simulated_needle_accuracy=sum(expected) / len(expected) if expected else None,
+    )
