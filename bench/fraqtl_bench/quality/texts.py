@@ -103,7 +103,7 @@ def windows(ids: Iterable[int], length: int, stride: int, limit: int | None, bos
     room = length - len(bos)
     if not 0 < stride <= length:
         raise ConfigError(f"stride {stride} is not possible with windows of {length} tokens: give 1 to {length}")
-    stride = min(stride, room)
+    stride = min(stride, length - 1)  # the first token of a text or window has nothing before it
     stream = iter(ids)
     held = list(islice(stream, room))
     new, index, scored = len(held), 0, 0
@@ -142,7 +142,7 @@ def check_apart(calibration: set[tuple[int, ...]], window: Window) -> None:
 @cache
 def _prose(split: str) -> tuple[str, ...]:
     """Paragraphs for a split: no paragraph is in both."""
-    return tuple(standard_library_prose(limit_bytes=2_000_000)[split == "test" :: 2])
+    return tuple(list(dict.fromkeys(standard_library_prose(limit_bytes=2_000_000)))[split == "test" :: 2])
 
 
 def filler(rng: random.Random, split: str) -> str:
