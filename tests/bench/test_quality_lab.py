@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from fraqtl_bench.quality import budget, law, lab, margins, models, routing, tasks, texts
+from fraqtl_bench.quality import budget, lab, law, margins, models, routing, tasks, texts
 from fraqtl_bench.quality.cache import LabCache, fit, logits
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.progress import Progress
@@ -252,8 +252,8 @@ def rows(*given: tuple[str, str, float, float]) -> list[Row]:
 
 def test_margins_are_against_the_best_of_the_other_paradigm_at_the_same_budget() -> None:
     found = rows(
-        ("a", "quantisation", 4, 10.0), ("b", "quantisation", 4, 11.0), ("c", "rank", 4, 50.0), ("d", "hybrid", 4, 20.0),
-        ("e", "rank", 2, 90.0), ("f", "baseline", 16, 9.0), ("g", "server", 4, 1.0),
+        ("a", "quantisation", 4, 10.0), ("b", "quantisation", 4, 11.0), ("c", "rank", 4, 50.0),
+        ("d", "hybrid", 4, 20.0), ("e", "rank", 2, 90.0), ("f", "baseline", 16, 9.0), ("g", "server", 4, 1.0),
     )  # fmt: skip
     margins.add_margins(found)
     assert [row.margin for row in found] == [10.0, 9.0, -40.0, -10.0, None, None, None]

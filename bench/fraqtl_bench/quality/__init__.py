@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("quality", help="what quantisation and rank reduction cost a model", description=__doc__)
+    parser = commands.add_parser(
+        "quality", help="what quantisation and rank reduction cost a model", description=__doc__
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folder, Hub name or `demo` (the default)")
     parser.add_argument("--suite", type=Path, help="YAML file with models and options, such as bench/paper.yaml")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the report (default: %(default)s)")
@@ -30,7 +32,9 @@ def add_command(commands: Any) -> None:
     _add_texts(parser)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="instead of the standard set")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=f"of {', '.join(MEASURES)}")
-    parser.add_argument("--budget", type=float, metavar="BITS", help="also search the best formats per layer for a budget")
+    parser.add_argument(
+        "--budget", type=float, metavar="BITS", help="also search the best formats per layer for a budget"
+    )
     parser.add_argument("--through-server", nargs="+", metavar="URL", help="also measure through running servers")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else the model's)")
     parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")

@@ -40,7 +40,8 @@ def bits_per_dim(total_bytes: float, layers: int, head_size: int) -> float:
 def allocate(loss: Mapping[str, Sequence[float]], size: Mapping[str, int], limit: int) -> list[str]:
     """The format of every layer with the least summed loss and at most `limit` bytes in all.
 
-    loss: format -> per layer. size: format -> bytes. Exact: the best of every reachable number of bytes, layer by layer.
+    loss: format -> per layer. size: format -> bytes. Exact: the best of every reachable
+    number of bytes, layer by layer.
     Raises ConfigError if even the smallest format is too large.
     """
     layers = len(next(iter(loss.values())))
@@ -67,8 +68,8 @@ def check_budget(budget: float, head_size: int) -> None:
     least = bits_per_dim(sizes[name], 1, head_size)
     if budget < least:
         raise ConfigError(
-            f"a budget of {budget:g} bits per dimension is below the smallest format: {name} takes {least:g} at head size "
-            f"{head_size}"
+            f"a budget of {budget:g} bits per dimension is below the smallest format: {name} takes {least:g} "
+            f"at head size {head_size}"
         )
 
 

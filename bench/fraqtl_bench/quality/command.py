@@ -96,7 +96,9 @@ def _measure(
     report = lab.run()
     if args.budget is not None:
         report.allocation = budget.search(lab, args.budget, SEARCH_TOKENS if not args.quick else settings.tokens)
-        path = args.out / ("fraqtl-profile.json" if len(settings.models) == 1 else f"{subject.name}-fraqtl-profile.json")
+        path = args.out / (
+            "fraqtl-profile.json" if len(settings.models) == 1 else f"{subject.name}-fraqtl-profile.json"
+        )
         budget.write_profile(path, budget.profile(subject.name, subject.head_size, report.allocation))
     with httpx.Client() as client:
         report.through_server = [through_server.measure(lab, url, client) for url in args.through_server or ()]

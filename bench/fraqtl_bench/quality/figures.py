@@ -9,7 +9,13 @@ from typing import Any
 from fraqtl_bench.quality.schema import ModelReport, Report, Row
 from fraqtl_kernels.errors import ConfigError
 
-COLOURS = {"quantisation": "#0b6e99", "server": "#0f7b0f", "rank": "#c0392b", "hybrid": "#d98200", "baseline": "#555555"}
+COLOURS = {
+    "quantisation": "#0b6e99",
+    "server": "#0f7b0f",
+    "rank": "#c0392b",
+    "hybrid": "#d98200",
+    "baseline": "#555555",
+}
 
 
 def pyplot() -> Any:
@@ -49,7 +55,11 @@ def save(report: Report, folder: Path) -> list[Path]:
 
 def _bits(report: Report, folder: Path) -> Iterator[Path]:
     plt = pyplot()
-    for value, label in (("perplexity", "perplexity"), ("flips", "routing flips"), ("needle_accuracy", "needle accuracy")):
+    for value, label in (
+        ("perplexity", "perplexity"),
+        ("flips", "routing flips"),
+        ("needle_accuracy", "needle accuracy"),
+    ):
         shown = [m for m in report.models if any(getattr(row, value) is not None for row in m.rows)]
         if not shown:
             continue

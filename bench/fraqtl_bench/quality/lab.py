@@ -113,7 +113,9 @@ class Lab:
         self.ticker.expect("perplexity", at_most * len(self.methods) if s.tokens else None)
         for window in self.windows():
             for fitted in self.methods:
-                found[fitted.method.name].append(self.scored(f"window {window.index}", window.ids, window.first, fitted))
+                found[fitted.method.name].append(
+                    self.scored(f"window {window.index}", window.ids, window.first, fitted)
+                )
                 self.ticker.tick("perplexity", fitted.method.name)
         first = next(iter(found.values()))
         return {name: perplexity(scores) for name, scores in found.items()}, sum(s.tokens for s in first), len(first)
@@ -134,9 +136,7 @@ class Lab:
 
     def needle_items(self) -> list[tasks.Item]:
         s = self.settings
-        return tasks.needle_items(
-            self.subject.tokenizer, s.needle_lengths, s.needle_depths, s.needle_repeats, s.seed
-        )
+        return tasks.needle_items(self.subject.tokenizer, s.needle_lengths, s.needle_depths, s.needle_repeats, s.seed)
 
     def last_word_items(self) -> list[tasks.Item]:
         s = self.settings

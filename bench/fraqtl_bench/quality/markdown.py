@@ -34,7 +34,8 @@ def cells(row: Row) -> list[str]:
     return [
         f"`{row.method}`", row.family, f"{row.budget:g}", row.basis, row.side, str(row.dims),
         number(row.bits_per_dim, 3), number(row.perplexity, 3), number(row.perplexity_delta, 3), number(row.margin),
-        share(row.last_word_accuracy), share(row.needle_accuracy), share(row.flips), number(row.attention_divergence, 4),
+        share(row.last_word_accuracy), share(row.needle_accuracy), share(row.flips),
+        number(row.attention_divergence, 4),
     ]  # fmt: skip
 
 
@@ -42,8 +43,9 @@ def model_lines(model: ModelReport) -> Iterator[str]:
     yield f"## {model.model}"
     yield ""
     yield (
-        f"{model.attention} {model.group}:1, {model.layers} layers, {model.heads} query and {model.kv_heads} KV heads of size "
-        f"{model.head_size}, {model.parameters:,} parameters, {model.dtype}; {model.scored_tokens:,} scored tokens in "
+        f"{model.attention} {model.group}:1, {model.layers} layers, {model.heads} query and {model.kv_heads} KV heads "
+        f"of size {model.head_size}, {model.parameters:,} parameters, {model.dtype}; "
+        f"{model.scored_tokens:,} scored tokens in "
         f"{model.windows} windows."
     )
     yield ""
@@ -91,7 +93,15 @@ def allocation_lines(found: Allocation) -> Iterator[str]:
 def server_lines(found: list[Through]) -> Iterator[str]:
     yield "### Through a running server"
     yield ""
-    head = ["format", "PPL of the server", "PPL of the simulation", "difference", "tokens", "needle", "needle, simulation"]
+    head = [
+        "format",
+        "PPL of the server",
+        "PPL of the simulation",
+        "difference",
+        "tokens",
+        "needle",
+        "needle, simulation",
+    ]
     yield from table(
         head,
         [
@@ -123,8 +133,9 @@ def lines(report: Report) -> Iterator[str]:
     yield "# KV cache quality"
     yield ""
     yield (
-        f"Text `{s.text}`, windows of {s.window} tokens, stride {s.stride}, calibrated on {s.calibration_tokens} tokens of "
-        f"`{s.calibration}`, seed {s.seed}. Made by `{report.provenance['command']}` in {report.seconds:.0f} s."
+        f"Text `{s.text}`, windows of {s.window} tokens, stride {s.stride}, "
+        f"calibrated on {s.calibration_tokens} tokens "
+        f"of `{s.calibration}`, seed {s.seed}. Made by `{report.provenance['command']}` in {report.seconds:.0f} s."
     )
     yield ""
     for model in report.models:

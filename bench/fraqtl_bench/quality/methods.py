@@ -75,8 +75,8 @@ def parse(name: str, seed: int = 0) -> Method:
     if match is None:
         formats = ", ".join(FORMATS)
         raise ConfigError(
-            f"unknown method {name!r}: give {formats}, int4-channel, int4-token, rank32 or rank64x8, the last four with "
-            f"other numbers, a basis (@identity, @random, @hadamard, @pca) and a side (:k, :v) if you like"
+            f"unknown method {name!r}: give {formats}, int4-channel, int4-token, rank32 or rank64x8, the last four "
+            f"with other numbers, a basis (@identity, @random, @hadamard, @pca) and a side (:k, :v) if you like"
         )
     return _parsed(name, match, seed)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
 
 from fraqtl_bench.quality.cache import LabCache
 from fraqtl_bench.quantiser.capture import demo_model
@@ -16,7 +17,9 @@ from fraqtl_kernels.errors import ConfigError, UnsupportedError, one_of
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TAKES = "the quality lab takes decoders that cache keys and values (GPT-2, Llama, Mistral, Qwen2, Gemma and their like)"
+_TAKES = (
+    "the quality lab takes decoders that cache keys and values (GPT-2, Llama, Mistral, Qwen2, Gemma and their like)"
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,14 @@ def load(name: str, dtype: str | None, device: str) -> Subject:
     """
     if dtype is not None and dtype not in DTYPES:
         raise one_of("dtype", dtype, DTYPES)
+    logging.disable_progress_bar()
     source = str(demo_model()) if name == DEMO else name
     config = _read(AutoConfig, source, name)
     check_supported(config)
     tokenizer = _read(AutoTokenizer, source, name)
     chosen = DTYPES[dtype] if dtype else (torch.float32 if device == "cpu" else "auto")
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    model = _read(
-        AutoModelForCausalLM, source, name, dtype=chosen, attn_implementation="eager" if capped else "sdpa"
-    )
+    model = _read(AutoModelForCausalLM, source, name, dtype=chosen, attn_implementation="eager" if capped else "sdpa")
     return subject(name if name == DEMO else Path(source).name, model.to(device).eval(), tokenizer)
 
 
@@ -113,7 +115,9 @@ def subject(name: str, model: Any, tokenizer: Any) -> Subject:
     shapes = set(probe.shapes.values())
     layers = int(text.num_hidden_layers)
     if set(probe.shapes) != set(range(layers)) or len(shapes) != 1 or len(set(next(iter(shapes)))) != 1:
-        raise UnsupportedError(f"model type {text.model_type!r}: its layers don't cache keys and values alike: {_TAKES}")
+        raise UnsupportedError(
+            f"model type {text.model_type!r}: its layers don't cache keys and values alike: {_TAKES}"
+        )
     _, kv_heads, _, head_size = next(iter(shapes))[0]
     limit = getattr(text, "max_position_embeddings", None) or 2048
     count = sum(p.numel() for p in model.parameters())

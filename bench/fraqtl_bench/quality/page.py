@@ -28,7 +28,10 @@ def _content(report: Report) -> dict[str, Any]:
 
 def _model(model: ModelReport) -> dict[str, Any]:
     rows = [
-        {"curve": kind(row), **{k: _finite(v) for k, v in row.model_dump(exclude={"flips_by_margin", "needle"}).items()}}
+        {
+            "curve": kind(row),
+            **{k: _finite(v) for k, v in row.model_dump(exclude={"flips_by_margin", "needle"}).items()},
+        }
         for row in model.rows
     ]
     about = model.model_dump(include={"model", "attention", "group", "layers", "head_size", "scored_tokens"})

@@ -18,7 +18,9 @@ class Progress:
         self.path = path
         self.done: dict[str, Any] = {}
         if path.exists() and not resume:
-            raise ConfigError(f"{path} holds an unfinished run: go on with --resume, or delete it, or give another --out")
+            raise ConfigError(
+                f"{path} holds an unfinished run: go on with --resume, or delete it, or give another --out"
+            )
         if path.exists():
             self._read(settings)
         else:

@@ -1,4 +1,4 @@
-"""The lab's report, typed and versioned: what `quality.json` holds, and what Markdown, page and figures are made from."""
+"""The lab's report, typed and versioned: what `quality.json` holds, and what the other files are made from."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ class SelfCheckError(FraqtlError):
     """The lab contradicts itself: a bug, nothing that the user did."""
 
 
-def check(
-    subject: Subject, methods: Sequence[Fitted], samples: Sequence[LayerSample], ids: tuple[int, ...]
-) -> None:
+def check(subject: Subject, methods: Sequence[Fitted], samples: Sequence[LayerSample], ids: tuple[int, ...]) -> None:
     """Raises SelfCheckError if the hook changes an untouched cache, or a method breaks its bound or its size."""
     check_hook(subject, ids[:TOKENS])
     for fitted in methods:
@@ -60,7 +58,9 @@ def check_errors(fitted: Fitted, samples: Sequence[LayerSample]) -> None:
         stored = codec.grid.decode(codec.encode(x, constants), constants, y.shape[-1])
         worst = ((y - stored).abs() / half_step.clamp_min(1e-12)).amax().item()
         if not worst <= 1.0 + codec.grid.largest * 2e-3:  # steps are rounded to fp16
-            raise SelfCheckError(f"{fitted.method.name} is off by {worst:.2f} half steps of its {stream}s: its grid is wrong")
+            raise SelfCheckError(
+                f"{fitted.method.name} is off by {worst:.2f} half steps of its {stream}s: its grid is wrong"
+            )
 
 
 def check_storage(fitted: Fitted, samples: Sequence[LayerSample]) -> None:

@@ -1,7 +1,7 @@
 """The server's own numbers: the lab's windows and needles, sent to a running endpoint.
 
-Perplexity comes from `prompt_logprobs`, the needle from greedy decoding through the chat route. On a GPU a prompt that is
-prefilled in one chunk may attend its own raw keys and then measures nothing: start the server with small chunks
+Perplexity comes from `prompt_logprobs`, the needle from greedy decoding after the same tokens. On a GPU a prompt that
+is prefilled in one chunk may attend its own raw keys and then measures nothing: start the server with small chunks
 (--max-num-batched-tokens), so that nearly every attended key is read from a page.
 """
 

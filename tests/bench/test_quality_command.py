@@ -1,0 +1,228 @@
+"""`fraqtl-bench quality` from the command line: what it writes, resumes and refuses; the server as a stand-in."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fraqtl_bench.cli import main
+from fraqtl_bench.quality import lab, page, through_server
+from fraqtl_bench.quality.command import NOTES
+from fraqtl_bench.quality.schema import Report
+from fraqtl_bench.quality.score import score
+from fraqtl_bench.quantiser.capture import demo_model
+from fraqtl_kernels.errors import ConfigError
+from tests.bench.quality_models import demo
+
+SMALL = ["--quick", "--no-figures", "--threads", "1", "--tokens", "200", "--passages", "2", "--needle-repeats", "1"]
+
+
+def quality(out: Path, *arguments: str) -> None:
+    main(["quality", "demo", "--out", str(out), *SMALL, *arguments])
+
+
+def fails(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> str:
+    """The one sentence that a run ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["quality", *arguments, "--out", str(out), "--no-figures"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0 and said.startswith("fraqtl-bench: ")
+    return said
+
+
+def without_time(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "quality.json").read_text())
+    return {k: v for k, v in found.items() if k not in ("provenance", "seconds")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quality")
+    quality(out, "--methods", "fp16", "int4-channel", "int2-token", "rank16", "k4v4", "k4v2", "--budget", "4")
+    return out
+
+
+def test_a_run_writes_its_report(finished: Path) -> None:
+    assert {p.name for p in finished.iterdir()} == {"quality.json", "quality.md", "quality.html", "fraqtl-profile.json"}
+    report = Report.model_validate_json((finished / "quality.json").read_text())
+    assert report.schema_version == 1 and report.provenance["packages"]["torch"]
+    model = report.models[0]
+    assert (model.model, model.attention, model.group, model.head_size) == ("demo", "GQA", 2, 64)
+    found = {row.method: row for row in model.rows}
+    assert list(found) == ["fp16", "int4-channel", "int2-token", "rank16", "k4v4", "k4v2"]
+    for row in found.values():
+        assert row.perplexity and row.last_word_perplexity and row.needle and row.flips is not None
+        assert row.perplexity_delta == pytest.approx(row.perplexity - found["fp16"].perplexity)
+    assert found["fp16"].bits_per_dim == 16 and found["fp16"].flips_by_margin[0].decisions >= 0
+    assert found["int4-channel"].vector_bits_per_dim == 4 < found["int4-channel"].bits_per_dim
+    assert found["rank16"].bits_per_dim == 4 + (64 * 16 + 64) * 16 / (64 * 256)  # basis and mean, over 256 tokens
+    assert found["k4v4"].vector_bits_per_dim == 68 * 8 / 128
+    assert found["int4-channel"].margin == pytest.approx(found["rank16"].perplexity - found["int4-channel"].perplexity)
+    assert model.law and {line.kind for line in model.law.lines} >= {"projection", "quantisation"}
+    lines = (finished / "quality.md").read_text().splitlines()
+    assert sum(line.startswith("| `") for line in lines) == 6
+
+
+def test_the_profile_says_which_format_each_layer_has(finished: Path) -> None:
+    profile = json.loads((finished / "fraqtl-profile.json").read_text())
+    assert profile["schema_version"] == 1 and [layer["layer"] for layer in profile["layers"]] == [0, 1, 2, 3]
+    assert {layer["kv_format"] for layer in profile["layers"]} <= {"k4v2", "k4v4", "k4v4-channel", "k8v4", "k8v8"}
+    assert profile["bits_per_dim"] <= 4
+    found = json.loads((finished / "quality.json").read_text())["models"][0]["allocation"]
+    assert found["formats"] == [layer["kv_format"] for layer in profile["layers"]]
+    assert found["best_uniform_bits"] <= 4 and found["perplexity"] > 1
+
+
+def test_the_page_holds_its_data_and_asks_for_nothing(finished: Path) -> None:
+    html = (finished / "quality.html").read_text()
+    data = html.partition('id="data">')[2].partition("</script>")[0]
+    assert json.loads(data)["models"][0]["rows"][0]["method"] == "fp16"
+    outside = html.replace(data, "").replace('"http://www.w3.org/2000/svg"', "")
+    assert "http" not in outside and "src=" not in outside and "@import" not in outside
+
+
+def test_hostile_names_stay_text_in_the_page(finished: Path) -> None:
+    report = Report.model_validate_json((finished / "quality.json").read_text())
+    report.models[0].model = "</script><script>alert(1)"
+    report.models[0].rows[0].perplexity = math.inf
+    html = page.page(report)
+    assert html.count("</script>") == 2 and "∞" in html
+
+
+def test_the_same_seed_gives_the_same_report_also_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--methods", "fp16", "int4-token@random", "rank16"]
+    quality(tmp_path / "whole", *options)
+    calls = 0
+
+    def runs_out(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise MemoryError
+        return score(*arguments)
+
+    monkeypatch.setattr(lab, "score", runs_out)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        quality(tmp_path / "cut", *options)
+    assert "memory ran out: go on with --resume" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == [NOTES]
+    with pytest.raises(SystemExit):
+        quality(tmp_path / "cut", *options)
+    assert "unfinished run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality(tmp_path / "cut", *options, "--resume", "--seed", "7")
+    assert "another seed" in capsys.readouterr().err
+    calls = 100
+    quality(tmp_path / "cut", *options, "--resume")
+    assert calls < 100 + 3 * (1 + 2 + 3)  # four scores were in the notes
+    assert without_time(tmp_path / "cut") == without_time(tmp_path / "whole")
+
+
+def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for name, content in {"empty.txt": b"", "binary.txt": b"\0\1\2", "short.txt": b"one"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert "model 'nowhere/none' was not found" in fails(capsys, out, "nowhere/none")
+    assert "is empty" in fails(capsys, out, "demo", "--text", str(tmp_path / "empty.txt"))
+    assert "is a binary file" in fails(capsys, out, "demo", "--text", str(tmp_path / "binary.txt"))
+    assert "tokens: give a longer one" in fails(capsys, out, "demo", "--text", str(tmp_path / "short.txt"))
+    assert "rank 65 is not possible at head size 64" in fails(capsys, out, "demo", "--methods", "rank65")
+    assert "unknown method 'int5'" in fails(capsys, out, "demo", "--methods", "int5")
+    assert "below the smallest format: k4v2 takes" in fails(capsys, out, "demo", "--budget", "1.5")
+    assert "window 9000 is above the 8192 tokens" in fails(capsys, out, "demo", "--window", "9000")
+    assert "unknown dtype 'int8'" in fails(capsys, out, "demo", "--dtype", "int8")
+    assert "suite 'none.yaml' was not found" in fails(capsys, out, "--suite", "none.yaml")
+    assert not list(out.iterdir())
+
+
+def test_a_text_is_not_measured_where_it_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"Line {i} is about {i * i} things.\n" for i in range(400)))
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    options = [*SMALL, "--methods", "fp16", "--measures", "perplexity"]
+    said = fails(capsys, tmp_path / "a", "demo", *options, "--text", str(text), "--calibration", str(copy))
+    assert "stands in the calibration text too: calibrate on another text" in said
+    quality(tmp_path / "b", "--text", str(text), "--methods", "fp16", "--measures", "perplexity")
+
+
+def test_the_suite_of_the_paper_is_valid() -> None:
+    from argparse import Namespace
+
+    from fraqtl_bench.quality.options import settings_of
+    from fraqtl_bench.quality.schema import Settings
+
+    suite = Path(__file__).parents[2] / "bench" / "paper.yaml"
+    found, published = settings_of(Namespace(suite=suite, models=[], quick=False, seed=3), "cpu")
+    settings = Settings(**found)
+    assert len(settings.models) == 5 and settings.seed == 3 and settings.text == "wikitext"
+    assert published["mistralai/Mistral-7B-v0.1"]["perplexity_delta_int4"] == 0.18
+
+
+class StandIn:
+    """Answers like a server whose cache is exact, by asking the model itself."""
+
+    def __init__(self, kv_format: str = "fp16") -> None:
+        self.kv_format = kv_format
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "demo", "root": str(demo_model())}]})
+        body = json.loads(request.content)
+        ids = body["prompt"]
+        choice: dict[str, Any] = {"text": self._continue(ids, body["max_tokens"])}
+        if "prompt_logprobs" in body:
+            scores = [score(demo().model, ids[: i + 1], i, None) for i in range(1, len(ids))]
+            logs = [{"logprob": -s.nll, "rank": 1 if s.right else 2} for s in scores]
+            choice["prompt_logprobs"] = [None, *({str(i): x} for i, x in zip(ids[1:], logs, strict=True))]
+        return httpx.Response(200, json={"choices": [choice], "fraqtl": {"kv_format": self.kv_format}})
+
+    def _continue(self, ids: list[int], count: int) -> str:
+        import torch
+
+        said = demo().model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False)
+        return str(demo().tokenizer.decode(said[0][len(ids) :]))
+
+
+def small_lab(tmp_path: Path) -> lab.Lab:
+    from argparse import Namespace
+
+    from fraqtl_bench.quality.options import settings_of
+    from fraqtl_bench.quality.progress import Progress
+    from fraqtl_bench.quality.schema import Settings
+
+    given = {"tokens": 60, "window": 64, "needle_repeats": 1, "methods": ["fp16"], "calibration_tokens": 100}
+    found, _ = settings_of(Namespace(suite=None, models=[], quick=True, stride=48, **given), "cpu")
+    return lab.Lab(demo(), Settings(**found), Progress(tmp_path / NOTES, {}, resume=False), lab.Ticker())
+
+
+def test_through_an_exact_server_the_numbers_are_those_of_the_simulation(tmp_path: Path) -> None:
+    with httpx.Client(transport=httpx.MockTransport(StandIn())) as client:
+        found = through_server.measure(small_lab(tmp_path), "http://server/v1", client)
+    assert found.kv_format == "fp16" and found.tokens == 63
+    assert abs(found.relative_difference) < 1e-4
+    assert found.needle_accuracy == found.simulated_needle_accuracy == 1.0
+
+
+def test_servers_that_can_not_be_measured(tmp_path: Path) -> None:
+    def gone(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    def stock(request: httpx.Request) -> httpx.Response:
+        reply = StandIn()(request).json()
+        reply.pop("fraqtl", None)
+        return httpx.Response(200, json=reply)
+
+    for handler, says in ((gone, "no server answers at"), (stock, "sends no fraqtl report")):
+        with httpx.Client(transport=httpx.MockTransport(handler)) as client, pytest.raises(ConfigError, match=says):
+            through_server.measure(small_lab(tmp_path / says), "http://server", client)
