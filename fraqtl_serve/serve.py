@@ -90,6 +90,17 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_false",
         help='leave "fraqtl" and "usage.kv_cache" out of response bodies; the headers stay',
     )
+    group.add_argument(
+        "--no-kv-calibration",
+        dest="kv_calibration",
+        action="store_false",
+        help="don't run the built-in calibration prompt at start-up; 4-bit keys are coarser then",
+    )
+    group.add_argument(
+        "--kv-calibration-cache",
+        metavar="FOLDER",
+        help="where calibrations are kept (default: fraqtl-serve/calibration in the user's cache folder)",
+    )
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
@@ -143,6 +154,11 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
             )
         section["kv_format"] = args.kv_format
     section.setdefault("kv_format", DEFAULT_FORMAT)
+    if not args.kv_calibration:
+        section["calibration"] = False
+    if args.kv_calibration_cache is not None:
+        section["calibration_cache"] = args.kv_calibration_cache
+    read_config({KEY: section})  # refuses what contradicts itself
     return {**config, KEY: section}
 
 

@@ -15,8 +15,12 @@ from vllm import __version__ as VLLM_VERSION
 from fraqtl_kernels.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
+    from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
+    from vllm.distributed.parallel_state import get_tp_group
+    from vllm.forward_context import set_forward_context
+    from vllm.logger import init_logger
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheLayout
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
-    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 SUPPORTED_VERSION = "0.32"
 
@@ -47,11 +51,17 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
+    "WorkerWrapperBase": "vllm.v1.worker.worker_base",
+    "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_current_vllm_config": "vllm.config",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "get_tp_group": "vllm.distributed.parallel_state",
+    "init_logger": "vllm.logger",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
     "register_kernels": "vllm.triton_utils.dispatcher",
+    "set_current_vllm_config": "vllm.config",
+    "set_forward_context": "vllm.forward_context",
 }
 
 __all__ = [
@@ -72,11 +82,17 @@ __all__ = [
     "Scheduler",
     "VllmConfig",
     "WorkerBase",
+    "WorkerWrapperBase",
+    "cached_tokenizer_from_config",
     "flash_attn_varlen_func",
     "get_current_vllm_config",
     "get_flash_attn_version",
+    "get_tp_group",
+    "init_logger",
     "merge_attn_states",
     "register_kernels",
+    "set_current_vllm_config",
+    "set_forward_context",
 ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
@@ -28,10 +28,22 @@ class FraqtlConfig(BaseModel):
     packed ones, so that the text doesn't depend on how a prompt was cut into chunks. A GPU takes raw ones
     unless told otherwise, the CPU knows packed ones only."""
 
+    calibration: bool = True
+    """Whether start-up fixes constants of the model (see `fraqtl_vllm.calibration`) for the formats that gain by it."""
+
+    calibration_cache: str | None = None
+    """The folder in which they are kept; by default one in the user's cache folder."""
+
     @field_validator("kv_format")
     @classmethod
     def _known_format(cls, name: str) -> str:
         return get_format(name).name
+
+    @model_validator(mode="after")
+    def _calibration_is_possible(self) -> FraqtlConfig:
+        if self.format.needs_calibration and not self.calibration:
+            raise ValueError(f"KV format {self.kv_format} needs calibration: leave --no-kv-calibration out")
+        return self
 
     @property
     def format(self) -> KVFormat:

@@ -55,7 +55,7 @@ class Impl(FraqtlImpl[Metadata]):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if kv_cache.numel():
-            cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping)
+            cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
 
     def forward(
         self,
@@ -69,8 +69,8 @@ class Impl(FraqtlImpl[Metadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None:  # profiling run: no cache exists yet
-            return output.fill_(0)
+        if attn_metadata is None:
+            return self.attend_without_cache(layer, query, key, value, output)
         cpu.attend(
             query,
             kv_cache,
@@ -81,5 +81,6 @@ class Impl(FraqtlImpl[Metadata]):
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
+            constants=self.constants,
         )
         return output

@@ -178,8 +178,8 @@ class Impl(FraqtlImpl[Metadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if attn_metadata is None:  # profiling run: no cache exists yet
-            return output.fill_(0)
+        if attn_metadata is None:
+            return self.attend_without_cache(layer, query, key, value, output)
         batch, layout = attn_metadata, self.layout(kv_cache)
         if batch.decodes:
             self._decode(query, kv_cache, layout, batch, output)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.backend import FraqtlBackend
+from fraqtl_vllm.calibration.recorder import Recorder
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.support import check_supported
 
@@ -57,7 +59,29 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.soft_cap = logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.constants = IDENTITY
+        self.recorder: Recorder | None = None
         self.kv_format = FraqtlBackend.kv_format = read_config(config.additional_config).format
+
+    def use_constants(self, constants: LayerConstants) -> None:
+        """What calibration found for this layer, once, before the first page is written."""
+        self.constants = constants
+
+    def attend_without_cache(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
+        """A run before there is a batch: vLLM's profiling, where the output doesn't matter, or calibration."""
+        if self.recorder is None:
+            return output.fill_(0)
+        found = self.recorder.attend(
+            layer.layer_name,
+            self.kv_sharing_target_layer_name,
+            query,
+            key,
+            value,
+            scale=self.scale,
+            window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+        return output.copy_(found.view_as(output))
 
     def layout(self, kv_cache: Tensor) -> PageLayout:
         """kv_cache: (blocks, KV heads, N, bytes per token) uint8, vLLM's view of this layer's pool."""

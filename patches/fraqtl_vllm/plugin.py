@@ -7,11 +7,13 @@ BACKEND_CLASS = "fraqtl_vllm.backend.FraqtlBackend"
 
 
 def register() -> None:
-    """`vllm.general_plugins`: make `--attention-backend FRAQTL` known, and let workers tell of their KV pool."""
+    """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate and tell of their KV pool."""
     _register_backend_name()
-    from fraqtl_vllm.pool import install
+    from fraqtl_vllm.calibration.hook import install as install_calibration
+    from fraqtl_vllm.pool import install as install_pool
 
-    install()
+    install_calibration()
+    install_pool()
 
 
 def _register_backend_name() -> None:

@@ -36,8 +36,21 @@ def _reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield "context parallelism: use --tensor-parallel-size"
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
+    obstacle = calibration_obstacle(config)
+    if obstacle and read_config(config.additional_config).format.needs_calibration:
+        yield f"a format with static scales here: it can't be calibrated with {obstacle}"
     if model is not None:
         yield from _model_reasons(model)
+
+
+def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:
+    """What keeps the built-in prompt from being run through the model at start-up, or None."""
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism"
+    if parallel.data_parallel_size > 1:
+        return "data parallelism"
+    return "LoRA" if config.lora_config is not None else None
 
 
 def _model_reasons(model: Any) -> Iterator[str]:

@@ -1,0 +1,24 @@
+"""Where vLLM's workers come to calibrate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fraqtl_vllm import _vllm
+
+
+def install() -> None:
+    """Let every worker calibrate once its KV cache is there. Called in its process before it is made."""
+    wrapper = _vllm.WorkerWrapperBase
+    original = wrapper.initialize_from_config
+    if getattr(original, "is_fraqtl", False):
+        return
+
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        from fraqtl_vllm.calibration.worker import calibrate_worker
+
+        calibrate_worker(self.worker)
+
+    initialize_from_config.is_fraqtl = True  # type: ignore[attr-defined]
+    wrapper.initialize_from_config = initialize_from_config

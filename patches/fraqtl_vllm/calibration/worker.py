@@ -1,0 +1,99 @@
+"""Calibration of one worker: constants from disk, or from the built-in prompt."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.errors import FraqtlError, UnsupportedError
+from fraqtl_vllm import _vllm
+from fraqtl_vllm.calibration import files
+from fraqtl_vllm.calibration.prompt import make_prompt
+from fraqtl_vllm.calibration.recorder import Recorder
+from fraqtl_vllm.config import FraqtlConfig, read_config
+from fraqtl_vllm.support import calibration_obstacle
+
+logger = _vllm.init_logger("vllm.fraqtl.calibration")
+
+Constants = dict[str, LayerConstants]
+
+
+def calibrate_worker(worker: Any) -> None:
+    """Give the worker's layers their constants, from disk or from the built-in prompt. Raises UnsupportedError."""
+    config = worker.vllm_config
+    ours = read_config(config.additional_config)
+    layers = packed_layers(config)
+    if not layers or not ours.format.is_calibrated:
+        return
+    obstacle = "it is switched off" if not ours.calibration else calibration_obstacle(config)
+    if obstacle is not None:
+        logger.warning("The KV cache is not calibrated: %s. %s is coarser without.", obstacle, ours.kv_format)
+        return
+    start = time.perf_counter()
+    try:
+        constants, origin = find_constants(worker, ours)
+    except FraqtlError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"the KV cache could not be calibrated ({type(error).__name__}: {error}): start with --no-kv-calibration"
+        ) from error
+    for name, layer in layers.items():
+        layer.impl.use_constants(constants[layer.impl.kv_sharing_target_layer_name or name])
+    logger.info("KV cache calibrated in %.2f s: %d layers, %s", time.perf_counter() - start, len(layers), origin)
+
+
+def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
+    """vLLM's attention layers that our backend serves, by name."""
+    found = config.compilation_config.static_forward_context.items()
+    return {name: layer for name, layer in found if hasattr(getattr(layer, "impl", None), "use_constants")}
+
+
+def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
+    """The constants of every layer, by name, and where they come from."""
+    config, model = worker.vllm_config, worker.model_runner.get_model()
+    group = _vllm.get_tp_group()
+    key = files.make_key(model, ours.kv_format, group.rank_in_group, config)
+    path = files.path_of(ours.calibration_cache, key)
+    constants = files.load(path, key)
+    if not all_ranks(group, constants is not None):
+        constants = None
+    device = next(model.parameters()).device
+    if constants is not None:
+        return {name: c.to(device) for name, c in constants.items()}, f"from {path}"
+    constants = run_prompt(config, model, ours)
+    saved = files.save(path, key, constants)
+    return constants, "from the built-in prompt" + (f", kept in {path}" if saved else "")
+
+
+def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig) -> Constants:
+    """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded."""
+    prompt = make_prompt(config.model_config)
+    recorder = Recorder(ours.format, prompt.sequences)
+    device = next(model.parameters()).device
+    layers = packed_layers(config)
+    for layer in layers.values():
+        layer.impl.recorder = recorder
+    try:
+        with (
+            torch.inference_mode(),
+            _vllm.set_current_vllm_config(config),
+            _vllm.set_forward_context(None, config, num_tokens=len(prompt.ids), skip_compiled=True),
+        ):
+            model(input_ids=prompt.ids.to(device), positions=prompt.positions.to(device))
+    finally:
+        for layer in layers.values():
+            layer.impl.recorder = None
+    return recorder.constants
+
+
+def all_ranks(group: Any, has_file: bool) -> bool:
+    """Whether every tensor-parallel rank has its file."""
+    if group.world_size == 1:
+        return has_file
+    flag = torch.tensor([int(has_file)])
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(flag.item())
