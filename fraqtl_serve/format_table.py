@@ -31,7 +31,12 @@ def describe(vector: VectorFormat) -> str:
     """A vector format in words."""
     if vector.raw_dtype is not None:
         return str(vector.raw_dtype).removeprefix("torch.")
-    return f"INT{vector.bits}{', rotated' if vector.rotated else ''}, fp16 scale a token"
+    words = [f"INT{vector.bits}"]
+    words += ["centred"] * vector.centred + ["rotated"] * vector.rotated
+    words.append(
+        "scale a channel" if vector.static else "scale a token" if vector.groups == 1 else f"{vector.groups} scales"
+    )
+    return ", ".join(words)
 
 
 def print_formats(head_size: int, *, as_json: bool) -> None:

@@ -122,8 +122,8 @@ FORMATS: dict[str, KVFormat] = {
         KVFormat("k8v8", INT8, INT8, "half the memory, for models that tolerate no loss at all"),
         KVFormat("k8v4", INT8, INT4_VALUE, "keys that 4 bits hurt"),
         KVFormat("k4v4", INT4_KEY, INT4_VALUE, "the default: a quarter of the memory"),
-        KVFormat("k4v4-channel", INT4_CHANNEL, INT4_CHANNEL, "the published recipe, to compare with: static scales"),
-        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "the least memory, where a loss can be afforded"),
+        KVFormat("k4v4-channel", INT4_CHANNEL, INT4_CHANNEL, "the published recipe, to compare with"),
+        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "least memory, where a loss is acceptable"),
     )
 }
 DEFAULT_FORMAT = "k4v4"

@@ -36,9 +36,9 @@ def _reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield "context parallelism: use --tensor-parallel-size"
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
-    obstacle = calibration_obstacle(config)
-    if obstacle and read_config(config.additional_config).format.needs_calibration:
-        yield f"a format with static scales here: it can't be calibrated with {obstacle}"
+    ours = read_config(config.additional_config)
+    if ours.format.needs_calibration and (obstacle := calibration_obstacle(config)):
+        yield f"KV format {ours.kv_format} with {obstacle}: its static scales can't be calibrated"
     if model is not None:
         yield from _model_reasons(model)
 

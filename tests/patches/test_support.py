@@ -38,6 +38,7 @@ def make_config(**parts: Any) -> Any:
         "model_config": make_model(),
         "speculative_config": None,
         "kv_transfer_config": None,
+        "lora_config": None,
         "additional_config": {},
     }
     return SimpleNamespace(**{**served, **parts})
@@ -155,3 +156,22 @@ def test_models_are_asked_what_vllm_answers() -> None:
 def test_refused_while_vllm_builds_its_configuration() -> None:
     with pytest.raises(ValidationError, match="--block-size 24: it must be a multiple of 16"):
         VllmConfig(cache_config=CacheConfig(block_size=24))
+
+
+@pytest.mark.parametrize(
+    ("parts", "obstacle"),
+    [
+        ({"lora_config": object()}, "LoRA"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, data_parallel_size=1)}, "pipeline parallelism"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=4)}, "data parallelism"),
+    ],
+)
+def test_static_scales_where_nothing_can_be_calibrated(parts: dict[str, Any], obstacle: str) -> None:
+    for part in parts.values():
+        if isinstance(part, SimpleNamespace):
+            part.decode_context_parallel_size = part.prefill_context_parallel_size = 1
+    section = {"additional_config": {"fraqtl": {"kv_format": "k4v4-channel"}}}
+    assert (
+        refusal(**parts, **section) == f"KV format k4v4-channel with {obstacle}: its static scales can't be calibrated"
+    )
+    check_supported(make_config(**parts))  # k4v4 does without

@@ -44,15 +44,22 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_formats_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "200")
     assert run("formats") == 0
     out = capsys.readouterr().out
     assert "head size 128" in out
     cells = {row[0]: row for line in out.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 6}
     assert set(cells) == {name + "*" if name == "k4v4" else name for name in FORMATS}
     assert cells["bf16"][1:5] == ["bfloat16", "bfloat16", "512", "1.00"]
-    assert cells["k8v4"][1:5] == ["INT8, fp16 scale a token", "INT4, rotated, fp16 scale a token", "196", "2.61"]
-    assert cells["k4v4*"][3:5] == ["132", "3.88"]
+    assert cells["k8v4"][1:5] == ["INT8, scale a token", "INT4, rotated, scale a token", "196", "2.61"]
+    assert cells["k4v4*"][1:5] == [
+        "INT4, centred, rotated, scale a token",
+        "INT4, rotated, scale a token",
+        "132",
+        "3.88",
+    ]
+    assert cells["k4v2"][2] == "INT2, rotated, 4 scales a token"
+    assert cells["k4v4-channel"][1:4] == ["INT4, scale a channel", "INT4, scale a channel", "128"]
 
 
 def test_formats_table_on_a_narrow_terminal(
@@ -246,6 +253,17 @@ def test_defaults(parser: argparse.ArgumentParser) -> None:
     assert args.attention_backend == "FRAQTL"
     assert args.scheduler_cls == "fraqtl_vllm.scheduler.accounting_scheduler"
     assert args.fraqtl_report is True
+
+
+def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model", "--no-kv-calibration", "--kv-calibration-cache", "there")
+    assert args.additional_config["fraqtl"] == {
+        "kv_format": "k4v4",
+        "calibration": False,
+        "calibration_cache": "there",
+    }
+    with pytest.raises(ConfigError, match="KV format k4v4-channel needs calibration: leave --no-kv-calibration out"):
+        configured(parser, "org/model", "--kv-format", "k4v4-channel", "--no-kv-calibration")
 
 
 def test_demo_model_where_none_is_named(

@@ -1,0 +1,130 @@
+"""Calibration without an engine: the prompt, the recorder, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_vllm.calibration import files, prompt
+from fraqtl_vllm.calibration.recorder import Recorder
+
+KEY = "0123456789abcdef" * 4
+
+
+def constants() -> dict[str, LayerConstants]:
+    first = LayerConstants(torch.randn(2, 64), torch.randint(-7, 8, (2, 64), dtype=torch.int8), torch.randn(2, 64))
+    return {"layers.0": first, "layers.1": LayerConstants(torch.randn(2, 64))}
+
+
+def same(a: dict[str, LayerConstants], b: dict[str, LayerConstants]) -> bool:
+    def flat(x: LayerConstants) -> list[Any]:
+        return [None if t is None else t.tolist() for t in vars(x).values()]
+
+    return a.keys() == b.keys() and all(flat(a[name]) == flat(b[name]) for name in a)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(files.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    path, saved = files.path_of(str(tmp_path / "new"), KEY), constants()
+    assert files.load(path, KEY) is None
+    assert files.save(path, KEY, saved)
+    found = files.load(path, KEY)
+    assert found is not None and same(found, saved)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "can't be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "can't be read"),
+        (lambda path: path.write_bytes(b"no such header" * 40), "can't be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "corrupt"),
+    ],
+)
+def test_damaged_files_are_named_and_not_used(
+    tmp_path: Path, log: pytest.LogCaptureFixture, damage: Any, message: str
+) -> None:
+    path = files.path_of(str(tmp_path), KEY)
+    files.save(path, KEY, constants())
+    damage(path)
+    assert files.load(path, KEY) is None
+    assert message in log.text and str(path) in log.text and "calibrating anew" in log.text
+
+
+def test_the_file_of_another_model_is_not_used(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    path = files.path_of(str(tmp_path), KEY)
+    files.save(path, KEY[::-1], constants())
+    assert files.load(path, KEY) is None
+    assert "belongs to another model" in log.text
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert not files.save(files.path_of(str(tmp_path / "file"), KEY), KEY, constants())
+    assert "every start repeats it" in log.text
+
+
+def test_the_key_changes_with_weights_format_rank_and_context() -> None:
+    def key(weight: float = 0.5, kv_format: str = "k4v4", rank: int = 0, context: int = 1024) -> str:
+        model = torch.nn.Linear(300, 7, dtype=torch.bfloat16)
+        with torch.no_grad():
+            model.weight.copy_(torch.linspace(-1, 1, 2100).view(7, 300))
+            model.weight[0, 0] = weight
+            model.bias.zero_()
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+        return files.make_key(model, kv_format, rank, config)  # type: ignore[arg-type]
+
+    keys = [key(), key(weight=0.25), key(kv_format="k4v2"), key(rank=1), key(context=2048)]
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+
+
+def model_config(**changes: Any) -> Any:
+    config = {"max_model_len": 500, "uses_mrope": False, "skip_tokenizer_init": True, "get_vocab_size": lambda: 97}
+    return SimpleNamespace(**{**config, **changes})
+
+
+def test_the_prompt_covers_the_context() -> None:
+    made = prompt.make_prompt(model_config())
+    positions = made.positions.view(made.sequences, -1)
+    assert made.ids.shape == made.positions.shape and made.ids.max() < 97
+    assert (positions.diff(dim=1) == 1).all()
+    assert (positions[::2, 0] == 0).all() and positions.max() == 499
+    assert len({row[0].item() for row in positions[1::2]}) == made.sequences // 2
+
+
+def test_the_prompt_fits_short_contexts_and_mrope() -> None:
+    made = prompt.make_prompt(model_config(max_model_len=10, uses_mrope=True))
+    assert made.ids.shape == (10 * made.sequences,) and made.positions.shape == (3, 10 * made.sequences)
+    assert made.positions.max() == 9
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (3, None), (None, 5.0)])
+def test_the_recorders_attention(window: int | None, soft_cap: float | None) -> None:
+    """Against every row of every sequence by itself; a layer that shares keys sees those of the other one."""
+    query, key, value = torch.randn(14, 4, 64), torch.randn(14, 2, 64), torch.randn(14, 2, 64)
+    recorder, options = Recorder(FORMATS["k4v4"], 2), {"scale": 0.2, "window": window, "soft_cap": soft_cap}
+    out = recorder.attend("a", None, query, key, value, **options)
+    shared = recorder.attend("b", "a", query, torch.empty(0), torch.empty(0), **options)
+    assert torch.equal(out, shared) and recorder.constants.keys() == {"a"}
+    for token in range(14):
+        first = max(token - token % 7, token - window + 1 if window else 0)
+        for head in range(4):
+            scores = key[first : token + 1, head // 2] @ query[token, head] * 0.2
+            scores = scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
+            expected = scores.softmax(0) @ value[first : token + 1, head // 2]
+            assert torch.allclose(out[token, head], expected, atol=1e-5)
