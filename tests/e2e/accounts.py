@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from fraqtl_bench import results
-from tests.e2e.random_load import Job, Outcome, make_jobs, send_all
+from fraqtl_bench.random_load import Job, Outcome, make_jobs, send_all
 from tests.e2e.random_models import random_gemma2
 from tests.e2e.server import running
 from tests.e2e.witness import FILE
@@ -146,9 +146,9 @@ def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Li
     elif outcome.status == "finished" and job.aborts and job.stop and job.n == 1 and outcome.report:
         length = outcome.report["tokens"] + 1  # it had stopped before the client could go
     if length is not None:
-        return next((line for line in seen if line["event"] == "output" and line["length"] == length), None) or next(
-            line for line in seen if line["event"] == "end" and line["length"] == length
-        )
+        of_that_length = [line for line in seen if line["event"] != "preempted" and line["length"] == length]
+        assert of_that_length, (job.id, length, choice, [(line["event"], line["length"]) for line in seen])
+        return of_that_length[0]
     return next((line for line in seen if line["event"] == "end"), None)
 
 
