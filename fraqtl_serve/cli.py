@@ -35,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description="Serve language models from a KV cache of packed INT4 blocks."
     )
     parser.add_argument("--version", action="version", version=version("fraqtl-serve"))
+    from fraqtl_serve import chat, plan
+
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve a model (no model: the demo model) with OpenAI's API", add_help=False)
     formats = commands.add_parser("formats", help="list the KV-cache formats and what they cost")
@@ -44,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what is installed, what would run, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    chat.add_command(commands)
+    plan.add_command(commands)
     return parser
 
 

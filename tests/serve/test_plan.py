@@ -1,0 +1,216 @@
+"""`fraqtl-serve plan`, against vLLM's own count of blocks and users."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from fraqtl_kernels.errors import FraqtlError
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_serve.cli import main
+from fraqtl_serve.model_config import read_shape
+from fraqtl_serve.plan import memory
+from fraqtl_serve.sizing import ModelShape, fit, plan
+
+DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
+GIB = 1 << 30
+LLAMA = ModelShape("llama", 32, 8, 128, 131072)
+
+
+def run(*arguments: str) -> Any:
+    main(["plan", *arguments])
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> Any:
+    config = EngineArgs(str(DEMO), enforce_eager=True).create_engine_config()
+    config.cache_config.kv_cache_layout = "LBHNC"
+    return config
+
+
+def vllm_count(
+    config: Any, shape: ModelShape, kv_format: str, available: int, context: int, in_flight: int
+) -> tuple[int, float]:
+    """(blocks, sequences of the whole context) as vLLM has them when it starts with this memory."""
+    config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens = context, in_flight
+    of: dict[str, Any] = {"block_size": 16, "num_kv_heads": shape.kv_heads, "head_size": shape.head_size}
+    of |= {"dtype": torch.uint8, "state_content_bytes": FORMATS[kv_format].bytes_per_token(shape.head_size)}
+    window = shape.windowed_layers
+    specs = {
+        f"layers.{i}": SlidingWindowSpec(sliding_window=shape.window, **of) if i < window else FullAttentionSpec(**of)
+        for i in range(shape.layers)
+    }
+    [pool] = get_kv_cache_configs(config, [specs], [available])
+    return pool.num_blocks, get_kv_cache_capacity(config, pool)[1]
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "k8v4", "k4v4"])
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "head_size", "windowed", "window"),
+    [
+        (32, 8, 128, 0, 0),
+        (12, 2, 64, 12, 100),  # windows only
+        (62, 16, 128, 52, 1024),  # one in six sees everything, as in Gemma 3; the last group is not full
+        (26, 4, 256, 13, 4096),  # half and half, as in Gemma 2
+        (25, 8, 64, 12, 128),  # nearly so: the smaller kind is filled up
+    ],
+)
+def test_vllm_counts_the_same(
+    vllm_config: Any, layers: int, kv_heads: int, head_size: int, windowed: int, window: int, kv_format: str
+) -> None:
+    shape = ModelShape("m", layers, kv_heads, head_size, 1 << 20, window, windowed)
+    for context, in_flight in ((1000, 8192), (40960, 2048)):
+        blocks, concurrency = vllm_count(vllm_config, shape, kv_format, 30 * GIB, context, in_flight)
+        found = fit(shape, FORMATS[kv_format], 30 * GIB, context=context, in_flight=in_flight)
+        assert found.blocks == blocks
+        assert found.concurrency == pytest.approx(concurrency)
+
+
+def test_worked_out_by_hand() -> None:
+    # A token of k4v4 takes 8 heads · 132 bytes in each of 32 layers: 33,792 bytes, 540,672 a block.
+    planned = plan(LLAMA, 20 * GIB, context=32768)
+    rows = {row["name"]: row for row in planned["formats"]}
+    assert rows["k4v4"]["block_bytes"] == 540_672
+    assert rows["k4v4"]["blocks"] == 20 * GIB // 540_672 == 39_718
+    assert rows["k4v4"]["tokens"] == 39_718 * 16
+    assert rows["k4v4"]["users"] == 39_718 // 2048 == 19
+    assert (rows["bf16"]["tokens"], rows["bf16"]["users"], rows["bf16"]["tokens_vs_baseline"]) == (163_840, 5, 1.0)
+    assert rows["k4v4"]["tokens_vs_baseline"] == 3.88
+
+
+def test_every_format_has_a_row() -> None:
+    assert [row["name"] for row in plan(LLAMA, GIB, context=4096)["formats"]] == list(FORMATS)
+
+
+def test_ranks_share_the_heads() -> None:
+    one, four, sixteen = (plan(LLAMA, GIB, context=4096, ranks=n)["formats"][-1]["block_bytes"] for n in (1, 4, 16))
+    assert (one, sixteen) == (4 * four, four // 2)  # with more ranks than heads, heads are kept twice
+    with pytest.raises(FraqtlError, match="8 KV heads can't be shared by 3 ranks"):
+        plan(LLAMA, GIB, context=4096, ranks=3)
+
+
+def test_memory_too_small_for_one_block() -> None:
+    planned = plan(LLAMA, 1000, context=4096)
+    assert {row["tokens"] for row in planned["formats"]} == {0}
+    assert {row["tokens_vs_baseline"] for row in planned["formats"]} == {None}
+
+
+def test_sizes() -> None:
+    assert [memory(text) for text in ("20GiB", "1.5 gb", "512MiB", "100", "2 TB")] == [
+        20 * GIB,
+        1_500_000_000,
+        512 << 20,
+        100,
+        2 * 10**12,
+    ]
+    for wrong in ("", "20G", "GiB", "-1GB", "20 apples"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+            memory(wrong)
+
+
+# ---- configurations
+
+
+def config_file(folder: Path, **config: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_demo_model() -> None:
+    expected = ModelShape("demo_model", 4, 2, 64, 8192)
+    assert read_shape(str(DEMO)) == read_shape(str(DEMO / "config.json")) == expected
+
+
+def test_defaults_of_a_family_that_its_configuration_leaves_out(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 62, "num_key_value_heads": 16, "head_dim": 128}
+    shape = read_shape(config_file(tmp_path, model_type="gemma3", text_config={**text, "sliding_window": 1024}))
+    assert (shape.layers, shape.kv_heads, shape.head_size) == (62, 16, 128)
+    assert (shape.window, shape.windowed_layers, shape.context) == (1024, 52, 131072)
+
+
+def test_a_window_that_is_not_used(tmp_path: Path) -> None:
+    shape = read_shape(config_file(tmp_path, model_type="qwen2", sliding_window=4096, use_sliding_window=False))
+    assert (shape.window, shape.windowed_layers) == (0, 0)
+
+
+def test_a_family_that_nobody_knows(tmp_path: Path) -> None:
+    numbers = {"n_layer": 10, "n_head": 16, "n_head_kv": 4, "n_embd": 1024, "n_positions": 512}
+    shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", **numbers))
+    assert (shape.layers, shape.kv_heads, shape.head_size, shape.context) == (10, 4, 64, 512)
+    assert read_shape(config_file(tmp_path, model_type="of-tomorrow", multi_query=True, **numbers)).kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "deepseek_v3", "num_hidden_layers": 3}, "does not support MLA models"),
+        ({"model_type": "x", "layer_types": ["linear_attention"], "n_layer": 1}, "layers of type linear_attention"),
+        ({"model_type": "x", "n_head": 4}, "num_hidden_layers is missing: give --layers"),
+        ({"model_type": "x", "n_layer": 4, "n_head": 4, "n_positions": 9}, "no head_dim and no hidden_size"),
+        ({"model_type": "x", "n_layer": 4, "n_head": 4, "head_dim": 48, "n_positions": 9}, "head size 48 is not supp"),
+    ],
+)
+def test_configurations_that_cannot_be_planned(config: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(FraqtlError, match=said):
+        read_shape(config_file(tmp_path, **config))
+
+
+# ---- the command
+
+
+def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    run("--model-config", str(DEMO), "--kv-memory", "1GiB", "--context", "4096")
+    out = capsys.readouterr().out
+    assert "demo_model: 4 layers, 2 KV heads, head size 64; 1 GiB of KV memory" in out
+    assert "users at 4,096" in out
+    cells = {
+        row[0]: row[1:] for line in out.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 5
+    }
+    assert set(cells) == set(FORMATS)
+    assert cells["k4v4"] == ["8,704", f"{GIB // 8704 * 16:,}", str(GIB // 8704 // 256), "3.76"]
+
+
+def test_json_of_bare_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--layers", "32", "--kv-heads", "8", "--head-size", "128", "--context", "32768", "--json")
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["formats"] == plan(LLAMA, 20 * GIB, context=32768)["formats"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "name a model in one way"),
+        (("--model-config", "x", "--layers", "3"), "name a model in one way"),
+        (("--layers", "3"), "bare numbers need all of --layers, --kv-heads, --head-size and --context"),
+        (("--model-config", "/no/config.json"), "/no/config.json does not exist: give a model's config.json"),
+        (("--models", "/no/list.json"), "/no/list.json can't be read: No such file or directory"),
+        (("--model-config", str(DEMO), "--kv-memory", "lots"), "'lots' is no size"),
+        (("--model-config", str(DEMO), "--tensor-parallel-size", "3"), "2 KV heads can't be shared by 3 ranks"),
+        (("--model-config", str(DEMO), "--context", "-1"), "the context must be at least 1 token, not -1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        run("--model-config", "nobody/nothing")
+    err = capsys.readouterr().err
+    assert err.startswith("fraqtl-serve: no config.json of nobody/nothing: ") and err.count("\n") == 1
