@@ -100,12 +100,12 @@ def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:
     """x (..., D) in the basis in which `vector` is stored, in x's dtype."""
-    return x @ hadamard(x.shape[-1]).to(x.dtype) if vector.rotated else x
+    return x @ hadamard(x.shape[-1]).to(x) if vector.rotated else x
 
 
 def unrotate(x: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `rotate`."""
-    return x @ hadamard(x.shape[-1]).to(x.dtype).T if vector.rotated else x
+    return x @ hadamard(x.shape[-1]).to(x).T if vector.rotated else x
 
 
 def stored_keys(planes: Planes, vector: VectorFormat, constants: LayerConstants = IDENTITY) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fraqtl_bench.quality.models import Subject, load, subject
+from fraqtl_bench.quality.texts import encode, generated_documents
 from fraqtl_bench.quantiser.capture import demo_model
 
 SIZE = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -56,3 +57,11 @@ def demo() -> Subject:
 def token_ids(count: int, seed: int = 0) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(6, 2048, (count,), generator=generator).tolist())
+
+
+def chat_ids(count: int) -> tuple[int, ...]:
+    """The first tokens of a generated text of the kind that the demo model was trained on."""
+    document = next(generated_documents(tokenizer(), "test", 0))
+    ids = encode(tokenizer(), document)
+    assert len(ids) >= count
+    return tuple(ids[:count])

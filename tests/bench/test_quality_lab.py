@@ -13,15 +13,24 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from fraqtl_bench.quality import budget, lab, law, margins, models, routing, tasks, texts
+from fraqtl_bench.quality import budget, lab, law, margins, models, routing, tasks, texts, verdict
 from fraqtl_bench.quality.cache import LabCache, fit, logits
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.progress import Progress
-from fraqtl_bench.quality.schema import Row
+from fraqtl_bench.quality.schema import ModelReport, Row
 from fraqtl_bench.quality.score import Score, perplexity, score
 from fraqtl_bench.quality.watch import Seen, calibration_samples, watching
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from tests.bench.quality_models import ARCHITECTURES, config, demo, random_model, random_subject, token_ids, tokenizer
+from tests.bench.quality_models import (
+    ARCHITECTURES,
+    chat_ids,
+    config,
+    demo,
+    random_model,
+    random_subject,
+    token_ids,
+    tokenizer,
+)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -245,6 +254,17 @@ def test_the_law_fails_for_large_changes() -> None:
     assert not 0.5 < first.measured / first.predicted < 2
 
 
+def test_the_law_holds_on_the_attention_of_the_demo_model() -> None:
+    found = margins.summarise_law(law.law_points(demo().model, chat_ids(256), 48, range(4)))
+    for line in found.lines:
+        if line.kind in (law.QUANTISATION, law.CHANNELS) and line.bits >= 4:
+            assert 0.75 < line.ratio < 1.25, line
+    dropped = next(line for line in found.lines if line.kind == law.PROJECTION)
+    assert dropped.predicted > 0.05 and dropped.ratio < 0.75  # too large a change for second order
+    assert [r.published for r in found.ratios] == [3.0 * 4**b for b in law.BITS]
+    assert all(r.measured < r.predicted < r.published for r in found.ratios)
+
+
 def rows(*given: tuple[str, str, float, float]) -> list[Row]:
     fixed = {"basis": "identity", "side": "kv", "dims": 1, "bits_per_dim": 1.0, "vector_bits_per_dim": 1.0}
     return [Row(method=m, family=f, budget=b, perplexity=p, **fixed) for m, f, b, p in given]  # type: ignore[arg-type]
@@ -257,6 +277,18 @@ def test_margins_are_against_the_best_of_the_other_paradigm_at_the_same_budget()
     )  # fmt: skip
     margins.add_margins(found)
     assert [row.margin for row in found] == [10.0, 9.0, -40.0, -10.0, None, None, None]
+
+
+def test_a_duel_is_between_the_best_of_either_paradigm() -> None:
+    found = rows(("a", "quantisation", 4, 10.0), ("b", "quantisation", 4, 11.0), ("c", "rank", 4, 50.0))
+    found += rows(("d", "hybrid", 4, 20.0), ("e", "rank", 2, 90.0), ("b@pca", "quantisation", 4, 10.5))
+    found[0].flips, found[3].flips, found[0].needle_accuracy, found[3].needle_accuracy = 0.1, 0.05, 1.0, 1.0
+    about = {"model": "m", "attention": "MHA", "group": 1, "layers": 1, "heads": 1, "kv_heads": 1, "head_size": 64}
+    model = ModelReport(**about, parameters=1, dtype="float32", scored_tokens=1, windows=1, rows=found, skipped={})
+    (duel,) = verdict.duels(model)
+    assert (duel.precision.method, duel.deletion.method, duel.margin) == ("a", "d", 10.0)
+    assert duel.wins() == {"perplexity": True, "needle": None, "flips": False}
+    assert verdict.spreads(model) == {"b": 0.5}
 
 
 def test_allocation_is_the_best_of_all() -> None:

@@ -25,7 +25,6 @@ from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 
 PROFILE_VERSION = 1
-MIXED = "mixed"
 
 
 def candidates(head_size: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fraqtl_bench.quality.schema import Allocation, Law, ModelReport, Report, Row, Through
+from fraqtl_bench.quality.verdict import duels, spreads
 
 
 def number(x: float | None, digits: int = 2) -> str:
@@ -53,12 +54,35 @@ def model_lines(model: ModelReport) -> Iterator[str]:
     if model.skipped:
         yield "Left out: " + "; ".join(f"`{name}` ({why})" for name, why in model.skipped.items()) + "."
         yield ""
+    yield from verdict_lines(model)
     if model.law:
         yield from law_lines(model.law)
     if model.allocation:
         yield from allocation_lines(model.allocation)
     if model.through_server:
         yield from server_lines(model.through_server)
+
+
+def verdict_lines(model: ModelReport) -> Iterator[str]:
+    """The best of either paradigm at every budget, and what the basis changes."""
+    found = list(duels(model))
+    if not found:
+        return
+    yield "### Precision against deletion"
+    yield ""
+    head = ["budget", "best quantised", "PPL", "needle", "flips", "best reduced", "PPL", "needle", "flips", "margin"]
+    rows = []
+    for duel in found:
+        cells_of = (
+            [f"`{r.method}`", number(r.perplexity, 3), share(r.needle_accuracy), share(r.flips)]
+            for r in (duel.precision, duel.deletion)
+        )
+        rows.append([f"{duel.budget:g}", *(cell for cells in cells_of for cell in cells), number(duel.margin)])
+    yield from table(head, rows)
+    spread = "; ".join(f"`{kind}` {number(value, 3)}" for kind, value in spreads(model).items())
+    if spread:
+        yield f"Largest minus smallest perplexity over the bases: {spread}."
+        yield ""
 
 
 def law_lines(law: Law) -> Iterator[str]:
