@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import pytest
@@ -58,9 +59,9 @@ class Visit:
     def wait_for(self, state: str) -> None:
         self.page.wait_for_selector(f"body[data-state={state}]", timeout=30_000)
 
-    def until(self, expression: str) -> None:
+    def until(self, expression: str, seconds: float = 30) -> None:
         """Wait until this JavaScript is true; Playwright's own way needs eval, which the page forbids."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + seconds
         while not self.page.evaluate(expression):
             assert time.monotonic() < end, expression
             self.page.wait_for_timeout(50)
@@ -90,6 +91,11 @@ def plain(text: str) -> str:
     return text.replace("\u00a0", " ").strip()
 
 
+def fixed(value: float, digits: int) -> str:
+    """Rounded as people do, and browsers: half away from zero."""
+    return f"{Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP):,}"
+
+
 def shown_bytes(value: int) -> str:
     """Three figures and a binary unit, worked out apart from the page."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -97,9 +103,9 @@ def shown_bytes(value: int) -> str:
     while size >= 1023.5:
         size, unit = size / 1024, unit + 1
     if unit == 0:
-        return f"{value} B"
-    digits = next(d for d in (2, 1, 0) if len(f"{size:.{d}f}".replace(".", "")) <= 3 or d == 0)
-    return f"{size:,.{digits}f} {units[unit]}"
+        return f"{value:,} B"
+    digits = next(d for d in (2, 1, 0) if len(fixed(size, d).replace(",", "").replace(".", "")) <= 3 or d == 0)
+    return f"{fixed(size, digits)} {units[unit]}"
 
 
 def expected_figures(capacity: dict[str, Any]) -> dict[str, str]:
@@ -108,13 +114,13 @@ def expected_figures(capacity: dict[str, Any]) -> dict[str, str]:
     return {
         "tokens": f"{capacity['tokens']:,}",
         "baseline-tokens": f"{capacity['baseline_tokens']:,}",
-        "ratio": f"{capacity['ratio']:.2f} ×",
+        "ratio": f"{fixed(capacity['ratio'], 2)} ×",
         "max-model-len": f"{capacity['max_model_len']:,}",
-        "concurrency": f"{capacity['concurrency']:.1f}",
-        "baseline-concurrency": f"{capacity['baseline_concurrency']:.1f}",
+        "concurrency": fixed(capacity["concurrency"], 1),
+        "baseline-concurrency": fixed(capacity["baseline_concurrency"], 1),
         "used": shown_bytes(blocks * capacity["block_bytes"]),
         "baseline-used": shown_bytes(blocks * capacity["baseline_block_bytes"]),
-        "use": f"{100 * capacity['pool_use']:.1f} %",
+        "use": f"{fixed(100 * capacity['pool_use'], 1)} %",
         "pool": shown_bytes(capacity["pool_bytes"]),
         "running": f"{capacity['running']:,}",
         "waiting": f"{capacity['waiting']:,}",
@@ -127,7 +133,7 @@ def expected_row(record: dict[str, Any]) -> list[str]:
     if report is None:
         return ["–"] * 5
     cached = f", {report['shared_blocks']:,} cached" if report["shared_blocks"] else ""
-    share = f"{100 * report['saved_bytes'] / report['baseline_bytes']:.1f} %"
+    share = f"{fixed(100 * (report['saved_bytes'] / report['baseline_bytes']), 1)} %"
     return [
         f"{report['tokens']:,}",
         f"{report['blocks']:,}{cached}",

@@ -215,7 +215,7 @@ at("key-form").addEventListener("submit", (event) => {
   setKey(at("key").value.trim());
   at("key").value = "";
   at("key-error").textContent = "";
-  ask().then(() => model.capacity && at("main").focus());
+  ask().then(() => model.capacity && at("main").focus({ preventScroll: true }));
 });
 at("forget").addEventListener("click", () => {
   setKey("");
