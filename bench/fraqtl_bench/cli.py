@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fraqtl_bench import decode_step, kernels, quality, quantiser, recall, texts, totals
+from fraqtl_bench import decode_step, kernels, overhead, quality, quantiser, recall, texts, totals
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (decode_step, kernels, quantiser, recall, quality, texts, totals)
+COMMANDS = (decode_step, kernels, overhead, quantiser, recall, quality, texts, totals)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

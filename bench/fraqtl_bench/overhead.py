@@ -1,0 +1,136 @@
+"""`fraqtl-bench overhead`: what the reports cost, in throughput and in time to the first token.
+
+Two servers run the same model with the same KV format on the same engine: ours, and vLLM's own `serve`
+with its stock scheduler, which loads no HTTP plugin and so sends no reports. `vllm bench serve` loads one
+while the other idles, by turns, with the same prompts; each pair of runs gives one ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from fraqtl_bench import results
+from fraqtl_bench.server import Server, start, stop, wait_until_ready
+from fraqtl_kernels.errors import FraqtlError
+
+VLLM = ("vllm.entrypoints.cli.main",)
+MEMORY = str(256 << 20)
+MODEL = "overhead"
+MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")  # as `vllm bench serve` names them
+
+
+def start_ours(model: list[str], kv_format: str) -> Server:
+    flags = ["--kv-format", kv_format, "--served-model-name", MODEL, "--kv-cache-memory-bytes", MEMORY]
+    return start(*model, *flags)
+
+
+def start_without_reports(model: str, kv_format: str) -> Server:
+    config = json.dumps({"fraqtl": {"kv_format": kv_format}})
+    flags = ["--additional-config", config, "--served-model-name", MODEL, "--kv-cache-memory-bytes", MEMORY]
+    backend = ["--attention-backend", "FRAQTL", "--enforce-eager"]
+    return start(model, *backend, *flags, module=(*VLLM, "serve"))
+
+
+def check_arms(ours: Server, without: Server) -> None:
+    """Raises FraqtlError unless one server reports and the other doesn't, with the same answer from both."""
+    body = {"model": MODEL, "prompt": "The farmer", "max_tokens": 8, "temperature": 0}
+    answers = [httpx.post(f"{s.url}/v1/completions", json=body, timeout=120).json() for s in (ours, without)]
+    reports = ["fraqtl" in answer for answer in answers]
+    if reports != [True, False] or httpx.get(f"{without.url}/plugins/fraqtl/capacity").status_code != 404:
+        raise FraqtlError(f"the two servers are not what they should be: {answers}")
+    if answers[0]["choices"][0]["text"] != answers[1]["choices"][0]["text"]:
+        raise FraqtlError(f"the two servers don't give the same answer: {answers}")
+
+
+def load(server: Server, tokenizer: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """One run of `vllm bench serve`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url]
+        command += ["--model", MODEL, "--tokenizer", tokenizer, "--endpoint", "/v1/completions", "--disable-tqdm"]
+        command += ["--dataset-name", "random", "--ignore-eos", "--seed", str(seed)]
+        command += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
+        command += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency)]
+        command += ["--num-warmups", "4", "--save-result", "--result-dir", folder, "--result-filename", "r.json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+        if done.returncode:
+            raise FraqtlError(f"vllm bench serve failed: {done.stderr.strip().splitlines()[-1:]}")
+        found = json.loads((Path(folder) / "r.json").read_text())
+    if found["completed"] != args.requests:
+        raise FraqtlError(f"only {found['completed']} of {args.requests} requests were answered")
+    return {name: found[name] for name in MEASURES}
+
+
+def ratios(pairs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Of every measure: ours over the other, pair by pair, its median, quartiles and extremes."""
+    found = {}
+    for name in MEASURES:
+        each = [pair["with"][name] / pair["without"][name] for pair in pairs]
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+        found[name] = {
+            "ratios": [round(ratio, 4) for ratio in each],
+            "median": round(middle, 4),
+            "quartiles": [round(low, 4), round(high, 4)],
+            "extremes": [round(min(each), 4), round(max(each), 4)],
+        }
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    pairs: list[dict[str, dict[str, float]]] = []
+    with ExitStack() as servers:
+        ours = start_ours(args.model, args.kv_format)
+        servers.callback(stop, ours)
+        wait_until_ready(ours)
+        path = httpx.get(f"{ours.url}/v1/models").json()["data"][0]["root"]
+        without = start_without_reports(path, args.kv_format)
+        servers.callback(stop, without)
+        wait_until_ready(without)
+        check_arms(ours, without)
+        arms = {"with": ours, "without": without}
+        for name in arms:
+            load(arms[name], path, args, seed=1000)  # not counted: first touches of code and memory
+        for turn in range(args.pairs):
+            order = ("with", "without") if turn % 2 == 0 else ("without", "with")
+            pairs.append({name: load(arms[name], path, args, seed=turn) for name in order})
+            print(f"pair {turn + 1} of {args.pairs}: {pairs[-1]}", flush=True)
+    found = ratios(pairs)
+    show(pairs, found)
+    if args.out:
+        shape = {name: getattr(args, name) for name in ("kv_format", "concurrency", "requests", "input", "output")}
+        results.save(args.out, {"load": shape, "pairs": pairs, "ratios": found})
+
+
+def show(pairs: list[dict[str, dict[str, float]]], found: dict[str, Any]) -> None:
+    table = Table(title=f"With reports against without, {len(pairs)} pairs of runs")
+    for column in ("measure", "without (median)", "ratio (median)", "quartiles", "extremes"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for name, one in found.items():
+        plain = statistics.median(pair["without"][name] for pair in pairs)
+        spread = (" .. ".join(f"{value:.3f}" for value in one[key]) for key in ("quartiles", "extremes"))
+        table.add_row(name, f"{plain:,.1f}", f"{one['median']:.3f}", *spread)
+    Console().print(table)
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("overhead", help="what the reports cost a loaded server", description=__doc__)
+    parser.add_argument("--model", nargs=1, default=[], help="model to serve (default: the demo model)")
+    parser.add_argument("--kv-format", default="k4v4")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=160, help="of one run (default: %(default)s)")
+    parser.add_argument("--input", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--output", type=int, default=64, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.set_defaults(run=run)

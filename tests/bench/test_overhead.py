@@ -1,0 +1,88 @@
+"""`fraqtl-bench overhead`: its arithmetic and its guards; `python -m fraqtl_bench.cli overhead` measures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from fraqtl_bench import overhead
+from fraqtl_kernels.errors import FraqtlError
+
+ARGUMENTS = argparse.Namespace(input=8, output=4, requests=5, concurrency=2)
+
+
+def measured(throughput: float, ttft: float) -> dict[str, float]:
+    return {"output_throughput": throughput, "median_ttft_ms": ttft, "median_tpot_ms": 1.0}
+
+
+def test_ratios_are_those_of_pairs() -> None:
+    # The machine is twice as slow in the second pair: the ratios don't see it, the medians of the runs would.
+    pairs = [
+        {"with": measured(99, 10), "without": measured(100, 10)},
+        {"with": measured(45, 22), "without": measured(50, 20)},
+        {"with": measured(110, 9), "without": measured(100, 10)},
+    ]
+    found = overhead.ratios(pairs)
+    assert found["output_throughput"]["ratios"] == [0.99, 0.9, 1.1]
+    assert found["output_throughput"]["median"] == 0.99
+    assert found["output_throughput"]["quartiles"] == [0.945, 1.045]
+    assert found["output_throughput"]["extremes"] == [0.9, 1.1]
+    assert found["median_ttft_ms"]["median"] == 1.0
+    assert overhead.ratios(pairs[:1])["median_ttft_ms"]["quartiles"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "without", "status", "said"),
+    [
+        ({"fraqtl": {}, "choices": [{"text": "a"}]}, {"choices": [{"text": "a"}]}, 404, None),
+        ({"choices": [{"text": "a"}]}, {"choices": [{"text": "a"}]}, 404, "not what they should be"),
+        ({"fraqtl": {}, "choices": [{"text": "a"}]}, {"fraqtl": {}, "choices": [{"text": "a"}]}, 404, "not what they"),
+        ({"fraqtl": {}, "choices": [{"text": "a"}]}, {"choices": [{"text": "a"}]}, 200, "not what they should be"),
+        ({"fraqtl": {}, "choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, 404, "don't give the same answer"),
+    ],
+)
+def test_arms_are_checked(
+    ours: Any, without: Any, status: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"http://ours": ours, "http://without": without}
+    monkeypatch.setattr(
+        httpx, "post", lambda url, **kw: httpx.Response(200, json=answers[url.removesuffix("/v1/completions")])
+    )
+    monkeypatch.setattr(httpx, "get", lambda url: httpx.Response(status))
+    arms: list[Any] = [SimpleNamespace(url=url) for url in answers]
+    if said is None:
+        overhead.check_arms(*arms)
+    else:
+        with pytest.raises(FraqtlError, match=said):
+            overhead.check_arms(*arms)
+
+
+def test_runs_that_fail_or_lose_requests_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    completed, returncode = 5, 0
+
+    def bench_serve(command: list[str], **options: Any) -> Any:
+        folder = Path(command[command.index("--result-dir") + 1])
+        found = {"completed": completed, "output_throughput": 7, "median_ttft_ms": 8, "median_tpot_ms": 9, "other": 1}
+        (folder / "r.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=returncode, stderr="first\nboom\n")
+
+    monkeypatch.setattr(subprocess, "run", bench_serve)
+    server: Any = SimpleNamespace(url="http://ours")
+    assert overhead.load(server, "t", ARGUMENTS, 0) == {
+        "output_throughput": 7,
+        "median_ttft_ms": 8,
+        "median_tpot_ms": 9,
+    }
+    completed = 4
+    with pytest.raises(FraqtlError, match="only 4 of 5 requests"):
+        overhead.load(server, "t", ARGUMENTS, 0)
+    returncode = 1
+    with pytest.raises(FraqtlError, match=r"serve failed: .*boom"):
+        overhead.load(server, "t", ARGUMENTS, 0)
