@@ -6,10 +6,12 @@ The version was checked when `fraqtl_vllm._vllm` was imported.
 from __future__ import annotations
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from fraqtl_vllm._vllm import check_version
@@ -17,6 +19,8 @@ from fraqtl_vllm._vllm import check_version
 check_version()
 
 __all__ = [
+    "ErrorResponse",
+    "FinishReason",
     "FlexibleArgumentParser",
     "ServeSubcommand",
     "cli_env_setup",

@@ -1,9 +1,10 @@
 """Carries the engine's accounts from the API server's engine client to the HTTP request they belong to.
 
-The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Three
+The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Four
 methods of the engine client are wrapped, all without touching what they return: `generate`,
 which is called in the context of an HTTP request and so tells which prompts it owns;
-`output_processor.add_request`, which tells the engine's ids of their sequences; and
+`output_processor.add_request`, which tells the engine's ids of their sequences;
+`engine_core.add_request_async`, which tells if the engine was not given one after all; and
 `output_processor.process_outputs`, which sees the outputs of all of them.
 
 The account of an aborted sequence comes when its HTTP request is over. It can be in no response
@@ -12,12 +13,17 @@ any more, but it is counted: a ledger is settled when every sequence has ended i
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import Any
 
-from fraqtl_serve.report import Ledger
+from fraqtl_serve._vllm import FinishReason
+from fraqtl_serve.report import KVReport, Ledger
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
+
+# vLLM's beam search runs every beam one token further as a request of its own, in rounds that it names so.
+BEAM = re.compile(r"(?P<prompt>.+)-(?P<round>[0-9a-f]{16})-beam-\d+")
 
 current_ledger: ContextVar[Ledger | None] = ContextVar("fraqtl_ledger", default=None)
 
@@ -49,9 +55,10 @@ class Accounting:
             self._on_settled(ledger)
 
     def watch(self, engine_client: Any) -> None:
-        """Wrap the three methods of an engine client."""
+        """Wrap the four methods of an engine client."""
         generate = engine_client.generate
-        processor = engine_client.output_processor
+        engine, processor = engine_client.engine_core, engine_client.output_processor
+        send = engine.add_request_async
         add_request = processor.add_request
         process_outputs = processor.process_outputs
 
@@ -60,8 +67,11 @@ class Accounting:
         ) -> AsyncGenerator[Any, None]:
             ledger = current_ledger.get()
             if ledger is not None and not ledger.closed:  # tasks can outlive the request they inherit it from
+                beam = BEAM.fullmatch(request_id)
+                if beam:
+                    self._next_round(ledger, beam["prompt"], beam["round"])
                 ledger.sequences += sampling_params.n
-                ledger.request_id = ledger.request_id or request_id
+                ledger.request_id = ledger.request_id or (beam["prompt"] if beam else request_id)
                 self._open[request_id] = ledger
             return generate(prompt, sampling_params, request_id, *args, **kwargs)
 
@@ -74,9 +84,16 @@ class Accounting:
                 self._sequences[request.request_id] = ledger
             return add_request(request, prompt, parent_req, request_index, queue)
 
+        async def watched_send(request: Any) -> None:
+            try:
+                await send(request)
+            except BaseException:  # cancelled, or the engine is dead: it will say nothing of this sequence
+                self._forget(request.request_id)
+                raise
+
         def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             states = processor.request_states
-            said = [output for output in engine_core_outputs if self._take(output)]
+            said = [output for output in engine_core_outputs if self._take(output) or _has_failed(output)]
             alive = {output.request_id for output in said if output.request_id in states}
             result = process_outputs(engine_core_outputs, *args, **kwargs)
             for output in said:
@@ -88,7 +105,30 @@ class Accounting:
 
         engine_client.generate = watched_generate
         processor.add_request = watched_add_request
+        engine.add_request_async = watched_send
         processor.process_outputs = watched_process_outputs
+
+    def report_of(self, key: str) -> KVReport | None:
+        """The report over one sequence that has not been counted as ended yet, by the engine's id."""
+        ledger = self._sequences.get(key)
+        return None if ledger is None else ledger.report_of([key])
+
+    def _next_round(self, ledger: Ledger, prompt: str, number: str) -> None:
+        """Beams are counted as they are in their last round; the rounds before were the same sequences, shorter."""
+        if ledger.rounds.get(prompt) == number:
+            return
+        ledger.rounds[prompt] = number
+        before = {key for key in ledger.accounts if (beam := BEAM.match(key)) and beam["prompt"] == prompt}
+        ledger.sequences -= len(before)
+        for key in before:
+            del ledger.accounts[key]
+
+    def _forget(self, key: str) -> None:
+        """A sequence that the engine was not given: nothing to wait for."""
+        ledger = self._sequences.pop(key, None)
+        if ledger is not None:
+            ledger.started.discard(key)
+            self._settle(ledger)
 
     def _take(self, output: Any) -> bool:
         """Move the account out of an engine output into the ledger it belongs to; says if there was one."""
@@ -115,3 +155,8 @@ class Accounting:
 def _is_last(output: Any) -> bool:
     """Whether the engine will say no more of this sequence: it finished, or is the account of an aborted one."""
     return output.finished or not output.new_token_ids
+
+
+def _has_failed(output: Any) -> bool:
+    """Whether the engine could not run this sequence: then it gives no account of it."""
+    return output.finish_reason is FinishReason.ERROR

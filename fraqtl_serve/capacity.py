@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 
 class Capacity(BaseModel):
-    """The KV pool of one engine."""
+    """The KV pool, over all engines."""
 
     kv_format: str = Field(description="name of the KV-cache format")
     block_size: int = Field(description="tokens a block")
@@ -87,15 +87,17 @@ class Pool:
         )
 
 
-def make_pool(kv_format: str, ranks: list[dict[str, Any]], max_model_len: int, baseline_dtype: str) -> Pool:
-    """From what every rank says of its pool (`fraqtl_vllm.pool`).
+def make_pool(
+    kv_format: str, ranks: list[dict[str, Any]], max_model_len: int, baseline_dtype: str, engines: int = 1
+) -> Pool:
+    """From what every rank of one engine says of its pool (`fraqtl_vllm.pool`).
 
     Groups of layers take turns with the same blocks, so a block's bytes are those of the largest group. The
-    ranks hold parts of the same blocks.
+    ranks of an engine hold parts of the same blocks; engines beside each other (data parallel) hold each their own.
     """
     return Pool(
         kv_format=kv_format,
-        blocks=min(rank["blocks"] for rank in ranks),
+        blocks=min(rank["blocks"] for rank in ranks) * engines,
         block_size=ranks[0]["block_size"][0],
         block_bytes=sum(max(rank["block_bytes"]) for rank in ranks),
         baseline_block_bytes=sum(max(rank["baseline_block_bytes"]) for rank in ranks),

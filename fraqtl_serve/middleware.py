@@ -6,10 +6,8 @@ are neither added nor held back.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
 from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send, route_path
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.streams import ChunkDecorator, NamedEventDecorator, StreamDecorator, decorate, dump, parse
 
@@ -22,11 +20,6 @@ LAST_EVENT = {
     "/v1/messages": b"message_delta",
 }
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
 
 class ReportMiddleware:
     """Wraps the application; `accounting` is set on the application's state once the engine is up."""
@@ -35,28 +28,23 @@ class ReportMiddleware:
         self.app = app
         self.in_body = in_body
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accounting: Accounting | None = None
-        if scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in LAST_EVENT:
+        if scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) in LAST_EVENT:
             accounting = getattr(scope["app"].state, "fraqtl_accounting", None)
         if accounting is None:
             await self.app(scope, receive, send)
             return
-        ledger = accounting.open(_path(scope))
+        ledger = accounting.open(route_path(scope))
         request = _Request(
             receive,
-            path=_path(scope),
+            path=route_path(scope),
             usage_forced=getattr(scope["app"].state.args, "enable_force_include_usage", False),
         )
         try:
             await self.app(scope, request.receive, _Response(request, ledger, send, self.in_body).send)
         finally:
             accounting.close(ledger)
-
-
-def _path(scope: MutableMapping[str, Any]) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 class _Request:

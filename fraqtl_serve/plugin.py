@@ -8,8 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from fraqtl_serve import openapi, tracing
 from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
 from fraqtl_serve.capacity import make_pool
+from fraqtl_serve.errors import ErrorShape
+from fraqtl_serve.guard import KeyGuard, api_keys
 from fraqtl_serve.history import History
 from fraqtl_serve.metrics import Metrics
 from fraqtl_serve.middleware import ReportMiddleware
@@ -30,10 +34,17 @@ class FraqtlEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args
+        in_body, keys = getattr(args, "fraqtl_report", True), api_keys(args)
         app.include_router(router)
         app.include_router(page_router)
+        openapi.extend(app, in_body=in_body, asks_for_key=bool(keys))
         app.add_middleware(BoundedShutdown)
-        app.add_middleware(ReportMiddleware, in_body=getattr(args, "fraqtl_report", True))
+        app.add_middleware(ReportMiddleware, in_body=in_body)
+        app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
+        if keys:
+            app.add_middleware(KeyGuard, keys=keys)
+        # What is added here comes inside vLLM's own check of the key; --middleware is for what comes outside.
+        args.middleware = [*args.middleware, f"{ErrorShape.__module__}.{ErrorShape.__qualname__}"]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
@@ -48,9 +59,16 @@ class FraqtlEndpoints:
 
         accounting = Accounting(kv_format, keep)
         accounting.watch(engine_client)
+        tracing.watch(engine_client.output_processor, accounting.report_of)
         ranks = await engine_client.collective_rpc(METHOD)
         model = engine_client.vllm_config.model_config
-        pool = make_pool(kv_format, ranks, model.max_model_len, str(model.dtype).removeprefix("torch."))
+        pool = make_pool(
+            kv_format,
+            ranks,  # of the first engine: the others are its equals
+            model.max_model_len,
+            str(model.dtype).removeprefix("torch."),
+            engines=len(engine_client.engine_core.engine_ranks_managed),
+        )
         metrics.set_pool(pool)
         state.fraqtl_history = History()
         # The loop keeps no task alive by itself: the state does.

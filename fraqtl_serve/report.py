@@ -6,6 +6,7 @@ ended, bytes from the specs its pool was built from.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class Ledger:
     """Those of them that have ended in the engine, whatever the reason."""
     finished: set[str] = field(default_factory=set)
     """Those of them that came to their own end: nobody aborted them."""
+    rounds: dict[str, str] = field(default_factory=dict)
+    """The running round of a beam search, by vLLM's id of its prompt."""
 
     @property
     def is_settled(self) -> bool:
@@ -69,13 +72,19 @@ class Ledger:
 
     def report(self) -> KVReport | None:
         """The report over all sequences, or None if the engine said nothing (it failed, say)."""
-        if not self.accounts:
+        return self.report_of(self.accounts)
+
+    def report_of(self, keys: Iterable[str]) -> KVReport | None:
+        """The report over some of the sequences, by the engine's ids."""
+        keys = [key for key in keys if key in self.accounts]
+        if not keys:
             return None
-        accounts = list(self.accounts.values())
+        accounts = [self.accounts[key] for key in keys]
         sizes = accounts[0]
         groups = range(len(sizes["block_size"]))
-        held = [{b for a in accounts for b in a["blocks"][g]} for g in groups]
-        shared = [{b for a in accounts for b in a["shared"][g]} for g in groups]
+        # Engines beside each other (data parallel) number their blocks alike.
+        held = [{(a["engine"], b) for a in accounts for b in a["blocks"][g]} for g in groups]
+        shared = [{(a["engine"], b) for a in accounts for b in a["shared"][g]} for g in groups]
         used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
         baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
         return KVReport(

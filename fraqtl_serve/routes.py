@@ -1,57 +1,37 @@
 """JSON routes about the KV pool and the last requests, under `/plugins/fraqtl`.
 
-vLLM's own check of the API key covers /v1 only, so these routes check it themselves. Errors are raised as
-HTTPException, which vLLM's handlers turn into OpenAI's error shape.
+`guard.KeyGuard` asks for the API key. Errors are raised as HTTPException, which vLLM's handlers turn into
+OpenAI's error shape.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
-from argparse import Namespace
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel
 
-from fraqtl_serve._vllm import get_prometheus_registry
+from fraqtl_serve._vllm import ErrorResponse, get_prometheus_registry
 from fraqtl_serve.capacity import Capacity, Load, read_load
+from fraqtl_serve.guard import PREFIX
 from fraqtl_serve.history import PoolHistory
 from fraqtl_serve.records import RING_SIZE, RequestRecord
-
-PREFIX = "/plugins/fraqtl"
 
 
 class RequestList(BaseModel):
     requests: list[RequestRecord]
 
 
-def api_keys(args: Namespace) -> list[str]:
-    """The keys that vLLM accepts on /v1: those of the command line, or else that of the environment."""
-    return [key for key in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if key]
-
-
-def check_key(request: Request) -> None:
-    """Raises HTTPException 401 unless the request has one of the server's keys, or the server has none."""
-    keys = api_keys(request.app.state.args)
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    digest = _digest(given)
-    # All keys are compared, and digests instead of keys: how long it takes must not tell how much was right.
-    matches = [secrets.compare_digest(digest, _digest(key)) for key in keys]
-    if keys and not (scheme.lower() == "bearer" and any(matches)):
-        raise HTTPException(401, "this server needs its API key: Authorization: Bearer KEY")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 def load_now() -> Load:
     return read_load(get_prometheus_registry().collect())
 
 
-router = APIRouter(prefix=PREFIX, tags=["fraqtl"], dependencies=[Depends(check_key)])
+router = APIRouter(
+    prefix=PREFIX,
+    tags=["fraqtl"],
+    # vLLM's handlers answer 400 where FastAPI would say 422.
+    responses={"4XX": {"model": ErrorResponse}, 503: {"model": ErrorResponse}},
+)
 
 
 @router.get("/capacity")

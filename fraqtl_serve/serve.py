@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
+from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
@@ -77,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and --no-fraqtl-report, see --help=fraqtl")
+    group = parser.add_argument_group(
+        "fraqtl", "--kv-format, --no-fraqtl-report and --max-body-bytes, see --help=fraqtl"
+    )
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -101,6 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where calibrations are kept (default: fraqtl-serve/calibration in the user's cache folder)",
     )
+    group.add_argument(
+        "--max-body-bytes",
+        type=_positive,
+        default=DEFAULT_BYTES,
+        metavar="BYTES",
+        help=f"the longest body that a request may have (default: {DEFAULT_BYTES}, {DEFAULT_BYTES >> 20} MiB)",
+    )
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
@@ -111,6 +121,12 @@ def _format_name(name: str) -> str:
         return get_format(name).name
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of bytes above 0, not {text!r}")
+    return int(text)
 
 
 def configure(args: argparse.Namespace) -> None:

@@ -7,10 +7,7 @@ has a limit for that wait, which vLLM leaves unset.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
-
-from fraqtl_serve.middleware import Application, Receive, Send
+from fraqtl_serve.asgi import Application, Receive, Scope, Send
 
 CONNECTION_SECONDS = 3  # the engine has stopped by then: nothing more can come
 
@@ -21,7 +18,7 @@ class BoundedShutdown:
     def __init__(self, app: Application) -> None:
         self.app = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             server = getattr(scope["app"].state, "server", None)
             if server is not None and server.config.timeout_graceful_shutdown is None:

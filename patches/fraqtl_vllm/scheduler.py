@@ -52,6 +52,7 @@ class _Accounting:
         self._allocations = Allocations(self.kv_cache_manager)  # type: ignore[attr-defined]
         ranks = vllm_config.parallel_config.world_size
         self._sizes = {
+            "engine": vllm_config.parallel_config.data_parallel_index,
             "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
             "block_bytes": block_bytes(kv_cache_config, ranks),
             "baseline_block_bytes": block_bytes(kv_cache_config, ranks, vllm_config.model_config.dtype),
@@ -60,6 +61,7 @@ class _Accounting:
     def account(self, request: Request) -> dict[str, Any]:
         """What `request` holds now: tokens, blocks per KV-cache group, and bytes per block.
 
+        engine: its number among data-parallel engines, which number their blocks alike.
         blocks: a number for every block, the same in two accounts only if both mean one allocation of it.
         shared: those of them that the request found in the prefix cache.
         """

@@ -90,7 +90,8 @@ class Scheduler(_Accounting, StockScheduler):
 
 def make_scheduler(*, world_size: int = 1) -> Any:
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=world_size), model_config=SimpleNamespace(dtype=torch.bfloat16)
+        parallel_config=SimpleNamespace(world_size=world_size, data_parallel_index=3),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
     )
     scheduler = Scheduler(vllm_config=config, kv_cache_config=pool((FULL, 1), (WINDOW, 1)), log_stats=True)
     assert scheduler.log_stats
@@ -116,6 +117,7 @@ def test_account_is_the_block_managers_table() -> None:
     scheduler = make_scheduler(world_size=2)
     request = admit(scheduler, "a", [5, 3, 9], [0, 0, 7], tokens=40)
     assert scheduler.account(request) == {
+        "engine": 3,
         "tokens": 39,
         "blocks": [[5, 3, 9], [7]],
         "shared": [[], []],

@@ -18,12 +18,14 @@ def account(
     block_bytes: tuple[int, ...] = (2176,),
     baseline_block_bytes: tuple[int, ...] = (8192,),
     shared: tuple[list[int], ...] = (),
+    engine: int = 0,
 ) -> dict[str, Any]:
     """What the engine says about a sequence: for every KV-cache group its blocks, and which of them were cached.
 
     The sizes are those of one layer with two heads of 64 dimensions: 2 · 16 · 68 and 2 · 16 · 256 bytes.
     """
     return {
+        "engine": engine,
         "tokens": tokens,
         "blocks": list(blocks),
         "shared": list(shared) or [[] for _ in blocks],
@@ -54,10 +56,24 @@ class FakeProcessor:
         return f"processed {len(engine_core_outputs)} at {timestamp}"
 
 
+class FakeCore:
+    """In the place of vLLM's `AsyncMPClient`: the way to the engine's process."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.broken: BaseException | None = None  # what sending ends with
+
+    async def add_request_async(self, request: Any) -> None:
+        if self.broken is not None:
+            raise self.broken
+        self.sent.append(request.request_id)
+
+
 class FakeEngine:
     def __init__(self, *accounts: dict[str, Any]) -> None:
         self.accounts = accounts
         self.output_processor = FakeProcessor()
+        self.engine_core = FakeCore()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any

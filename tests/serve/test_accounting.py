@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.report import Ledger
@@ -177,6 +177,77 @@ def test_stop_string_finishes_a_sequence(accounting: Accounting, engine: FakeEng
     engine.output_processor.request_states[key] = None  # the engine, not told yet, made another token
     engine.say(key, {ACCOUNT_KEY: account([1, 2])})
     assert (settled, ledger.accounts) == ([ledger], {key: account([1])})
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), RuntimeError("the engine is dead")])
+def test_sequence_that_was_never_sent_is_not_waited_for(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger], error: BaseException
+) -> None:
+    ledger = start(accounting, engine, params=TWO)
+    first, second = engine.admit("r", n=2)
+    asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id=first)))
+    engine.engine_core.broken = error
+    with pytest.raises(type(error)):
+        asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id=second)))
+    assert engine.engine_core.sent == [first]
+    accounting.close(ledger)
+    assert settled == []
+    engine.abort(first)
+    engine.last_account(first, account([1]))
+    assert settled == [ledger]
+    assert (ledger.started, ledger.finished) == ({first}, set())
+    assert (accounting._open, accounting._sequences) == ({}, {})
+
+
+def test_request_of_which_nothing_was_sent_leaves_nothing_behind(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.engine_core.broken = asyncio.CancelledError()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id=key)))
+    accounting.close(ledger)
+    assert (settled, accounting._open, accounting._sequences) == ([], {}, {})
+
+
+def test_sequence_that_the_engine_could_not_run_ends(
+    accounting: Accounting, engine: FakeEngine, settled: list[Ledger]
+) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    output = EngineCoreOutput(key, [], finish_reason=FinishReason.ERROR)
+    engine.output_processor.process_outputs([output])
+    accounting.close(ledger)
+    assert (settled, accounting._sequences) == ([ledger], {})
+    assert ledger.report() is None
+
+
+def test_beams_count_as_they_are_in_their_last_round(accounting: Accounting, engine: FakeEngine) -> None:
+    rounds = [f"{number:016x}" for number in (7, 8, 9)]
+
+    async def search(prompt: str, base: int) -> None:
+        for step, name in enumerate(rounds):
+            beams = [f"{prompt}-{name}-beam-{i}" for i in range(1 if step == 0 else 2)]
+            for beam in beams:
+                engine.generate("hi", ONE, beam)
+            for i, beam in enumerate(beams):
+                (key,) = engine.admit(beam)
+                engine.say(key, {ACCOUNT_KEY: account([base, base + 1 + i], tokens=20 + step)}, finish=True)
+
+    async def run() -> Ledger:
+        ledger = accounting.open()
+        await asyncio.gather(search("cmpl-1-0", 10), search("cmpl-1-1", 20))
+        return ledger
+
+    ledger = asyncio.run(run())
+    report = ledger.report()
+    assert report is not None
+    assert (report.tokens, report.blocks, ledger.sequences) == (4 * 22, 6, 4)
+    accounting.close(ledger)
+    assert ledger.is_settled and ledger.finished == ledger.started
+    assert (accounting._open, accounting._sequences) == ({}, {})
+    assert ledger.request_id == "cmpl-1-0"
 
 
 def test_two_ends_in_one_batch_of_outputs(accounting: Accounting, engine: FakeEngine, settled: list[Ledger]) -> None:

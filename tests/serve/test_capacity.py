@@ -49,6 +49,11 @@ def test_groups_take_turns_with_the_same_blocks() -> None:
     assert (pool.block_bytes, pool.baseline_block_bytes, pool.total_bytes) == (100, 400, 1000)
 
 
+def test_engines_beside_each_other_hold_each_their_own_blocks() -> None:
+    pool = make_pool("k4v4", [rank(10, 100), rank(10, 100)], 128, "half", engines=3)
+    assert (pool.blocks, pool.block_bytes, pool.total_bytes) == (30, 200, 6000)
+
+
 def family(name: str, *values: float) -> Any:
     return SimpleNamespace(samples=[SimpleNamespace(name=name, value=value) for value in values])
 

@@ -54,6 +54,23 @@ def test_sequences_share_blocks_of_their_prompt_once() -> None:
     assert (report.bytes, report.baseline_bytes) == (13056, 49152)
 
 
+def test_engines_beside_each_other_number_their_blocks_alike() -> None:
+    accounts = {
+        "a": account([1, 2], engine=0),
+        "b": account([1, 2], engine=1, shared=([1, 2],)),
+        "c": account([2, 3], engine=1, shared=([2],)),
+    }
+    report = report_of(Ledger("k4v4", accounts=accounts))
+    assert (report.blocks, report.shared_blocks) == (5, 2)
+
+
+def test_report_over_one_of_the_sequences() -> None:
+    ledger = Ledger("k4v4", accounts={"a": account([1, 2], tokens=18), "b": account([2, 3, 4], tokens=40)})
+    one = ledger.report_of(["b", "unknown"])
+    assert one is not None and (one.tokens, one.blocks) == (40, 3)
+    assert ledger.report_of(["unknown"]) is None
+
+
 def test_prompts_without_common_blocks_add_up() -> None:
     accounts = {"a": account([1, 2], tokens=18), "b": account([3], tokens=9)}
     report = report_of(Ledger("k4v4", accounts=accounts))

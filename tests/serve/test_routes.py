@@ -31,11 +31,6 @@ def record(number: int) -> RequestRecord:
     return RequestRecord(id=f"r{number}", endpoint="/v1/completions", status="finished", time=1.5, report=REPORT)
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-
-
 @pytest.fixture
 def app() -> FastAPI:
     app = FastAPI()
@@ -116,39 +111,6 @@ def test_history(app: FastAPI, client: TestClient) -> None:
     for wrong in ("nan", "inf", "yesterday"):
         response = client.get(PATHS[3], params={"since": wrong})
         assert response.status_code == 400 and "since" in str(error(response)["param"])
-
-
-@pytest.mark.parametrize("where", ["command line", "environment"])
-@pytest.mark.parametrize("path", PATHS)
-def test_key_is_asked_for(
-    app: FastAPI, client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, where: str
-) -> None:
-    if where == "command line":
-        app.state.args.api_key = ["other", "sesame"]
-        monkeypatch.setenv("VLLM_API_KEY", "of no account then")
-    else:
-        monkeypatch.setenv("VLLM_API_KEY", "sesame")
-    assert client.get(path, headers={"Authorization": "Bearer sesame"}).status_code == 200
-    assert client.get(path, headers={"Authorization": "bearer sesame"}).status_code == 200
-    refused = [
-        None,
-        "sesame",
-        "Bearer ",
-        "Bearer",
-        "Basic sesame",
-        "Bearer sesam",
-        "Bearer of no account then",
-        "Bearer é",
-    ]
-    for given in refused:
-        response = client.get(path, headers={} if given is None else {"Authorization": given.encode()})
-        assert response.status_code == 401, given
-        assert "API key" in error(response)["message"]
-
-
-def test_empty_keys_are_no_keys(app: FastAPI, client: TestClient) -> None:
-    app.state.args.api_key = [""]
-    assert client.get(PATHS[0]).status_code == 200
 
 
 def test_models_stand_in_the_schema(client: TestClient) -> None:
