@@ -30,12 +30,15 @@ class Collector:
                     if span.name == "llm_request"
                 ]
 
-    def wait_for(self, count: int) -> list[dict[str, Any]]:
+    def wait_for(self, response_id: str, count: int) -> list[dict[str, Any]]:
+        """The spans of one response: one for every sequence."""
         end = time.monotonic() + 30
-        while len(self.spans) < count:
-            assert time.monotonic() < end, f"{len(self.spans)} spans came, not {count}"
+        while True:
+            found = [span for span in self.spans if span["gen_ai.request.id"].startswith(response_id)]
+            if len(found) == count:
+                return found
+            assert time.monotonic() < end, f"{len(found)} spans came, not {count}"
             time.sleep(0.05)
-        return self.spans
 
 
 def _value(value: Any) -> Any:
