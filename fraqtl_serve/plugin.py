@@ -22,6 +22,7 @@ from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.shutdown import BoundedShutdown
+from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
 
@@ -40,6 +41,7 @@ class FraqtlEndpoints:
         openapi.extend(app, in_body=in_body, asks_for_key=bool(keys))
         app.add_middleware(BoundedShutdown)
         app.add_middleware(ReportMiddleware, in_body=in_body)
+        app.add_middleware(StumblingValidators)
         app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
         if keys:
             app.add_middleware(KeyGuard, keys=keys)

@@ -56,7 +56,9 @@ def test_engine_that_is_killed_while_a_client_reads() -> None:
         assert answer.status_code == 500
         assert SAID in answer.json()["error"]["message"]
         server.process.wait(SECONDS)  # without VLLM_KEEP_ALIVE_ON_ENGINE_DEATH the server ends itself
-        assert group_members(server) == []
+        while group_members(server):
+            assert time.monotonic() < end + SECONDS, "a process of the server's stayed behind"
+            time.sleep(0.1)
 
 
 def test_server_that_is_told_to_outlive_its_engine_says_that_it_is_ill() -> None:

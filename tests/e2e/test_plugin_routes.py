@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.alerts import alerts
 from tests.e2e.reports import BASELINE_BLOCK_BYTES, BLOCK_BYTES, BLOCK_SIZE, MODEL, metric
 from tests.e2e.server import Server, running
 
@@ -123,6 +125,26 @@ def test_gauges(demo_server: Server) -> None:
     assert 'fraqtl:info{kv_format="k4v4",layout="LBHNC"} 1.0' in text
     assert metric(demo_server.url, "fraqtl:pool_bytes") == POOL_BYTES // BLOCK_BYTES * BLOCK_BYTES
     assert metric(demo_server.url, "fraqtl:ratio") == pytest.approx(256 / 68)
+
+
+def test_alerts_ask_for_what_is_there(demo_server: Server) -> None:
+    complete(demo_server)
+    text = httpx.get(f"{demo_server.url}/metrics").text
+    samples = re.findall(r"^((?:fraqtl|vllm):\w+)(?:\{(.*)\})?", text, re.M)
+    exposed, labels = (
+        {name for name, _ in samples},
+        {pair.split("=")[0] for _, given in samples for pair in given.split(",")},
+    )
+    assert len(alerts()) > 5
+    for name, query in alerts().items():
+        asked = set(re.findall(r"(?:fraqtl|vllm):\w+", query))
+        assert asked and asked <= exposed, (name, asked - exposed)
+        grouped = {
+            label.strip() for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", query) for label in group.split(",")
+        }
+        assert grouped <= labels | {"instance"}, (name, grouped)
+        assert all(f"{match}" in text for match in re.findall(r"\{(.*?)\}", query)), name
+        assert query.count("(") == query.count(")")
 
 
 def test_errors_have_openais_shape(demo_server: Server) -> None:
