@@ -78,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group(
-        "fraqtl", "--kv-format, --no-fraqtl-report and --max-body-bytes, see --help=fraqtl"
-    )
+    group = parser.add_argument_group("fraqtl", "--kv-format and four more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
