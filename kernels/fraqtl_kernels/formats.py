@@ -44,6 +44,11 @@ class VectorFormat:
         return self.raw_dtype is not None
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether every vector comes with scales of its own."""
+        return not (self.is_raw or self.static)
+
+    @property
     def levels(self) -> int:
         """The largest code, 2^bits - 1."""
         return (1 << self.bits) - 1
@@ -64,7 +69,7 @@ class VectorFormat:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales that are stored with every vector."""
-        return 0 if self.is_raw or self.static else SCALE_BYTES * self.groups
+        return SCALE_BYTES * self.groups if self.is_scaled else 0
 
     def bytes(self, head_size: int) -> int:
         """Bytes of one vector, its scale included."""

@@ -163,3 +163,44 @@ def test_the_default_dtype_does_not_matter(format_name: str) -> None:
         torch.set_default_dtype(torch.float32)
     assert output.dtype == torch.float32
     assert error_of(batch) < TOLERANCE[torch.float32]
+
+
+def _filled(layout: PageLayout, pieces: list[int], key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    pool, start = torch.zeros(4, key.shape[1], 32, layout.page_bytes // 32, dtype=torch.uint8), 0
+    constants = calibrate(layout.format, key, torch.randn(8, 6, 96), value)
+    for n in pieces:
+        slots = torch.arange(start, start + n)
+        cpu.write(pool, layout, key[start : start + n], value[start : start + n], slots, constants)
+        start += n
+    return pool
+
+
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.is_quantised])
+def test_bytes_of_a_token_do_not_depend_on_its_batch(name: str) -> None:
+    """One by one, in small batches, or all at once over several threads: as chunking and preemption cut them."""
+    layout = PageLayout(FORMATS[name], 96, 32)
+    key, value = torch.randn(2, 120, 3, 96).unbind()
+    key[::9] += 50 * key[0]
+    state = torch.get_rng_state()
+    pools = []
+    for pieces in ([120], [1] * 120, [7, 13, 100]):
+        torch.set_rng_state(state)
+        pools.append(_filled(layout, pieces, key, value))
+    assert pools[0].any()
+    assert torch.equal(pools[0], pools[1]) and torch.equal(pools[0], pools[2])
+
+
+@pytest.mark.parametrize("name", ["k8v8", "k4v4", "k4v2"])
+def test_scales_are_rounded_like_torch_rounds(name: str) -> None:
+    """Zero, tiny (subnormal scales), huge (clamped), and broken vectors, next to ordinary ones."""
+    layout = PageLayout(FORMATS[name], 64, 16)
+    x = torch.randn(16, 1, 64)
+    x[1], x[2], x[3], x[4] = 0, x[2] * 3e-6, x[3] * 1e-9, x[4] * 1e7
+    x[5, 0, 7], x[6, 0, 7], x[7, 0, 7] = torch.nan, torch.inf, -torch.inf
+    ours, theirs = torch.zeros(2, 1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
+    cpu.write(ours, layout, x, x, torch.arange(16))
+    reference.write(theirs, layout, x, x, torch.arange(16))
+    for pages in (lambda p: p.k_scale, lambda p: p.v_scale):
+        a, b = pages(layout.planes(ours)).float(), pages(layout.planes(theirs)).float()
+        assert torch.allclose(a, b, rtol=2**-10, atol=2**-24, equal_nan=True)
+    assert layout.planes(ours).k_scale.isnan().sum() >= 3

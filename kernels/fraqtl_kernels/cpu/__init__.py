@@ -1,7 +1,13 @@
 """Kernels for machines without a GPU: `write` into packed pages, `attend` over them."""
 
 from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
-from fraqtl_kernels.cpu.decode import warm_up
-from fraqtl_kernels.cpu.write import write
+from fraqtl_kernels.cpu.decode import warm_up_decode
+from fraqtl_kernels.cpu.write import warm_up_write, write
 
 __all__ = ["AttentionPlan", "attend", "plan_attention", "warm_up", "write"]
+
+
+def warm_up() -> None:
+    """Compile the kernels, or load them from Numba's cache on disk, so that no request has to wait for them."""
+    warm_up_decode()
+    warm_up_write()

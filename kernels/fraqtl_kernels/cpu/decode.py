@@ -33,7 +33,7 @@ _LN_2 = np.float32(0.6931471805599453)
 
 
 @cache
-def _half_table() -> Any:
+def half_table() -> Any:
     """The float32 value of every fp16 bit pattern: 256 KiB, one look-up a scale."""
     return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
 
@@ -229,7 +229,7 @@ def decode(
         torch.stack([queries.total, queries.base, queries.sink]).numpy(),
         raw,
         raw.view(np.uint16),
-        _half_table(),
+        half_table(),
         block_table.numpy(),
         positions.numpy(),
         runs.numpy(),
@@ -244,7 +244,7 @@ def decode(
     return _combine(runs[:, 0], len(bucket.rows), highest, total, out)
 
 
-def warm_up() -> None:
+def warm_up_decode() -> None:
     """Compile the kernel, or load it from Numba's cache on disk, so that no request has to wait for it."""
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
