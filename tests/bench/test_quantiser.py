@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fraqtl_bench import quantiser
 from fraqtl_bench.cli import main
-from fraqtl_bench.quantiser import capture, cases, measure
+from fraqtl_bench.quantiser import capture, cases, measure, perplexity
 from fraqtl_bench.quantiser.variants import (
     PLAIN,
     Constants,
@@ -29,7 +29,7 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.formats import get_format
 from fraqtl_kernels.rotation import hadamard
 
-SHIPPED = Variant("midpoint", "hadamard", "absmax")
+SHIPPED = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def sample(tokens: int = 40, queries: int = 9, size: int = 64) -> cases.Sample:
 def test_midpoint_grid_is_the_one_of_the_kernels(x: Tensor) -> None:
     x = torch.cat([x, torch.zeros_like(x[:1])])
     codes, scale = reference.quantise(x, get_format("k4v4").k)
-    found = encode(x, "midpoint")
+    found = encode(x, "midpoint", 15 / 16)
     assert torch.equal(found.codes.to(torch.uint8), codes) and torch.equal(found.scale, scale)
     assert torch.equal(found.decode(), reference.dequantise(codes, scale, get_format("k4v4").k, torch.float64))
 
@@ -92,9 +92,9 @@ def test_bytes_count_scales_and_minima() -> None:
 
 
 def test_every_combination_is_there_once() -> None:
-    assert len(set(key_variants())) == 3 * 2 * 4 * 2 * 3
+    assert len(set(key_variants())) == 3 * 2 * 4 * 3 * 4
     assert len(set(value_variants())) == 3 * 2 * 4
-    assert PLAIN in set(key_variants()) and SHIPPED in set(value_variants())
+    assert {PLAIN, SHIPPED} <= set(key_variants()) and SHIPPED.values in set(value_variants())
 
 
 def test_centring_leaves_softmax_unchanged() -> None:
@@ -106,7 +106,7 @@ def test_centring_leaves_softmax_unchanged() -> None:
     torch.testing.assert_close(constants.restore_key(constants.prepare_key(s.key)), s.key, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("smoothing", ["magnitude", "balanced"])
+@pytest.mark.parametrize("smoothing", ["magnitude", "balanced", "powers"])
 def test_smoothing_folded_into_the_query_leaves_scores_unchanged(smoothing: str) -> None:
     s = sample()
     s = replace(s, key=s.key * torch.arange(1, 65))
@@ -126,7 +126,7 @@ def test_smoothing_commutes_with_rope() -> None:
 def test_smoothing_by_hand() -> None:
     assert tie_pairs(torch.tensor([1.0, 2.0, 3.0, 6.0])).tolist() == [2.0, 4.0, 2.0, 4.0]
     key, query = torch.tensor([[4.0, 1.0, 4.0, 1.0]]), torch.tensor([[1.0, 4.0, 1.0, 4.0]])
-    for smoothing, factor in (("magnitude", [4.0, 1.0]), ("balanced", [2.0, 0.5])):
+    for smoothing, factor in (("magnitude", [4.0, 1.0]), ("balanced", [2.0, 0.5]), ("powers", [2.0, 0.5])):
         constants = Constants.calibrate(key, query, Variant("midpoint", "none", "absmax", "none", smoothing))
         assert constants.factor.tolist() == factor * 2
 
@@ -163,9 +163,27 @@ def test_causal_mask() -> None:
     assert cases.causal(4, 2).tolist() == [[True, True, True, False], [True] * 4]
 
 
-def test_stored_as_the_shipped_format_stores_it(x: Tensor) -> None:
-    found = measure.through_reference(x, get_format("k4v4").k)
-    torch.testing.assert_close(store(x, SHIPPED), found, atol=1e-14, rtol=0)
+@pytest.mark.parametrize("times", [0.0, 30.0])
+def test_stored_as_the_shipped_format_stores_it(times: float) -> None:
+    head = cases.synthetic_head(64, cases.outliers(2, 16, hidden=False), times, seed=2)
+    key, value = measure.as_shipped(head, get_format("k4v4"))
+    constants = Constants.calibrate(head.calibration.key, head.calibration.query, SHIPPED)
+    assert (constants.sink is not None) == (times > 0)
+    # fp32 in both, summed in another order: a value on the edge of two codes may fall to the other side.
+    same = torch.isclose(store(head.measured.key, SHIPPED, constants), key, atol=1e-4, rtol=1e-4).all(-1)
+    assert same.double().mean() > 0.97
+    assert torch.isclose(store(head.measured.value, SHIPPED.values), value, atol=1e-4).all(-1).double().mean() > 0.97
+
+
+def test_the_second_centre_repairs_sinks() -> None:
+    head = cases.synthetic_head(64, cases.benign, 30, seed=3)
+    errors = {}
+    for centring in ("mean", "sinks"):
+        variant = replace(SHIPPED, centring=centring)
+        constants = Constants.calibrate(head.calibration.key, head.calibration.query, variant)
+        stored = store(head.measured.key, variant, constants)
+        errors[centring] = (stored - head.measured.key)[: cases.SINKS].norm().item()
+    assert errors["sinks"] < 0.1 * errors["mean"]
 
 
 def test_synthetic_cases_are_what_they_say() -> None:
@@ -191,10 +209,9 @@ def test_heavy_tails_have_variance_one_and_far_extremes() -> None:
 def test_held_out_centring_repairs_a_key_bias() -> None:
     case = cases.Case("bias", 64, (cases.synthetic_head(64, cases.bias, 0, seed=7),), "bias")
     found = measure.measure_case(case)
-    shipped = found.keys[SHIPPED]
-    assert shipped.output_error == pytest.approx(found.shipped.output_error, rel=0.05)
-    centred = found.keys[Variant("midpoint", "hadamard", "absmax", "mean")]
-    assert centred.output_error < 0.5 * shipped.output_error
+    plain = found.keys[Variant("midpoint", "hadamard", "edge")]
+    assert found.keys[SHIPPED].output_error == pytest.approx(found.shipped.output_error, rel=0.05)
+    assert found.shipped.output_error < 0.5 * plain.output_error
     assert measure.affordable(found.best(calibrated=True), 64) and not found.best(calibrated=False).is_calibrated
 
 
@@ -204,12 +221,14 @@ def test_command_writes_every_combination(tmp_path: Path, monkeypatch: pytest.Mo
     model = replace(gaussian, name="model", family="model")
     monkeypatch.setattr(quantiser, "synthetic_cases", lambda sizes, seed: [gaussian])
     monkeypatch.setattr(quantiser, "model_case", lambda path, seed: model)
+    row = {"perplexity": 5.0, "increase": 0.0, "tokens": 9}
+    monkeypatch.setattr(quantiser, "measure_perplexity", lambda path, seed: {"float32": row})
     out = tmp_path / "quantiser.json"
     main(["quantiser", "--threads", str(torch.get_num_threads()), "--out", str(out)])
     found = json.loads(out.read_text())
     assert set(found["quantiser"]) == {"gaussian, D=64", "model"}
     case = found["quantiser"]["gaussian, D=64"]
-    assert len(case["keys"]) == 144 and len(case["values"]) == 24
+    assert len(case["keys"]) == 288 and len(case["values"]) == 24
     assert len(case["shipped"]) == len(found["columns"]["shipped"])
     assert found["overall"]["k4v4"]["all"] == dict.fromkeys(found["overall"]["k4v4"]["all"], 1.0)
     assert found["bytes"][SHIPPED.name] == {"64": 68, "128": 132}
@@ -244,3 +263,31 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main(["quantiser", "--model", str(tmp_path)])
     assert ended.value.code == 2 and "no config.json there" in capsys.readouterr().err
+
+
+def test_perplexity_of_stored_keys() -> None:
+    """A small random model: raw formats change nothing, all others a little, and the storage of a layer is its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 64, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
+    ids = torch.randint(50, (60,)).tolist()
+    found = perplexity.storages(capture.capture(model, ids))
+    exact = perplexity.log_loss(model, ids, None)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    by_hand = -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    assert exact == pytest.approx(by_hand, rel=1e-5)
+    changes = {name: abs(perplexity.log_loss(model, ids, storage) - exact) for name, storage in found.items()}
+    assert 0 < changes["k8v8"] < changes["k4v4"] < changes["k4v2"]
+    assert set(found) >= {"bf16", "k4v4-channel", perplexity.PLAIN_NAME, perplexity.UNCALIBRATED}
+    layers: list[int] = []
+
+    def spy(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        layers.append(layer)
+        assert key.shape == value.shape == (60, 2, 64)
+        return key, value
+
+    assert perplexity.log_loss(model, ids, spy) == pytest.approx(exact, rel=1e-6) and layers == [0, 1]

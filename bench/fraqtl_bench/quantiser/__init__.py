@@ -19,6 +19,7 @@ from fraqtl_bench import results
 from fraqtl_bench.quantiser.capture import demo_model, model_case
 from fraqtl_bench.quantiser.cases import synthetic_cases
 from fraqtl_bench.quantiser.measure import SHIPPED, CaseResult, Measures, affordable, measure_case, overall, plain
+from fraqtl_bench.quantiser.perplexity import measure_perplexity
 from fraqtl_bench.quantiser.variants import key_variants
 
 HEAD_SIZES = (64, 128)
@@ -61,21 +62,40 @@ def overall_table(summary: dict[str, dict[str, dict[str, float]]], rows: int = 1
     return table
 
 
+def perplexity_table(found: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="perplexity with stored keys and values")
+    for name in ("stored as", "perplexity", "increase"):
+        table.add_column(name, justify="left" if name == "stored as" else "right")
+    for name, row in found.items():
+        table.add_row(name, f"{row['perplexity']:.4f}", f"{row['increase']:+.2%}")
+    return table
+
+
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    cases = [model_case(args.model or demo_model(), args.seed), *synthetic_cases(HEAD_SIZES, args.seed)]
+    model = args.model or demo_model()
+    cases = [model_case(model, args.seed), *synthetic_cases(HEAD_SIZES, args.seed)]
     with Progress() as progress:
         found = [measure_case(case) for case in progress.track(cases, description="cases")]
     summary = overall(found)
     console = Console()
     console.print(case_table(found))
     console.print(overall_table(summary))
+    perplexity = measure_perplexity(model, args.seed)
+    console.print(perplexity_table(perplexity))
     if args.out:
         size = {v.name: {str(d): v.bytes_per_token(d) for d in HEAD_SIZES} for v in key_variants()}
         cases_json = {r.case.name: r.as_json() for r in found}
         results.save(
             args.out,
-            {"seed": args.seed, "columns": COLUMNS, "overall": summary, "bytes": size, "quantiser": cases_json},
+            {
+                "seed": args.seed,
+                "columns": COLUMNS,
+                "overall": summary,
+                "bytes": size,
+                "perplexity": perplexity,
+                "quantiser": cases_json,
+            },
         )
 
 

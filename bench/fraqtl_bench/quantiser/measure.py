@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quantiser.cases import SINKS, Case, Sample, attended_keys
+from fraqtl_bench.quantiser.cases import SINKS, Case, Head, Sample, attended_keys
+from fraqtl_bench.quantiser.stored import through_pages
 from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, key_variants, store, value_variants
-from fraqtl_kernels import reference
-from fraqtl_kernels.formats import VectorFormat, get_format
+from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.formats import KVFormat, get_format
 
 SHIPPED = "k4v4"
 
@@ -50,11 +51,12 @@ def flips(sample: Sample, key: Tensor) -> float:
     return (sample.scores(key).argmax(-1) != sample.scores().argmax(-1)).float().mean().item()
 
 
-def through_reference(x: Tensor, vector: VectorFormat) -> Tensor:
-    """x (T, D) through the shipped code itself: rotate, quantise, pack and all the way back."""
-    codes, scale = reference.quantise(reference.rotate(x, vector), vector)
-    codes = reference.unpack(reference.pack(codes, vector), vector)
-    return reference.unrotate(reference.dequantise(codes, scale, vector, x.dtype), vector)
+def as_shipped(head: Head, format: KVFormat) -> tuple[Tensor, Tensor]:
+    """The measured keys and values (T, D) as the server would read them."""
+    calibration, measured = head.calibration, head.measured
+    constants = calibrate(format, *(x[:, None] for x in (calibration.key, calibration.query, calibration.value)))
+    key, value = through_pages(format, measured.key[:, None], measured.value[:, None], constants)
+    return key[:, 0], value[:, 0]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def measure_case(case: Case) -> CaseResult:
     weights = [head.measured.scores().softmax(-1) for head in case.heads]
     measured = [head.measured for head in case.heads]
 
-    def measures(keys: list[Tensor], values: list[Tensor]) -> Measures:
+    def measures(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Measures:
         return Measures(
             mean(relative_error(k, s.key) for k, s in zip(keys, measured, strict=True)),
             mean(output_error(s, w, k, v) for s, w, k, v in zip(measured, weights, keys, values, strict=True)),
@@ -129,8 +131,7 @@ def measure_case(case: Case) -> CaseResult:
         for variant, stored in stored_values.items()
     }
     shipped = get_format(SHIPPED)
-    k = [through_reference(s.key, shipped.k) for s in measured]
-    v = [through_reference(s.value, shipped.v) for s in measured]
+    k, v = zip(*(as_shipped(head, shipped) for head in case.heads), strict=True)
     k_first = [torch.cat([s.key[:SINKS], x[SINKS:]]) for s, x in zip(measured, k, strict=True)]
     v_first = [torch.cat([s.value[:SINKS], x[SINKS:]]) for s, x in zip(measured, v, strict=True)]
     v_error = mean(relative_error(found, s.value) for found, s in zip(v, measured, strict=True))

@@ -1,7 +1,9 @@
 """The ways of storing a vector in 4 bits that the ablation compares.
 
 A key is prepared (centred, smoothed, rotated), put on a grid with a scale of its own, and brought
-back. A value is rotated and put on the grid. With step s (fp16) the value of code c = 0..15 is
+back. With two centres, one for ordinary keys and one for sinks, a key takes the one that leaves the
+smaller maximum (`fraqtl_kernels.constants` says where that is noted, at no cost in bytes). A value is
+rotated and put on the grid. With step s (fp16) the value of code c = 0..15 is
 
 - symmetric: (c - 8) · s with s = f · max|x| / 7, the usual signed INT4;
 - midpoint: (c - 7.5) · s with s = f · max|x| / 7.5, the grid of `fraqtl_kernels.formats`;
@@ -15,20 +17,21 @@ the last cell rather than on its middle (edge: 15/16, at no larger rounding erro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.calibration import far_from_the_median
 from fraqtl_kernels.formats import SCALE_BYTES, SCALE_DTYPE
 from fraqtl_kernels.rotation import hadamard
 
 LEVELS = 15
 GRIDS = ("symmetric", "asymmetric", "midpoint")
 ROTATIONS = ("none", "hadamard")
-CENTRINGS = ("none", "mean")
-SMOOTHINGS = ("none", "magnitude", "balanced")
+CENTRINGS = ("none", "mean", "sinks")
+SMOOTHINGS = ("none", "magnitude", "balanced", "powers")
 SCALES = ("absmax", "edge", "clip", "mse")
 CLIP = 0.875
 SEARCHED = tuple(k / 16 for k in range(16, 9, -1))
@@ -139,27 +142,37 @@ def tie_pairs(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Constants:
-    """What calibration finds for one KV head: a centre (D,) and factors (D,) that keys are divided by."""
+    """What calibration finds for one KV head: a centre (D,), factors (D,) that keys are divided by, and perhaps a
+    second centre (D,) for sinks."""
 
     centre: Tensor
     factor: Tensor
+    sink: Tensor | None = None
 
     @classmethod
     def calibrate(cls, key: Tensor, query: Tensor, variant: Variant) -> Constants:
         """From keys (T, D) and queries (n, D) of a calibration sample.
 
-        centre: the mean key. factor: `magnitude` is the rms m_k of a RoPE pair over the (centred)
+        centre: the mean key; with centring `sinks`, keys that are far from the median are left out of everything
+        and have a mean of their own. factor: `magnitude` is the rms m_k of a RoPE pair over the (centred)
         keys, `balanced` is sqrt(m_k / m_q) with the rms m_q of the queries. The latter is the least
         of sum_i m_q,i² f_i² · sum_j m_k,j² / f_j², the mean squared error of q·k when the rotation
-        spreads the error of key / f evenly (Cauchy-Schwarz).
+        spreads the error of key / f evenly (Cauchy-Schwarz); `powers` are the nearest powers of two.
         """
-        centre = key.mean(0) if variant.centring == "mean" else torch.zeros_like(key[0])
+        sink = None
+        if variant.centring == "sinks" and (far := far_from_the_median(key[:, None])[:, 0]).any():
+            sink, key = key[far].mean(0), key[~far]
+        centre = torch.zeros_like(key[0]) if variant.centring == "none" else key.mean(0)
         if variant.smoothing == "none":
-            return cls(centre, torch.ones_like(centre))
+            return cls(centre, torch.ones_like(centre), sink)
         size = tie_pairs((key - centre).square().mean(0)).sqrt()
-        if variant.smoothing == "balanced":
+        if variant.smoothing != "magnitude":
             size = (size / tie_pairs(query.square().mean(0)).sqrt().clamp_min(1e-6)).sqrt()
-        return cls(centre, size.clamp_min(1e-4 * size.max()))
+        size = size.clamp_min(1e-4 * size.max())
+        if variant.smoothing == "powers":
+            logs = size.log2()
+            size = (logs - logs.mean()).round().exp2()
+        return cls(centre, size, sink)
 
     def prepare_key(self, key: Tensor) -> Tensor:
         return (key - self.centre) / self.factor
@@ -174,10 +187,21 @@ class Constants:
 
 def store(x: Tensor, variant: Variant, constants: Constants | None = None) -> Tensor:
     """Keys or values (T, D) after a round trip through the variant, in the original basis."""
-    rotation = hadamard(x.shape[-1]).to(x.dtype) if variant.rotation == "hadamard" else None
-    if constants is not None:
-        x = constants.prepare_key(x)
-    x = on_grid(x if rotation is None else x @ rotation, variant.grid, variant.scale)
-    if rotation is not None:
-        x = x @ rotation.T
-    return x if constants is None else constants.restore_key(x)
+    if constants is None:
+        return _round_trip(x, variant)[0]
+    stored, largest = _round_trip(constants.prepare_key(x), variant)
+    stored = constants.restore_key(stored)
+    if constants.sink is None:
+        return stored
+    moved = replace(constants, centre=constants.sink)
+    as_sink, largest_as_sink = _round_trip(moved.prepare_key(x), variant)
+    return torch.where((largest_as_sink < largest)[:, None], moved.restore_key(as_sink), stored)
+
+
+def _round_trip(x: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """x (T, D) rotated, put on the grid and rotated back, and the largest magnitude (T,) that the grid had to reach."""
+    if variant.rotation == "none":
+        return on_grid(x, variant.grid, variant.scale), x.abs().amax(-1)
+    rotation = hadamard(x.shape[-1]).to(x.dtype)
+    rotated = x @ rotation
+    return on_grid(rotated, variant.grid, variant.scale) @ rotation.T, rotated.abs().amax(-1)
