@@ -24,8 +24,11 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 
+from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.gpu.bases import Bases
+from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import MAX_QUERIES, decode, plan_decode
 from fraqtl_kernels.gpu.prefill import prefill
 from fraqtl_kernels.gpu.splits import DecodePlan
@@ -54,6 +57,13 @@ def check_gpu(capability: tuple[int, int], dtype: torch.dtype) -> None:
             f"the packed KV cache does not support {str(dtype).removeprefix('torch.')} models on a GPU: "
             "choose --dtype bfloat16 or float16"
         )
+
+
+def check_format(format: KVFormat) -> None:
+    """Raises UnsupportedError for a format that the Triton kernels can't read."""
+    if not has_kernels(format):
+        valid = ", ".join(name for name, known in FORMATS.items() if has_kernels(known))
+        raise UnsupportedError(f"the format {format.name} has no GPU kernels yet: choose one of {valid}")
 
 
 def decode_queries(config: VllmConfig) -> int:
@@ -141,8 +151,8 @@ class Impl(FraqtlImpl[Metadata]):
         self.multiprocessors = multiprocessors(self.device)
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
         self.scratch = self._allocate_scratch(config)
-        self.bases = Bases.of(self.kv_format, self.head_size, self.dtype, self.device)
-        self.key_centre: Tensor | None = None
+        check_format(self.kv_format)
+        self.use_constants(self.constants)
         # A layer that reads another one's cache is given no keys that are in it.
         self.packed = (
             read_config(config.additional_config).prefill_keys == "packed"
@@ -159,6 +169,12 @@ class Impl(FraqtlImpl[Metadata]):
             self.workspace = cuda_prefill.Workspace.shared(
                 tokens, self.num_kv_heads, self.head_size, self.dtype, self.device
             )
+
+    def use_constants(self, constants: LayerConstants) -> None:
+        """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
+        super().use_constants(constants)
+        self.key_centre = constants.key_centre
+        self.bases = Bases.of(self.kv_format, self.head_size, self.dtype, self.device, self.key_centre)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -78,6 +78,13 @@ def test_gpu_arms_in_the_interpreter(name: str) -> None:
     assert prepared.bytes == 2 * 40 * 2 * {"k4v4": 68, "bf16": 256}[name]
 
 
+@pytest.mark.parametrize("name", ["k4v2", "k4v4-channel"])
+def test_formats_without_gpu_kernels(name: str) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(UnavailableError, match="no GPU kernels yet"):
+        PackedOnGpu(FORMATS[name]).prepare(Inputs.random(TINY, 16, 0, CPU))
+
+
 class Broken:
     """An arm that fails in one way or another."""
 

@@ -22,8 +22,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from fraqtl_kernels import reference
+from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
 from fraqtl_vllm.backend import FraqtlBackend
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
@@ -145,11 +145,9 @@ def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, centre
     """Attention written out over what the pages hold; `raw`: but over the chunks' own keys and values as given."""
     planes, layout = batch.layout.planes(batch.pool), batch.layout
     stored = [
-        reference.stored_values(planes.k, planes.k_scale, layout.format.k),
-        reference.stored_values(planes.v, planes.v_scale, layout.format.v),
+        reference.stored_keys(planes, layout.format.k, LayerConstants(key_centre=centre)),
+        reference.stored_values(planes, layout.format.v),
     ]
-    if centre is not None:
-        stored[0] = stored[0] + centre.double()[:, None]
     flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap)
     rows = []
     for r, n in enumerate(batch.lengths.tolist()):
@@ -208,14 +206,16 @@ def test_log_sums_agree_with_a_key_centre(monkeypatch: pytest.MonkeyPatch) -> No
     layer = make_layer(monkeypatch)
     batch, key, value = mixed_batch()
     centre = torch.randn(KV_HEADS, SIZE) * 4
+    constants = LayerConstants(key_centre=centre)
     batch.key += centre.bfloat16()
     key = key + centre.bfloat16()
     for r, n in enumerate(batch.lengths.tolist()):
         token = torch.arange(n)
         slots = batch.block_table[r, token // 16].long() * 16 + token % 16
-        reference.write(batch.pool, batch.layout, batch.key[r, :n], batch.value[r, :n], slots, key_centre=centre)
-    layer.bases = Bases.of(layer.kv_format, SIZE, layer.dtype, CPU, centre)
-    layer.key_centre = centre
+        reference.write(
+            batch.pool, batch.layout, batch.key[r, :n], batch.value[r, :n], slots, LayerConstants(key_centre=centre)
+        )
+    layer.use_constants(constants)
     wanted = expected(batch, layer, raw=True, centre=centre)
     assert relative_error(attend(layer, batch, key, value), wanted) < 2e-2
     layer.key_centre = None
@@ -322,6 +322,13 @@ def test_float32_models_are_refused_where_layers_are_built(monkeypatch: pytest.M
     config = make_config(torch.float32)
     with set_current_vllm_config(config), pytest.raises(UnsupportedError, match="float32 models on a GPU"):
         cuda_attention.Impl(HEADS, SIZE, 0.125, KV_HEADS)
+
+
+@pytest.mark.parametrize("name", ["k4v2", "k4v4-channel"])
+def test_formats_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        make_layer(monkeypatch, settings={"kv_format": name})
+    assert str(error.value).startswith(f"the format {name} has no GPU kernels yet: choose one of bf16, fp16, k8v8")
 
 
 def test_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fraqtl_bench.kernels.arms import Arm, Prepared
+from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError
 from fraqtl_bench.kernels.cpu_arms import stored_values
 from fraqtl_bench.kernels.shapes import Inputs
 from fraqtl_kernels.formats import FORMATS, KVFormat
@@ -27,9 +27,12 @@ class PackedOnGpu:
 
     def prepare(self, inputs: Inputs) -> Prepared:
         from fraqtl_kernels.gpu.bases import Bases
+        from fraqtl_kernels.gpu.config import has_kernels
         from fraqtl_kernels.gpu.decode import decode, plan_decode
         from fraqtl_kernels.gpu.write import write
 
+        if not has_kernels(self.format):
+            raise UnavailableError("this format has no GPU kernels yet")
         shape, device = inputs.shape, inputs.query.device
         layout = PageLayout(self.format, shape.head_size, inputs.block_size)
         width = self.format.bytes_per_token(shape.head_size)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.gpu.bases import Bases
+from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import decode, plan_decode
 from fraqtl_kernels.gpu.prefill import prefill
 from fraqtl_kernels.gpu.workspace import dequantise
@@ -65,6 +66,8 @@ def run(format: KVFormat, head_size: int, device: torch.device, multiprocessors:
 
 def main() -> None:
     for name, format in FORMATS.items():
+        if not has_kernels(format):
+            continue
         for head_size in (64, 128):
             run(format, head_size, torch.device("cuda"))
             torch.cuda.synchronize()

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import KVFormat
 from fraqtl_kernels.gpu.tiles import INTERPRETED, TL_DTYPES
 from fraqtl_kernels.gpu.unpack import zero_points
 from fraqtl_kernels.pages import PageLayout
@@ -40,6 +41,12 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raises UnsupportedError unless tensor cores multiply this dtype at 16 bits."""
     if dtype not in TL_DTYPES:
         raise UnsupportedError(f"the GPU kernels take float16 and bfloat16 models, not {dtype}")
+
+
+def has_kernels(format: KVFormat) -> bool:
+    """Whether these kernels can read and write a format."""
+    vectors = (format.k, format.v)
+    return all(x.bits in (4, 8, 16) and x.groups == 1 and not x.static for x in vectors)
 
 
 def use_ptx(ptx: bool | None) -> bool:
