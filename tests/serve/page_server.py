@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
 from fraqtl_serve.capacity import Load, Pool
+from fraqtl_serve.guard import KeyGuard
 from fraqtl_serve.history import SECONDS, History
 from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, RequestRecord
 from fraqtl_serve.report import Ledger
-from fraqtl_serve.routes import check_key, router
+from fraqtl_serve.routes import router
 from tests.serve.fake_engine import account
 
 MODEL = "a-model"
@@ -40,7 +41,9 @@ def make_app(keys: list[str], now: float) -> FastAPI:
     init_exception_handler(app)
     app.include_router(router)
     app.include_router(page_router)
-    app.get("/v1/models", dependencies=[Depends(check_key)])(lambda: {"data": [{"id": MODEL}]})
+    app.get("/v1/models")(lambda: {"data": [{"id": MODEL}]})
+    if keys:
+        app.add_middleware(KeyGuard, keys=keys)
     app.state.args = Namespace(api_key=keys, log_error_stack=False)
     app.state.fraqtl_pool, app.state.fraqtl_history, app.state.fraqtl_records = POOL, History(), Records()
     for step in range(120):  # the last four minutes: up, and down again
@@ -62,10 +65,9 @@ class PageServer:
         self.load = Load(pool_use=0.25, running=3, waiting=1)
         monkeypatch.setattr("fraqtl_serve.routes.read_load", lambda families: self.load)
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        self.app = make_app(keys, time.time())
-        self.prefix, self.app.root_path = prefix, prefix
+        self.prefix = prefix
         self.port = 0
-        self.start()
+        self.start_anew(keys)
 
     @property
     def url(self) -> str:
@@ -81,6 +83,12 @@ class PageServer:
             assert scope["path"].startswith(self.prefix), scope["path"]
             scope = {**scope, "path": scope["path"].removeprefix(self.prefix)}
         await self.app(scope, receive, send)
+
+    def start_anew(self, keys: list[str]) -> None:
+        """As another process would: with these keys, and no memory of the one before."""
+        self.app = make_app(keys, time.time())
+        self.app.root_path = self.prefix
+        self.start()
 
     def start(self) -> None:
         config = uvicorn.Config(
