@@ -3,9 +3,9 @@
 #
 #     bench/gpu.sh RESULTS_FOLDER [STEP ...]
 #
-# Without steps, all of them, in the order of STEPS below. Each has its own limit; one that fails doesn't stop the
-# others. What every step printed stands in RESULTS_FOLDER/STEP.log, how long it took and how it ended in steps.tsv.
-# Exits with 1 if any step failed. vLLM and torch must be importable by PYTHON (default: python3), perhaps through
+# Without steps, all of them, in the order of STEPS below. Each has its own limit, and all together MINUTES (default:
+# 25); one that fails doesn't stop the others. What every step printed stands in RESULTS_FOLDER/STEP.log, how long it
+# took and how it ended in steps.tsv. Exits with 1 if any step failed or had no time left. vLLM and torch must be importable by PYTHON (default: python3), perhaps through
 # PYTHONPATH, and so must the entry points of this project (an installed copy; the source here comes first).
 
 set -uo pipefail
@@ -31,13 +31,20 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 FRAQTL_TEST_DEVICE=cuda
 export VLLM_USE_FLASHINFER_SAMPLER=${VLLM_USE_FLASHINFER_SAMPLER:-0}
 unset TRITON_INTERPRET
 
+deadline=$(($(date +%s) + ${MINUTES:-25} * 60))
 failed=()
 
 step() { # NAME LIMIT_SECONDS COMMAND...
     local name=$1 limit=$2 start end status
     shift 2
-    echo "== $name (at most $limit s)"
     start=$(date +%s)
+    if ((deadline - start < 10)); then
+        printf '%s\t0 s\tno time left\n' "$name" | tee -a "$out/steps.tsv"
+        failed+=("$name")
+        return
+    fi
+    ((limit <= deadline - start)) || limit=$((deadline - start))
+    echo "== $name (at most $limit s)"
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
     end=$(date +%s)
@@ -52,7 +59,7 @@ bench() { # NAME LIMIT_SECONDS SUBCOMMAND ARGUMENTS... (writes NAME.json)
     local name=$1 limit=$2
     shift 2
     step "$name" "$limit" "$PYTHON" -m fraqtl_bench.cli "$@"
-    sed -n '/━/d; /[│┃]/p; /skipped/p' "$out/$name.log"
+    [[ ! -f "$out/$name.log" ]] || sed -n '/━/d; /[│┃]/p; /skipped/p' "$out/$name.log"
 }
 
 sanitize() { # NAME LIMIT_SECONDS TOOL: all kernels on small shapes, compiled variants kept few
