@@ -173,8 +173,7 @@ class Impl(FraqtlImpl[Metadata]):
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
         super().use_constants(constants)
-        self.key_centre = constants.key_centre
-        self.bases = Bases.of(self.kv_format, self.head_size, self.dtype, self.device, self.key_centre)
+        self.bases = Bases.of(self.kv_format, self.head_size, self.dtype, self.device, constants)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -205,7 +204,7 @@ class Impl(FraqtlImpl[Metadata]):
             self._prefill_packed(query, kv_cache, layout, batch, output)
         else:
             cuda_prefill.attend(
-                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.bases, self.key_centre),
+                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.bases),
                 query,
                 key,
                 value,

@@ -147,13 +147,12 @@ def _to_device(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """What of a layer its prefill needs. key_centre: (KV heads, D) in the model's basis, or None."""
+    """What of a layer its prefill needs."""
 
     flash: Flash
     workspace: Workspace
     window: int | None
     bases: Bases
-    key_centre: Tensor | None
 
 
 def attend(
@@ -194,7 +193,7 @@ def _restore(
     space, total = layer.workspace, sum(call.plan.counts)
     k, v = space.key[:total], space.value[:total]
     table = block_table[call.plan.rows]
-    dequantise(pool, layout, table, call.first, call.key_start, call.most_keys, k, v, layer.bases, layer.key_centre)
+    dequantise(pool, layout, table, call.first, call.key_start, call.most_keys, k, v, layer.bases)
     if call.chunk_rows is not None:
         k.index_copy_(0, call.chunk_rows, key)
         v.index_copy_(0, call.chunk_rows, value)

@@ -10,8 +10,11 @@ import torch
 from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError
 from fraqtl_bench.kernels.cpu_arms import stored_values
 from fraqtl_bench.kernels.shapes import Inputs
+from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
+
+SAMPLE = 512  # tokens that calibration sees
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class PackedOnGpu:
         layout = PageLayout(self.format, shape.head_size, inputs.block_size)
         width = self.format.bytes_per_token(shape.head_size)
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8, device=device)
-        bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device)
+        sample = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
+        constants = calibrate(self.format, *sample).to(device)
+        bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
         for r in range(shape.batch):
             write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r), bases)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -70,7 +75,7 @@ class PackedOnGpu:
                 scale=inputs.scale,
             )
 
-        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs))
+        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs, constants))
 
 
 def cuda_arms() -> Iterator[Arm]:

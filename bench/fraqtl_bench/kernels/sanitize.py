@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import has_kernels
@@ -35,7 +36,8 @@ def run(format: KVFormat, head_size: int, device: torch.device, multiprocessors:
     table = table.to(device)
     width = format.bytes_per_token(head_size)
     pool = torch.zeros(sum(blocks), KV_HEADS, BLOCK_SIZE, width, dtype=torch.uint8, device=device)
-    bases = Bases.of(format, head_size, torch.bfloat16, device)
+    sample = torch.randn(3, 100, KV_HEADS, head_size)
+    bases = Bases.of(format, head_size, torch.bfloat16, device, calibrate(format, *sample))
     for row, length in zip(table, LENGTHS, strict=True):
         token = torch.arange(length, device=device)
         slots = row[token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE

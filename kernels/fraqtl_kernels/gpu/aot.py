@@ -1,10 +1,13 @@
 """Compile every shipped kernel variant ahead of time, without a GPU, and say what it uses.
 
-    python -m fraqtl_kernels.gpu.aot [--out bench/results/aot] [--quick] [--architectures 80 90 100]
+    python -m fraqtl_kernels.gpu.aot [--out bench/results/aot] [--quick] [--architectures 80 90 100] [--jobs 1]
 
 For sm_80, sm_90 and sm_100: registers a thread, bytes spilled to local memory, shared memory, and the
 instructions of the inner loop, as the `cuobjdump` inside the Triton wheel reports them. Writes
-registers.json and registers.md. Triton's interpreter must be off.
+registers.json and registers.md. Triton's interpreter must be off. What Triton has in its cache isn't compiled again.
+
+The launchers themselves are called, with small tensors in main memory, and what they would launch is compiled: so
+the table holds their launch shapes, alignments and constants.
 """
 
 from __future__ import annotations
@@ -14,73 +17,56 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.combine import combine_kernel
-from fraqtl_kernels.gpu.config import Tuning, attention_constants, half_of, rows_for, vector_constants
-from fraqtl_kernels.gpu.decode import decode_kernel, decode_tuning, deferred
-from fraqtl_kernels.gpu.prefill import ROWS as PREFILL_ROWS
-from fraqtl_kernels.gpu.prefill import prefill_kernel, prefill_tuning
-from fraqtl_kernels.gpu.workspace import TILE as WORKSPACE_TILE
-from fraqtl_kernels.gpu.workspace import workspace_kernel
-from fraqtl_kernels.gpu.write import TOKENS, write_kernel, write_tuning
+from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
+from fraqtl_kernels.gpu.prefill import prefill
+from fraqtl_kernels.gpu.workspace import dequantise, workspace_kernel
+from fraqtl_kernels.gpu.write import write, write_kernel
 from fraqtl_kernels.pages import PageLayout
 
 ARCHITECTURES = (80, 90, 100)
 MAIN_HEAD_SIZES = (64, 128)
-MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x64646464")  # of the inline unpack
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_TYPES = {
-    "pool": "*u8",
-    "block_table": "*i32",
-    "query_start": "*i32",
-    "lengths": "*i32",
-    "slot_mapping": "*i64",
-    "first": "*i32",
-    "target_start": "*i32",
-    "partial": "*fp32",
-    "log_sums": "*fp32",
-    "centre": "*fp32",
-    "scale": "fp32",
-    "soft_cap": "fp32",
-    "factor": "fp32",
-    "pool_stride_block": "i64",
-}
-_INTEGERS = ("requests", "splits", "programs", "window", "tokens", "longest")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Of the inline unpack: 16-bit floats whose last place is 1, as the PTX's logic operations or permutations take them
+MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x64646464")
+KV_HEADS, GROUP, REQUESTS, TOKENS = 8, 4, 2, 256
+OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is launched."""
+    """One kernel as it is launched: 8 KV heads of 4 query heads. options: "plain" without constants of calibration,
+    "direct" without splits, "masked" with a window, a soft-cap and sinks.
+    """
 
     kernel: str
     format: str
     dtype: str
     head_size: int
     block_size: int = 16
-    rows: int = 16
-    options: tuple[str, ...] = ()  # HAS_WINDOW, HAS_CAP, HAS_SINKS, HAS_CENTRE, DIRECT
-
-    @property
-    def layout(self) -> PageLayout:
-        return PageLayout(FORMATS[self.format], self.head_size, self.block_size)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}[self.dtype]
+    queries: int = 1
+    options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        parts = (self.kernel, self.format, self.dtype, f"D{self.head_size}", f"N{self.block_size}", f"M{self.rows}")
+        parts = (self.kernel, self.format, self.dtype, f"D{self.head_size}", f"N{self.block_size}", f"Q{self.queries}")
         return "-".join((*parts, *self.options))
 
 
@@ -104,106 +90,120 @@ class Usage:
 
 
 def variants(quick: bool = False) -> Iterator[Variant]:
-    """Every variant that is compiled; `quick`: only the default format on the main head sizes."""
-    for dtype in ("fp16", "bf16"):
-        for size in MAIN_HEAD_SIZES if quick else HEAD_SIZES:
-            yield Variant("decode", "k4v4", dtype, size)
-            yield Variant("write", "k4v4", dtype, size)
-        for size in MAIN_HEAD_SIZES:
-            yield Variant("combine", "k4v4", dtype, size)
-            yield Variant("decode", "k4v4", dtype, size, options=("DIRECT",))
+    """Every variant that is compiled; `quick`: what decoding with the default format takes at head size 128."""
+    for dtype in DTYPES:
+        for kernel, size in product(("decode", "write"), (128,) if quick else HEAD_SIZES):
+            yield Variant(kernel, "k4v4", dtype, size)
         if quick:
             continue
         for size in MAIN_HEAD_SIZES:
-            for name in ("k8v8", "k8v4", dtype):
-                yield Variant("decode", name, dtype, size)
-            yield Variant("workspace", "k4v4", dtype, size)
-            yield Variant("prefill", "k4v4", dtype, size, rows=PREFILL_ROWS)
-            yield Variant("decode", "k4v4", dtype, size, options=("HAS_WINDOW", "HAS_CAP", "HAS_SINKS", "HAS_CENTRE"))
+            for kernel in ("combine", "prefill", "workspace"):
+                yield Variant(kernel, "k4v4", dtype, size)
+            for option in ("plain", "direct", "masked"):
+                yield Variant("decode", "k4v4", dtype, size, options=(option,))
+            yield Variant("decode", "k4v4", dtype, size, queries=8)
             yield Variant("decode", "k4v4", dtype, size, block_size=64)
-            yield Variant("decode", "k4v4", dtype, size, rows=64)
+            yield Variant("decode", dtype, dtype, size)
+            for kernel, name in product(("decode", "write"), OTHER_FORMATS):
+                yield Variant(kernel, name, dtype, size)
 
 
-def _decode(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    tuning = decode_tuning(variant.layout, variant.rows)
-    constants = attention_constants(variant.layout, variant.torch_dtype, ptx=True) | {
-        "QUERIES": variant.rows // 4,
-        "GROUP": 4,
-        "ROWS": rows_for(variant.rows),
-        "TILE": tuning.tile,
-        "DEFERRED": deferred(variant.rows, tuning.tile),
-        "STAGES": tuning.stages,
-    }
-    return decode_kernel, constants, tuning
+def _constants(variant: Variant) -> LayerConstants:
+    """Constants of the right shapes, values don't matter."""
+    ones = torch.ones(KV_HEADS, variant.head_size)
+    if FORMATS[variant.format].needs_calibration:
+        return LayerConstants(key_scale=ones, value_scale=ones)
+    if "plain" in variant.options:
+        return IDENTITY
+    return LayerConstants(key_centre=ones, key_exponent=ones.to(torch.int8), sink_centre=ones)
 
 
-def _combine(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    constants = {
-        "QUERIES": variant.rows // 4,
-        "GROUP": 4,
-        "ROWS": rows_for(variant.rows),
-        "TILE": decode_tuning(variant.layout, variant.rows).tile,
-        "HEAD": variant.head_size,
-        "HALF": half_of(variant.head_size),
-        "V_ROTATED": variant.layout.format.v.rotated,
-    }
-    return combine_kernel, constants, Tuning(0, 4, 3)
+def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+    """Launch attention as the variant says."""
+    tokens = variant.queries * REQUESTS
+    query = torch.zeros(tokens, KV_HEADS * GROUP, variant.head_size, dtype=DTYPES[variant.dtype])
+    table = torch.zeros(REQUESTS, TOKENS, dtype=torch.int32)
+    start = torch.arange(0, tokens + 1, variant.queries, dtype=torch.int32)
+    batch = (query, pool, layout, table, start, torch.full((REQUESTS,), TOKENS, dtype=torch.int32))
+    scoring: Any = {"scale": 1.0}
+    if "masked" in variant.options:
+        scoring |= {"window": 64, "soft_cap": 30.0, "sinks": torch.zeros(KV_HEADS * GROUP)}
+    if variant.kernel == "prefill":
+        prefill(*batch, variant.queries, torch.empty_like(query), bases, ptx=True, **scoring)
+        return
+    plan = plan_decode(
+        layout,
+        requests=REQUESTS,
+        queries=variant.queries,
+        query_heads=KV_HEADS * GROUP,
+        kv_heads=KV_HEADS,
+        longest=1 if "direct" in variant.options else 1 << 20,
+        multiprocessors=132,
+    )
+    scratch = torch.empty(plan.scratch_floats(variant.head_size))
+    decode(*batch, torch.empty_like(query), plan, bases, scratch, ptx=True, **scoring)
 
 
-def _write(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    rotated = {"K_ROTATED": variant.layout.format.k.rotated, "V_ROTATED": variant.layout.format.v.rotated}
-    constants = vector_constants(variant.layout, variant.torch_dtype) | rotated | {"TOKENS": TOKENS}
-    return write_kernel, constants, write_tuning(variant.head_size)
+def _write(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+    key, value = torch.zeros(2, TOKENS, KV_HEADS, variant.head_size, dtype=DTYPES[variant.dtype])
+    write(pool, layout, key, value, torch.arange(TOKENS), bases)
 
 
-def _workspace(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    _, constants, _ = _write(variant)
-    return workspace_kernel, constants | {"TILE": WORKSPACE_TILE}, Tuning(WORKSPACE_TILE, 4, 3)
+def _workspace(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+    key, value = torch.zeros(2, TOKENS, KV_HEADS, variant.head_size, dtype=DTYPES[variant.dtype])
+    integers = torch.zeros(REQUESTS + 1, TOKENS, dtype=torch.int32)
+    dequantise(pool, layout, integers, integers[:-1, 0], integers[:, 0], TOKENS, key, value, bases)
 
 
-def _prefill(variant: Variant) -> tuple[Any, dict[str, Any], Tuning]:
-    tuning = prefill_tuning(variant.layout)
-    constants = attention_constants(variant.layout, variant.torch_dtype, ptx=True) | {
-        "GROUP": 4,
-        "ROWS": PREFILL_ROWS,
-        "TILE": tuning.tile,
-        "DEFERRED": deferred(PREFILL_ROWS, tuning.tile),
-        "STAGES": tuning.stages,
-    }
-    return prefill_kernel, constants, tuning
-
-
-KERNELS = {
-    "decode": _decode,
-    "combine": _combine,
-    "write": _write,
-    "workspace": _workspace,
-    "prefill": _prefill,
+KERNELS: dict[str, tuple[JITFunction, Callable[[Variant, torch.Tensor, PageLayout, Bases], None]]] = {
+    "decode": (attend_kernel, _attention),
+    "combine": (combine_kernel, _attention),
+    "prefill": (attend_kernel, _attention),
+    "write": (write_kernel, _write),
+    "workspace": (workspace_kernel, _workspace),
 }
 
 
-def compile_variant(variant: Variant, architecture: int) -> tuple[Any, Tuning]:
-    """Triton's compiled kernel (its `asm` holds ptx and cubin) for sm_<architecture>."""
-    kernel, constants, tuning = KERNELS[variant.kernel](variant)
-    names = kernel.arg_names
-    flags = {n: n in variant.options for n in names if n == "DIRECT" or n.startswith("HAS_")}
-    constants = {k: v for k, v in (constants | flags).items() if k in names}
-    signature = {n: "constexpr" if n in constants else _type_of(n, variant.torch_dtype) for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or "stride" in n}
-    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    options = {"num_warps": tuning.warps} | ({"maxnreg": tuning.registers} if tuning.registers else {})
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options), tuning
+class NoGpu:
+    """What Triton asks of a driver before it launches anything. Kernels are cached by device, so each target is one."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def _type_of(name: str, dtype: torch.dtype) -> str:
-    if name in _TYPES:
-        return _TYPES[name]
-    return "i32" if name in _INTEGERS or "stride" in name else _POINTERS[dtype]
+def compile_variant(variant: Variant, architecture: int) -> Any:
+    """What the launcher would launch, compiled for sm_<architecture>; its `asm` holds ptx and cubin."""
+    kernel, launch = KERNELS[variant.kernel]
+    layout = PageLayout(FORMATS[variant.format], variant.head_size, variant.block_size)
+    width = layout.format.bytes_per_token(variant.head_size)
+    pool = torch.zeros(TOKENS // variant.block_size, KV_HEADS, variant.block_size, width, dtype=torch.uint8)
+    bases = Bases.of(layout.format, variant.head_size, DTYPES[variant.dtype], "cpu", _constants(variant))
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **options: Any) -> None:
+        if self is kernel:
+            compiled.append(run(self, *args, **options | {"warmup": True}))
+
+    driver.set_active(NoGpu(architecture))
+    with patch.object(JITFunction, "run", compile_only):
+        launch(variant, pool, layout, bases)
+    (only,) = compiled
+    return only
 
 
 def measure(variant: Variant, architecture: int) -> Usage:
     """Compile and read the resource usage."""
-    compiled, tuning = compile_variant(variant, architecture)
+    compiled = compile_variant(variant, architecture)
     report = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
     registers, stack, local = (int(re.findall(rf"{key}:(\d+)", report)[-1]) for key in ("REG", "STACK", "LOCAL"))
     return Usage(
@@ -212,7 +212,7 @@ def measure(variant: Variant, architecture: int) -> Usage:
         registers=registers,
         spills=max(stack, local),
         shared=compiled.metadata.shared,
-        warps=tuning.warps,
+        warps=compiled.metadata.num_warps,
         loop=_loop_length(_tool("nvdisasm", compiled.asm["cubin"], "-c")),
         unpack=any(magic in compiled.asm["ptx"] for magic in MAGIC_NUMBERS),
         tf32=".tf32" in compiled.asm["ptx"],
@@ -250,8 +250,8 @@ def table(usages: list[Usage]) -> str:
     head = " | ".join(f"sm_{a}: registers, spills, shared" for a in architectures)
     lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(architectures)]
     for name, by_arch in rows.items():
-        found = (by_arch.get(a) for a in architectures)
-        cells = (f"{u.registers}, {u.spills}, {u.shared}" if u else "not compiled yet" for u in found)
+        found = (by_arch[a] for a in architectures)
+        cells = (f"{u.registers}, {u.spills}, {u.shared}" for u in found)
         lines.append(f"| {name} | {next(iter(by_arch.values())).warps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -259,10 +259,13 @@ def table(usages: list[Usage]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/aot"))
-    parser.add_argument("--quick", action="store_true", help="the default format on the main head sizes only")
+    parser.add_argument("--quick", action="store_true", help="only decoding with the default format at head size 128")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
-    usages = [measure(v, a) for v in variants(arguments.quick) for a in arguments.architectures]
+    pairs = list(product(variants(arguments.quick), arguments.architectures))
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        usages = list(pool.map(measure, *zip(*pairs, strict=True)))
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"triton": triton.__version__, "usages": [asdict(u) for u in usages]}
     (arguments.out / "registers.json").write_text(json.dumps(record, indent=1) + "\n")

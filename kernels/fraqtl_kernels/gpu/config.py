@@ -1,20 +1,28 @@
-"""What the kernels know at compile time, derived from the page layout in one place."""
+"""What the kernels know at compile time, derived from the page layout in one place.
+
+The frozen objects here are compile-time arguments of the kernels, which read their fields as constants.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import KVFormat
+from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.gpu.tiles import INTERPRETED, TL_DTYPES
 from fraqtl_kernels.gpu.unpack import zero_points
 from fraqtl_kernels.pages import PageLayout
 
 MIN_ROWS = 16  # the smallest M of a tensor-core product
+MIN_WIDTH = 32  # columns of a part: with 16, four warps share two tiles of a product and ptxas spills
+DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
 
 
 @dataclass(frozen=True)
@@ -26,61 +34,133 @@ class Tuning:
     stages: int
     registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options of Triton."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+
+
+@dataclass(frozen=True)
+class VectorShape:
+    """A stored key or value. Kernels hold it as PARTS tensors of COLUMNS dimensions each, padded to WIDTH.
+
+    The parts are what one byte holds: 2 halves at 4 bits, 4 quarters at 2 bits. GROUPS: fp16 scales a vector, 0 if it
+    has none. CODES, SCALES: bytes of the page before its codes and its scales. ZEROS: what the unpacked codes of each
+    part hold where the value is zero.
+    """
+
+    BITS: int
+    ROTATED: bool
+    STATIC: bool
+    GROUPS: int
+    PARTS: int
+    COLUMNS: int
+    WIDTH: int
+    ROW_BYTES: int
+    CODES: int
+    SCALES: int
+    MIDPOINT: float
+    RAW: tl.dtype
+    ZEROS: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """A page: its keys, its values, and how codes are unpacked (PTX: inline, else portable)."""
+
+    HEAD: int
+    BLOCK_SIZE: int
+    K: VectorShape
+    V: VectorShape
+    PTX: bool
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time."""
+
+    QUERIES: int
+    GROUP: int
+    TILE: int
+    STAGES: int
+
+    @property
+    def ROWS(self) -> int:  # noqa: N802
+        return rows_for(self.QUERIES * self.GROUP)
+
+    @property
+    def DEFERRED(self) -> bool:  # noqa: N802
+        """Whether row sums stay in registers until the loop ends."""
+        return self.ROWS * self.TILE <= DEFERRED_ELEMENTS
+
 
 def rows_for(rows: int) -> int:
     """Rows of a query tile: a power of two, at least `MIN_ROWS`."""
     return max(MIN_ROWS, triton.next_power_of_2(rows))
 
 
-def half_of(head_size: int) -> int:
-    """Columns of half a vector in a kernel: D/2 padded to a power of two."""
-    return triton.next_power_of_2(head_size // 2)
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises UnsupportedError unless tensor cores multiply this dtype at 16 bits."""
-    if dtype not in TL_DTYPES:
-        raise UnsupportedError(f"the GPU kernels take float16 and bfloat16 models, not {dtype}")
-
-
 def has_kernels(format: KVFormat) -> bool:
     """Whether these kernels can read and write a format."""
-    vectors = (format.k, format.v)
-    return all(x.bits in (4, 8, 16) and x.groups == 1 and not x.static for x in vectors)
+    k, v = format.k, format.v
+    return (
+        k.bits in (4, 8, 16)
+        and k.groups == 1
+        and k.rotated >= k.centred
+        and v.bits in (2, 4, 8, 16)
+        and v.groups in (1, 8 // v.bits)
+    )
 
 
-def use_ptx(ptx: bool | None) -> bool:
-    """Inline PTX unless told otherwise; never in Triton's interpreter, which has none."""
-    return not INTERPRETED if ptx is None else ptx and not INTERPRETED
+@cache
+def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None) -> PageShape:
+    """The constants of a layout for a model's dtype (fp16 or bf16).
+
+    ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's interpreter has none.
+    Raises UnsupportedError for a dtype or a vector that no kernel takes.
+    """
+    if dtype not in TL_DTYPES:
+        raise UnsupportedError(f"the GPU kernels take float16 and bfloat16 models, not {dtype}")
+    if not has_kernels(layout.format):
+        raise UnsupportedError(
+            f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, and are rotated"
+            " if centred, values have 2, 4, 8 or 16 bits, and a scale for each code of a byte or for all"
+        )
+    ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
+    return PageShape(
+        HEAD=layout.head_size,
+        BLOCK_SIZE=layout.block_size,
+        K=_vector(k, layout.head_size, dtype, 0, layout.k_scale_offset, centred=False, ptx=ptx),
+        V=_vector(v, layout.head_size, dtype, layout.v_offset, layout.v_scale_offset, centred=True, ptx=ptx),
+        PTX=ptx,
+    )
 
 
-def vector_constants(layout: PageLayout, dtype: torch.dtype) -> dict[str, Any]:
-    """Constants of a page that every kernel reading one takes. Raises UnsupportedError for an unknown kind."""
-    for vector in (layout.format.k, layout.format.v):
-        if vector.bits not in (4, 8, 16):
-            raise UnsupportedError(f"no GPU kernel for {vector.bits}-bit vectors (format {layout.format.name})")
-    return {
-        "HEAD": layout.head_size,
-        "HALF": half_of(layout.head_size),
-        "BLOCK_SIZE": layout.block_size,
-        "K_BITS": layout.format.k.bits,
-        "V_BITS": layout.format.v.bits,
-        "RAW": TL_DTYPES[layout.format.k.raw_dtype or layout.format.v.raw_dtype or dtype],
-        "V_OFFSET": layout.v_offset,
-        "K_SCALE_OFFSET": layout.k_scale_offset,
-        "V_SCALE_OFFSET": layout.v_scale_offset,
-    }
+def _vector(
+    vector: VectorFormat, head_size: int, dtype: torch.dtype, codes: int, scales: int, *, centred: bool, ptx: bool
+) -> VectorShape:
+    parts = 4 if vector.bits == 2 else 2
+    columns = head_size // parts
+    return VectorShape(
+        BITS=vector.bits,
+        ROTATED=vector.rotated,
+        STATIC=vector.static,
+        GROUPS=vector.groups if vector.scale_bytes else 0,
+        PARTS=parts,
+        COLUMNS=columns,
+        WIDTH=max(MIN_WIDTH, triton.next_power_of_2(columns)),
+        ROW_BYTES=vector.code_bytes(head_size),
+        CODES=codes,
+        SCALES=scales,
+        MIDPOINT=0.0 if vector.is_raw else vector.midpoint,
+        RAW=TL_DTYPES[vector.raw_dtype or dtype],
+        ZEROS=zero_points(vector, dtype, centred=centred, ptx=ptx),
+    )
 
 
-def attention_constants(layout: PageLayout, dtype: torch.dtype, *, ptx: bool) -> dict[str, Any]:
-    """`vector_constants` and the zero points of the unpacked codes."""
-    low, high = zero_points(layout.format.k, dtype, centred=False, ptx=ptx)
-    value, _ = zero_points(layout.format.v, dtype, centred=True, ptx=ptx)
-    return vector_constants(layout, dtype) | {
-        "K_ZERO_LOW": low,
-        "K_ZERO_HIGH": high,
-        "V_ZERO": value,
-        "K_ROTATED": layout.format.k.rotated,
-        "V_ROTATED": layout.format.v.rotated,
-        "PTX": ptx,
-    }
+def check_contiguous(**tensors: Tensor) -> None:
+    """Raises ValueError unless the last dimension of every tensor is contiguous."""
+    wrong: Sequence[str] = [name for name, x in tensors.items() if x.stride(-1) != 1]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(tensors)} must be contiguous in their last dimension, {' and '.join(wrong)} is not"
+        )

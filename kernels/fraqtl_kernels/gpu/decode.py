@@ -1,16 +1,19 @@
 """Decode attention over packed pages: 1 to 8 query tokens a request, the context split over programs.
 
-For query position p, over key positions j <= p (and j > p - window), with c the key centre:
+For query position p, over key positions j <= p (and j > p - window):
 
-    softmax_j(cap(scale · q_p · (k_j + c))) · v_j,   cap(s) = soft_cap · tanh(s / soft_cap)
+    softmax_j(cap(scale · q_p · k_j)) · v_j,   cap(s) = soft_cap · tanh(s / soft_cap)
 
-One program takes all query heads of one KV head, all query tokens of one request, and one chunk of
-its context (`splits.py`). It writes a normalised partial output and the log2 of its softmax sum to
+One program takes all query heads of one KV head, up to QUERIES query tokens of one request, and one chunk of its
+context (`splits.py`). It writes a normalised partial output and the log2 of its softmax sum to
 scratch for `combine.py`, or, without splits, the output itself. Query rotation happens at the
-start, the inverse rotation of the output at the end. See `attention.py` for the loop.
+start, the inverse rotation of the output at the end. See `attention.py` for the loop; `prefill.py` launches the same
+kernel without splits.
 """
 
 from __future__ import annotations
+
+from typing import Required, TypedDict, Unpack
 
 import torch
 import triton
@@ -18,119 +21,90 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.gpu.attention import LOG2E, add_sink, attend_tiles, load_query, store_rows
+from fraqtl_kernels.gpu.attention import LOG2E, add_sink, attend_tiles, load_query, query_rows, store_output
 from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.combine import combine
-from fraqtl_kernels.gpu.config import Tuning, attention_constants, check_dtype, rows_for, use_ptx
+from fraqtl_kernels.gpu.combine import WARPS as COMBINE_WARPS
+from fraqtl_kernels.gpu.combine import combine_kernel
+from fraqtl_kernels.gpu.config import AttentionShape, Tuning, check_contiguous, page_shape, rows_for
 from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
+from fraqtl_kernels.gpu.tiles import store_parts
 from fraqtl_kernels.pages import PageLayout
 
 MAX_QUERIES = 8
-DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
 
 
 @triton.jit(do_not_specialize=["requests", "programs", "window"])
-def decode_kernel(
-    query,
-    pool,
-    block_table,
-    query_start,
-    lengths,
-    output,
-    partial,
-    log_sums,
-    basis_query,
-    basis_output,
-    centre,
-    sinks,
+def attend_kernel(
+    query,  # (tokens, query heads, D)
     query_stride_token,
     query_stride_head,
+    pool,
     pool_stride_block,
     pool_stride_head,
+    block_table,
     table_stride,
+    query_start,
+    lengths,
+    output,  # like query
     output_stride_token,
     output_stride_head,
+    partial,  # see `combine.py`; None: write to output, each program QUERIES tokens of its own
+    log_sums,
+    basis_query,  # these and what follows are fields of `Bases`
+    basis_stride_head,
+    basis_value,
+    key_scale,
+    value_scale,
+    centre,  # None also where softmax is blind to it
+    sink_shift,
+    sinks,
     requests,
     programs,
     window,
     scale,
     soft_cap,
     factor,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    HEAD: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    RAW: tl.constexpr,
-    V_OFFSET: tl.constexpr,
-    K_SCALE_OFFSET: tl.constexpr,
-    V_SCALE_OFFSET: tl.constexpr,
-    K_ZERO_LOW: tl.constexpr,
-    K_ZERO_HIGH: tl.constexpr,
-    V_ZERO: tl.constexpr,
-    K_ROTATED: tl.constexpr,
-    V_ROTATED: tl.constexpr,
-    HAS_CENTRE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    DIRECT: tl.constexpr,
-    DEFERRED: tl.constexpr,
-    PTX: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
+    request, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + request).to(tl.int32)
     start = tl.load(query_start + request).to(tl.int32)
-    count = tl.load(query_start + request + 1).to(tl.int32) - start
-    if count <= 0:  # padding of a CUDA graph
+    whole = tl.load(query_start + request + 1).to(tl.int32) - start
+    done = share * SHAPE.QUERIES if partial is None else 0
+    count = tl.minimum(whole - done, SHAPE.QUERIES)
+    if count <= 0:  # also padding of a CUDA graph
         return
-    oldest = oldest_visible(length, count, window, HAS_WINDOW)
+    ROWS: tl.constexpr = SHAPE.ROWS
+    TILE: tl.constexpr = SHAPE.TILE
+    K: tl.constexpr = PAGE.K
+    V: tl.constexpr = PAGE.V
+    last = length - whole + done + count  # tokens that the last query token of the program sees
+    oldest = oldest_visible(last, count, window)
     first = oldest // TILE * TILE
-    last = length
-    if not DIRECT:
-        chunk = chunk_tokens(
-            first, length, lengths, query_start, requests, kv_heads, splits, programs, window, HAS_WINDOW, TILE
-        )
-        first += split * chunk
+    if partial is not None:
+        kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
+        chunk = chunk_tokens(first, length, lengths, query_start, requests, kv_heads, splits, programs, window, TILE)
+        first += share * chunk
         last = tl.minimum(first + chunk, length)
         if first >= length:
             return
-    query_scale = scale
-    if not HAS_CAP:
-        query_scale *= LOG2E
-    if K_ROTATED:
-        query_scale *= factor
-    q_low, q_high, q_zero, q_constant = load_query(
-        query + start.to(tl.int64) * query_stride_token + head * GROUP * query_stride_head,
-        query_stride_token,
-        query_stride_head,
-        count,
-        basis_query,
-        centre + head * HEAD,
-        query_scale,
-        GROUP,
-        ROWS,
-        HEAD,
-        HALF,
-        query.dtype.element_ty,
-        K_ROTATED,
-        HAS_CENTRE,
-        K_ZERO_LOW,
-        K_ZERO_HIGH,
+    if soft_cap is None:
+        scale *= LOG2E
+    token = (start + done).to(tl.int64)
+    at = query + token * query_stride_token + head * SHAPE.GROUP * query_stride_head
+    rows, used = query_rows(at, query_stride_token, query_stride_head, count, SHAPE)
+    q_low, q_high, q_zero, q_constant, q_shift = load_query(
+        rows, used, head, basis_query, basis_stride_head, key_scale, centre, sink_shift, scale, factor, K
     )
     row = tl.arange(0, ROWS)
-    position = length - count + tl.minimum(row // GROUP, count - 1)
-    out_low, out_high, high_score, total = attend_tiles(
+    position = length - whole + done + tl.minimum(row // SHAPE.GROUP, count - 1)
+    parts, high_score, total = attend_tiles(
         q_low,
         q_high,
         q_zero,
         q_constant,
+        q_shift,
         position,
         first,
         last,
@@ -140,61 +114,103 @@ def decode_kernel(
         pool_stride_block,
         window,
         soft_cap,
-        ROWS,
-        TILE,
-        HEAD,
-        HALF,
-        BLOCK_SIZE,
-        K_BITS,
-        V_BITS,
-        RAW,
-        V_OFFSET,
-        K_SCALE_OFFSET,
-        V_SCALE_OFFSET,
-        V_ZERO,
-        HAS_CENTRE,
-        HAS_WINDOW,
-        HAS_CAP,
-        DEFERRED,
-        PTX,
-        STAGES,
+        centre is not None,
+        sink_shift is not None,
+        PAGE,
+        SHAPE,
     )
-    if DIRECT:
-        if HAS_SINKS:
-            total = add_sink(sinks + head * GROUP, high_score, total, GROUP, ROWS)
-        inverse = 1 / total
-        store_rows(
-            out_low * inverse[:, None],
-            out_high * inverse[:, None],
-            output + start.to(tl.int64) * output_stride_token + head * GROUP * output_stride_head,
-            output_stride_token,
-            output_stride_head,
-            count,
-            basis_output,
-            factor,
-            GROUP,
-            ROWS,
-            HEAD,
-            HALF,
-            output.dtype.element_ty,
-            V_ROTATED,
-        )
+    PARTS: tl.constexpr = V.PARTS
+    normalised = ()
+    if partial is None:
+        if sinks is not None:
+            total = add_sink(sinks, head, high_score, total, SHAPE)
+        for part in tl.static_range(PARTS):
+            normalised = normalised + (parts[part] / total[:, None],)
+        at = output + token * output_stride_token + head * SHAPE.GROUP * output_stride_head
+        rows, used = query_rows(at, output_stride_token, output_stride_head, count, SHAPE)
+        store_output(normalised, rows, used, head, basis_value, value_scale, factor, V)
     else:
-        inverse = 1 / tl.where(total > 0, total, 1.0)  # rows that see nothing of the chunk
-        column = tl.arange(0, HALF)
-        slot = ((request * kv_heads + head) * splits + split).to(tl.int64) * (GROUP * QUERIES) + row
-        used = row < count * GROUP
-        mask = used[:, None] & (column < HEAD // 2)[None, :]
-        at = partial + slot[:, None] * HEAD + column[None, :]
-        tl.store(at, out_low * inverse[:, None], mask=mask)
-        tl.store(at + HEAD // 2, out_high * inverse[:, None], mask=mask)
+        divisor = tl.where(total > 0, total, 1.0)  # rows that see nothing of the chunk
+        for part in tl.static_range(PARTS):
+            normalised = normalised + (parts[part] / divisor[:, None],)
+        slot = ((request * kv_heads + head) * splits + share).to(tl.int64) * (SHAPE.GROUP * SHAPE.QUERIES) + row
+        used = row < count * SHAPE.GROUP
+        store_parts(partial + slot[:, None] * PAGE.HEAD, normalised, used[:, None], tl.float32, V)
         tl.store(log_sums + slot, high_score + tl.log2(total), mask=used)
+
+
+class Scoring(TypedDict, total=False):
+    """How scores become weights. sinks: (query heads,), the logarithms of extra terms of the softmax sums."""
+
+    scale: Required[float]
+    window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+
+
+def launch_attention(
+    query: Tensor,
+    pool: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    query_start: Tensor,
+    lengths: Tensor,
+    output: Tensor,
+    bases: Bases,
+    shape: AttentionShape,
+    tuning: Tuning,
+    shares: int,
+    scratch: tuple[Tensor, Tensor] | None,
+    programs: int,
+    ptx: bool | None,
+    scoring: Scoring,
+) -> None:
+    """Launch `attend_kernel`, `shares` programs per request and KV head; with scratch they split the context."""
+    page = page_shape(layout, query.dtype, ptx)
+    bases.check(layout.format)
+    check_contiguous(query=query, output=output)
+    sinks, soft_cap = scoring.get("sinks"), scoring.get("soft_cap") or None
+    partial, log_sums = scratch or (None, None)
+    attend_kernel[(lengths.shape[0], pool.shape[1], shares)](
+        query,
+        query.stride(0),
+        query.stride(1),
+        pool,
+        pool.stride(0),
+        pool.stride(1),
+        block_table,
+        block_table.stride(0),
+        query_start,
+        lengths,
+        output,
+        output.stride(0),
+        output.stride(1),
+        partial,
+        log_sums,
+        bases.query,
+        bases.head_stride,
+        bases.value_inverse,
+        bases.key_scale,
+        bases.value_scale,
+        None if soft_cap is None and sinks is None else bases.centre,
+        bases.sink_shift,
+        sinks if partial is None else None,
+        lengths.shape[0],
+        programs,
+        scoring.get("window"),
+        scoring["scale"],
+        soft_cap,
+        bases.factor,
+        PAGE=page,
+        SHAPE=shape,
+        **tuning.options,
+    )
 
 
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
     """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
     if rows <= 16 and layout.format.is_quantised:
-        return Tuning(tile=128 if layout.head_size <= 128 else 64, warps=4, stages=5)
+        return Tuning(tile=128 if layout.head_size <= 128 and layout.format.v.bits > 2 else 64, warps=4, stages=5)
     return Tuning(tile=64 if layout.head_size <= 128 and rows <= 32 else 32, warps=4 if rows <= 32 else 8, stages=5)
 
 
@@ -234,76 +250,59 @@ def decode(
     bases: Bases,
     scratch: Tensor | None = None,
     *,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
     ptx: bool | None = None,
+    **scoring: Unpack[Scoring],
 ) -> None:
     """Write the attention of a batch to `output`: same result as `reference.paged_attention`.
 
     query, output: (tokens, query heads, D) fp16 or bf16, last dimension contiguous. pool: as for
     `PageLayout.planes`. block_table: (requests, blocks) int32. query_start: (requests + 1,) and
     lengths: (requests,) int, a request with no query token is skipped. scratch: at least
-    `plan.scratch_floats(D)` fp32, contents ignored. sinks: (query heads,). ptx: inline-PTX unpack
-    (default: wherever there is a GPU). One or two launches, no synchronisation.
+    `plan.scratch_floats(D)` fp32, contents ignored. ptx: inline-PTX unpack
+    (default: wherever there is a GPU). scoring: see `Scoring`. One or two launches, no synchronisation.
     """
-    check_dtype(query.dtype)
-    if query.stride(2) != 1 or output.stride(2) != 1:
-        raise ValueError("query and output must be contiguous in their last dimension")
-    requests, size, ptx = lengths.shape[0], layout.head_size, use_ptx(ptx)
+    requests = lengths.shape[0]
     if requests > plan.requests:
         raise ValueError(f"{requests} requests in a batch planned for {plan.requests}")
-    partial, log_sums = split_scratch(scratch, plan, size) if plan.splits > 1 else (output, output)
-    has_centre = bases.centre is not None and (soft_cap is not None or sinks is not None)
-    constants = attention_constants(layout, query.dtype, ptx=ptx)
-    decode_kernel[(requests, plan.kv_heads, plan.splits)](
+    split = split_scratch(scratch, plan, layout.head_size) if plan.splits > 1 else None
+    launch_attention(
         query,
         pool,
+        layout,
         block_table,
         query_start,
         lengths,
         output,
-        partial,
-        log_sums,
-        query if bases.k is None else bases.k,
-        query if bases.v_inverse is None else bases.v_inverse,
-        query if bases.centre is None else bases.centre,
-        query if sinks is None else sinks,
-        query.stride(0),
-        query.stride(1),
-        pool.stride(0),
-        pool.stride(1),
-        block_table.stride(0),
+        bases,
+        plan.shape,
+        plan.tuning,
+        plan.splits,
+        split,
+        plan.programs,
+        ptx,
+        scoring,
+    )
+    if split is None:
+        return
+    combine_kernel[(requests, plan.kv_heads)](
+        *split,
+        query_start,
+        lengths,
+        output,
         output.stride(0),
         output.stride(1),
+        bases.value_inverse,
+        bases.value_scale,
+        scoring.get("sinks"),
         requests,
+        plan.splits,
         plan.programs,
-        window or 0,
-        scale,
-        soft_cap or 1.0,
+        scoring.get("window"),
         bases.factor,
-        QUERIES=plan.queries,
-        GROUP=plan.group,
-        ROWS=plan.rows,
-        TILE=plan.tuning.tile,
-        HAS_CENTRE=has_centre,
-        HAS_WINDOW=window is not None,
-        HAS_CAP=bool(soft_cap),
-        HAS_SINKS=sinks is not None,
-        DIRECT=plan.splits == 1,
-        DEFERRED=deferred(plan.rows, plan.tuning.tile),
-        STAGES=plan.tuning.stages,
-        num_warps=plan.tuning.warps,
-        **constants,
+        PAGE=page_shape(layout, query.dtype, ptx),
+        SHAPE=plan.shape,
+        num_warps=COMBINE_WARPS,
     )
-    if plan.splits > 1:
-        combine(partial, log_sums, query_start, lengths, output, plan, layout, bases, window=window, sinks=sinks)
-
-
-def deferred(rows: int, tile: int) -> bool:
-    """Whether row sums stay in registers until the loop ends."""
-    return rows * tile <= DEFERRED_ELEMENTS
 
 
 def split_scratch(scratch: Tensor | None, plan: DecodePlan, head_size: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.config import Tuning, rows_for
+from fraqtl_kernels.gpu.config import AttentionShape, Tuning
 
 PROGRAMS_PER_SM = 2  # resident at once, by registers and shared memory
 SLACK = 2  # grid programs per wanted program, so that uneven lengths still split evenly
@@ -46,8 +46,8 @@ class DecodePlan:
         return self.query_heads // self.kv_heads
 
     @property
-    def rows(self) -> int:
-        return rows_for(self.group * self.queries)
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.queries, self.group, self.tuning.tile, self.tuning.stages)
 
     def scratch_floats(self, head_size: int) -> int:
         """fp32 numbers of scratch that `decode` needs: a partial output and a log-sum per split and query row."""
@@ -64,34 +64,22 @@ def choose_splits(requests: int, kv_heads: int, longest: int, tile: int, multipr
 
 
 @triton.jit
-def oldest_visible(length, count, window, HAS_WINDOW: tl.constexpr):
-    """The first token that the first of the last `count` query tokens sees."""
+def oldest_visible(length, count, window):
+    """The first token that the first of the last `count` query tokens sees. window: None sees everything."""
     oldest = length * 0
-    if HAS_WINDOW:
+    if window is not None:
         oldest = tl.maximum(length - count - window + 1, 0)
     return oldest
 
 
 @triton.jit
-def chunk_tokens(
-    first,
-    length,
-    lengths,
-    query_start,
-    requests,
-    kv_heads,
-    splits,
-    programs,
-    window,
-    HAS_WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def chunk_tokens(first, length, lengths, query_start, requests, kv_heads, splits, programs, window, TILE: tl.constexpr):
     """Tokens of one split of a request that sees [first, length), a multiple of TILE."""
     tiles = first * 0
     for start in range(0, requests, 256):
         r = start + tl.arange(0, 256)
         n = tl.load(lengths + r, mask=r < requests, other=0).to(tl.int32)
-        if HAS_WINDOW:
+        if window is not None:
             count = tl.load(query_start + r + 1, mask=r < requests, other=0)
             count -= tl.load(query_start + r, mask=r < requests, other=0)
             n = tl.minimum(n, count.to(tl.int32) + window + TILE)

@@ -1,7 +1,8 @@
 """What all kernels share: 16-bit rounding and products, rotation, and reading a tile of pages.
 
-A vector of head size D is held as two halves of D/2 columns, padded with zeros to HALF, a power of
-two. For 4-bit vectors these are the low and the high nibbles of the same bytes.
+A vector of head size D is held as 2 or 4 parts, the dimensions that one byte of its codes keeps together: for 4-bit
+vectors the halves in the low and the high nibbles. A part has COLUMNS columns, padded with zeros to WIDTH, a
+power of two: see `config.VectorShape`, of which every VECTOR here is one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.unpack import unpack_bytes, unpack_nibbles
+from fraqtl_kernels.gpu.unpack import unpack_bytes, unpack_nibbles, unpack_pairs
 
 # Triton's interpreter multiplies bf16 wrongly and truncates when it converts to bf16: there the
 # products are taken on the same numbers in fp32, and rounding to nearest even is spelled out.
@@ -44,70 +45,101 @@ def dot16(a, b, acc):
 
 
 @triton.jit
-def rotate_halves(low, high, basis, HEAD: tl.constexpr, HALF: tl.constexpr):
-    """(rows, D) @ basis (D, D), in halves: 16-bit (rows, HALF) pairs in, fp32 pairs out."""
-    row = tl.arange(0, HALF)[:, None]
-    column = tl.arange(0, HALF)[None, :]
-    mask = (row < HEAD // 2) & (column < HEAD // 2)
-    corner = basis + row * HEAD + column
-    zero = tl.zeros([low.shape[0], HALF], tl.float32)
-    out_low = dot16(low, tl.load(corner, mask=mask, other=0.0), zero)
-    out_low = dot16(high, tl.load(corner + HEAD // 2 * HEAD, mask=mask, other=0.0), out_low)
-    out_high = dot16(low, tl.load(corner + HEAD // 2, mask=mask, other=0.0), zero)
-    out_high = dot16(high, tl.load(corner + HEAD // 2 * HEAD + HEAD // 2, mask=mask, other=0.0), out_high)
-    return out_low, out_high
+def part_columns(VECTOR: tl.constexpr):
+    """(columns of a part (1, WIDTH), which of them are real)."""
+    WIDTH: tl.constexpr = VECTOR.WIDTH
+    column = tl.arange(0, WIDTH)[None, :]
+    return column, column < VECTOR.COLUMNS
 
 
 @triton.jit
-def load_halves(
-    row,
-    token_mask,
-    BITS: tl.constexpr,
-    RAW: tl.constexpr,
-    DTYPE: tl.constexpr,
-    HEAD: tl.constexpr,
-    HALF: tl.constexpr,
-    CENTRED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """One tile of stored vectors as two (TILE, HALF) halves in DTYPE, plus the bias of `unpack.zero_points`.
+def load_parts(row, mask, VECTOR: tl.constexpr):
+    """Parts of 16-bit or fp32 vectors in memory. row: (rows, 1) pointers to them; mask: (rows, 1)."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    column, real = part_columns(VECTOR)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts = parts + (tl.load(row + part * VECTOR.COLUMNS + column, mask=mask & real, other=0.0),)
+    return parts
 
-    row: (TILE,) pointers to the first byte of each vector. RAW: the 16-bit dtype of raw vectors.
-    token_mask: (TILE,) for raw vectors, which hold anything (NaN too) where nothing was written.
+
+@triton.jit
+def store_parts(row, parts, mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Write fp32 parts as DTYPE. row: (rows, 1) pointers; mask: (rows, 1)."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    column, real = part_columns(VECTOR)
+    for part in tl.static_range(PARTS):
+        rounded = parts[part] if DTYPE == tl.float32 else round16(parts[part], DTYPE)
+        tl.store(row + part * VECTOR.COLUMNS + column, rounded, mask=mask & real)
+
+
+@triton.jit
+def rotate_parts(parts, basis, factor, VECTOR: tl.constexpr):
+    """(rows, D) @ basis (D, D) · factor: 16-bit parts in, fp32 parts out."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    COLUMNS: tl.constexpr = VECTOR.COLUMNS
+    WIDTH: tl.constexpr = VECTOR.WIDTH
+    row = tl.arange(0, WIDTH)[:, None]
+    column, real = part_columns(VECTOR)
+    corner = basis + row * (PARTS * COLUMNS) + column
+    mask = (row < COLUMNS) & real
+    rotated = ()
+    for to in tl.static_range(PARTS):
+        total = tl.zeros([parts[0].shape[0], WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            piece = tl.load(corner + (part * COLUMNS * PARTS + to) * COLUMNS, mask=mask, other=0.0)
+            total = dot16(parts[part], piece, total)
+        rotated = rotated + (total * factor,)
+    return rotated
+
+
+@triton.jit
+def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
+    """One tile of stored vectors as (TILE, WIDTH) parts in DTYPE, plus the bias of `unpack.zero_points`.
+
+    row: (TILE,) pointers to the first byte of each vector. token_mask: (TILE,) for raw vectors, which hold
+    anything (NaN too) where nothing was written. CENTRED: as in `unpack_nibbles`.
     """
-    column = tl.arange(0, HALF)[None, :]
-    at = row[:, None] + column
-    if BITS == 4:
-        if HALF == HEAD // 2:
-            codes = tl.load(at)
+    column, real = part_columns(VECTOR)
+    if VECTOR.BITS == 16:
+        RAW: tl.constexpr = VECTOR.RAW
+        low, high = load_parts(row.to(tl.pointer_type(RAW))[:, None], token_mask[:, None], VECTOR)
+        if RAW == DTYPE:
+            return low, high
         else:
-            codes = tl.load(at, mask=column < HEAD // 2, other=0)
-        return unpack_nibbles(codes, DTYPE, CENTRED, PTX)
-    elif BITS == 8:
-        if HALF == HEAD // 2:
-            low = tl.load(at)
-            high = tl.load(at + HEAD // 2)
-        else:
-            low = tl.load(at, mask=column < HEAD // 2, other=0)
-            high = tl.load(at + HEAD // 2, mask=column < HEAD // 2, other=0)
+            return round16(low.to(tl.float32), DTYPE), round16(high.to(tl.float32), DTYPE)
+    elif VECTOR.BITS == 8:
+        low = load_bytes(row[:, None] + column, real, VECTOR)
+        high = load_bytes(row[:, None] + VECTOR.COLUMNS + column, real, VECTOR)
         return unpack_bytes(low, DTYPE, PTX), unpack_bytes(high, DTYPE, PTX)
     else:
-        at = row.to(tl.pointer_type(RAW))[:, None] + column
-        mask = token_mask[:, None] & (column < HEAD // 2)
-        low = tl.load(at, mask=mask, other=0.0)
-        high = tl.load(at + HEAD // 2, mask=mask, other=0.0)
-        return _convert(low, RAW, DTYPE), _convert(high, RAW, DTYPE)
+        codes = load_bytes(row[:, None] + column, real, VECTOR)
+        if VECTOR.BITS == 4:
+            return unpack_nibbles(codes, DTYPE, CENTRED, PTX)
+        else:
+            return unpack_pairs(codes, DTYPE, PTX)
 
 
 @triton.jit
-def _convert(x, RAW: tl.constexpr, DTYPE: tl.constexpr):
-    if RAW == DTYPE:
-        return x
+def load_bytes(at, real, VECTOR: tl.constexpr):
+    """A tile of packed bytes, without a mask where no column is padding."""
+    if VECTOR.COLUMNS == VECTOR.WIDTH:
+        return tl.load(at)
     else:
-        return round16(x.to(tl.float32), DTYPE)
+        return tl.load(at, mask=real, other=0)
 
 
 @triton.jit
-def load_scales(plane, slot, mask):
-    """(TILE,) fp16 scales, zero where masked. plane: pointer(s) to the scales of pages, slot: token of the block."""
-    return tl.load((plane + slot * 2).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0)
+def load_scales(page, slot, mask, VECTOR: tl.constexpr):
+    """(TILE,) fp16 scales of every group, zero where masked; one of zeros if the vector has none.
+
+    page: pointer(s) to pages. slot: tokens of the block.
+    """
+    GROUPS: tl.constexpr = VECTOR.GROUPS
+    scales = ()
+    for group in tl.static_range(GROUPS):
+        at = (page + VECTOR.SCALES + slot * (2 * GROUPS) + 2 * group).to(tl.pointer_type(tl.float16))
+        scales = scales + (tl.load(at, mask=mask, other=0.0),)
+    if GROUPS == 0:
+        scales = (tl.zeros(slot.shape, tl.float16),)
+    return scales

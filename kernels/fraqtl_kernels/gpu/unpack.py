@@ -60,6 +60,61 @@ _CENTRE_BF16 = """
     fma.rn.bf16x2 $2, $2, o, m;
     fma.rn.bf16x2 $3, $3, o, m;
 """
+# Four 2-bit codes a byte, in fp16: bits 0..1 below 1024, 2..3 below 256, 4..5 below 64, 6..7 below 16.
+_PAIRS_FP16 = """{
+    .reg .b32 a, b, m;
+    prmt.b32 a, $8, 0, 0x4140;
+    prmt.b32 b, $8, 0, 0x4342;
+    lop3.b32 $0, a, 0x00030003, 0x64006400, 0xea;
+    lop3.b32 $1, b, 0x00030003, 0x64006400, 0xea;
+    lop3.b32 $2, a, 0x000c000c, 0x5c005c00, 0xea;
+    lop3.b32 $3, b, 0x000c000c, 0x5c005c00, 0xea;
+    lop3.b32 $4, a, 0x00300030, 0x54005400, 0xea;
+    lop3.b32 $5, b, 0x00300030, 0x54005400, 0xea;
+    lop3.b32 $6, a, 0x00c000c0, 0x4c004c00, 0xea;
+    lop3.b32 $7, b, 0x00c000c0, 0x4c004c00, 0xea;
+    mov.b32 m, 0x64026402;
+    sub.rn.f16x2 $0, $0, m;
+    sub.rn.f16x2 $1, $1, m;
+    mov.b32 m, 0x5c085c08;
+    sub.rn.f16x2 $2, $2, m;
+    sub.rn.f16x2 $3, $3, m;
+    mov.b32 m, 0x54205420;
+    sub.rn.f16x2 $4, $4, m;
+    sub.rn.f16x2 $5, $5, m;
+    mov.b32 m, 0x4c804c80;
+    sub.rn.f16x2 $6, $6, m;
+    sub.rn.f16x2 $7, $7, m;
+}"""
+# And in bf16: 128 + code, less 130.
+_PAIRS_BF16 = """{
+    .reg .b32 a, b, c, d, m, o;
+    shr.u32 b, $8, 2;
+    shr.u32 c, $8, 4;
+    shr.u32 d, $8, 6;
+    and.b32 a, $8, 0x03030303;
+    and.b32 b, b, 0x03030303;
+    and.b32 c, c, 0x03030303;
+    and.b32 d, d, 0x03030303;
+    prmt.b32 $0, a, 0x43434343, 0x4140;
+    prmt.b32 $1, a, 0x43434343, 0x4342;
+    prmt.b32 $2, b, 0x43434343, 0x4140;
+    prmt.b32 $3, b, 0x43434343, 0x4342;
+    prmt.b32 $4, c, 0x43434343, 0x4140;
+    prmt.b32 $5, c, 0x43434343, 0x4342;
+    prmt.b32 $6, d, 0x43434343, 0x4140;
+    prmt.b32 $7, d, 0x43434343, 0x4342;
+    mov.b32 m, 0xc302c302;
+    mov.b32 o, 0x3f803f80;
+    fma.rn.bf16x2 $0, $0, o, m;
+    fma.rn.bf16x2 $1, $1, o, m;
+    fma.rn.bf16x2 $2, $2, o, m;
+    fma.rn.bf16x2 $3, $3, o, m;
+    fma.rn.bf16x2 $4, $4, o, m;
+    fma.rn.bf16x2 $5, $5, o, m;
+    fma.rn.bf16x2 $6, $6, o, m;
+    fma.rn.bf16x2 $7, $7, o, m;
+}"""
 # 8-bit codes in fp16: 1024 + c, less 1152. (bf16 has too few bits for the trick: the portable way serves it.)
 _BYTES_FP16 = """{
     .reg .b32 m;
@@ -74,22 +129,31 @@ NIBBLES_FP16 = tl.constexpr(_NIBBLES_FP16 + "}")
 NIBBLES_FP16_CENTRED = tl.constexpr(_NIBBLES_FP16 + _CENTRE_HIGH_FP16 + "}")
 NIBBLES_BF16 = tl.constexpr(_NIBBLES_BF16 + "}")
 NIBBLES_BF16_CENTRED = tl.constexpr(_NIBBLES_BF16 + _CENTRE_BF16 + "}")
+PAIRS_FP16 = tl.constexpr(_PAIRS_FP16)
+PAIRS_BF16 = tl.constexpr(_PAIRS_BF16)
 BYTES_FP16 = tl.constexpr(_BYTES_FP16)
+EIGHT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
 
 
-def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool) -> tuple[float, float]:
-    """What the unpacked low and high half of a vector hold where the value is zero: midpoint + bias.
+def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool) -> tuple[float, ...]:
+    """What each unpacked part of a vector holds where the value is zero: midpoint + bias.
 
     dtype: torch.float16 or torch.bfloat16, the type unpacked to. Raw vectors have (0, 0).
     """
+    half = dtype == torch.float16
     if vector.is_raw:
         return 0.0, 0.0
-    half = dtype == torch.float16
     if not ptx or (vector.bits == 8 and not half):
-        return vector.midpoint, vector.midpoint
-    if vector.bits == 8 or (centred and vector.bits == 4):
-        return -0.5, -0.5
-    return (-0.5, vector.midpoint + 64) if half else (vector.midpoint + 128, vector.midpoint + 128)
+        biases = [0] * max(2, 8 // vector.bits)
+    elif vector.bits == 2:
+        biases = [-2] * 4
+    elif vector.bits == 8:
+        biases = [-128] * 2
+    elif centred:
+        biases = [-8] * 2
+    else:
+        biases = [-8, 64] if half else [128, 128]
+    return tuple(vector.midpoint + bias for bias in biases)
 
 
 @triton.jit
@@ -110,6 +174,23 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
         low = (codes & 15).to(tl.float32).to(DTYPE)
         high = (codes >> 4).to(tl.float32).to(DTYPE)
     return low, high
+
+
+@triton.jit
+def unpack_pairs(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """uint8 tile of any shape -> its four 2-bit codes from low to high in DTYPE, plus the bias of `zero_points`."""
+    if PTX:
+        if DTYPE == tl.float16:
+            return tl.inline_asm_elementwise(
+                PAIRS_FP16, EIGHT_REGISTERS, [codes], dtype=(tl.float16,) * 4, is_pure=True, pack=4
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                PAIRS_BF16, EIGHT_REGISTERS, [codes], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=4
+            )
+    else:
+        shifted = (codes & 3, (codes >> 2) & 3, (codes >> 4) & 3, codes >> 6)
+        return [x.to(tl.float32).to(DTYPE) for x in shifted]
 
 
 @triton.jit

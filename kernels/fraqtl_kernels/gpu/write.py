@@ -1,10 +1,12 @@
 """Store keys and values into packed pages: rotate, centre, quantise, pack and scatter in one launch.
 
-For every (token, KV head), with H the rotation and c the key centre (keys only):
+For every (token, KV head), with B the basis (2^-e and the rotation) and c the centre in it (keys only):
 
-    y = x H - c H,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
+    y = x B - c,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
 
-the midpoint grid of `reference.quantise`, rounding half to even as it does. Sums of the rotation are
+a scale for each group of dimensions: the midpoint grid of `reference.quantise`, rounding half to even as it does. Keys
+take the sink centre if their scale is smaller with it; the sign bit of the scale says so. Static formats divide by
+their steps instead, see `reference.quantise_static`. Sums of the rotation are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
 fp32 rounding of the edge between two codes. A vector that holds NaN or infinity gets a NaN scale.
 """
@@ -16,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.config import Tuning, check_dtype, vector_constants
-from fraqtl_kernels.gpu.tiles import rotate_halves, round16
+from fraqtl_kernels.gpu.config import Tuning, check_contiguous, page_shape
+from fraqtl_kernels.gpu.tiles import load_parts, part_columns, rotate_parts, store_parts
 from fraqtl_kernels.pages import PageLayout
 
 TOKENS = 16  # tokens a program: the M of the rotation's product
@@ -26,154 +28,199 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it roun
 
 
 @triton.jit
-def quantise_half(y, scale, BITS: tl.constexpr):
-    """Codes of (TOKENS, HALF) values as int32. scale: (TOKENS,) fp32, already rounded to fp16."""
-    levels: tl.constexpr = 2**BITS - 1
-    steps = y / scale[:, None] + levels / 2
-    steps = tl.where(steps == steps, steps, 0.0)  # zero vectors (0 / 0) and broken ones
-    steps = tl.minimum(tl.maximum(steps, -1.0), levels + 1.0)
+def round_codes(steps, lowest: tl.constexpr, VECTOR: tl.constexpr):
+    """Codes as int32: steps rounded half to even, within [lowest, 2^bits - 1]. NaN becomes the lowest."""
+    highest: tl.constexpr = 2**VECTOR.BITS - 1
+    steps = tl.where(steps == steps, steps, 0.0)
+    steps = tl.minimum(tl.maximum(steps, -1.0), highest + 1.0)
     codes = (steps + _ROUND) - _ROUND
-    return tl.minimum(tl.maximum(codes, 0.0), levels * 1.0).to(tl.int32)
+    return tl.minimum(tl.maximum(codes, lowest * 1.0), highest * 1.0).to(tl.int32)
+
+
+@triton.jit
+def subtract(parts, vector, VECTOR: tl.constexpr):
+    """fp32 parts minus a vector (D,) in memory."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    column, real = part_columns(VECTOR)
+    out = ()
+    for part in tl.static_range(PARTS):
+        piece = tl.load(vector + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
+        out = out + (parts[part] - piece,)
+    return out
+
+
+@triton.jit
+def scales_of(parts, VECTOR: tl.constexpr):
+    """(TOKENS,) fp16 scale of every group of a vector."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    scales = ()
+    merged = tl.max(tl.abs(parts[0]), 1)
+    for part in tl.static_range(PARTS):
+        largest = tl.max(tl.abs(parts[part]), 1)
+        merged = tl.maximum(merged, largest)
+        scales = scales + (scale_of(largest, VECTOR),)
+    if VECTOR.GROUPS == 1:
+        scales = (scale_of(merged, VECTOR),)
+    return scales
+
+
+@triton.jit
+def scale_of(largest, VECTOR: tl.constexpr):
+    """The largest magnitude lies on the edge of the grid."""
+    edge: tl.constexpr = 2 ** (VECTOR.BITS - 1)
+    return tl.minimum(largest / edge, _LARGEST_SCALE).to(tl.float16)
+
+
+@triton.jit
+def choose_centre(parts, scales, sink_parts, VECTOR: tl.constexpr):
+    """(parts, scales) of the centre that leaves less of each key; the scale's sign bit set where it is the sinks'."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    sink_scale = scales_of(sink_parts, VECTOR)[0]
+    nearer = sink_scale < scales[0]
+    chosen = ()
+    for part in tl.static_range(PARTS):
+        chosen = chosen + (tl.where(nearer[:, None], sink_parts[part], parts[part]),)
+    return chosen, (tl.where(nearer, -sink_scale, scales[0]),)
+
+
+@triton.jit
+def store_codes(row, codes, mask, VECTOR: tl.constexpr):
+    """Pack int32 codes of the parts and store them. row: (TOKENS, 1) pointers; mask: (TOKENS, 1)."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    column, real = part_columns(VECTOR)
+    if VECTOR.BITS == 8:
+        for part in tl.static_range(PARTS):
+            tl.store(row + part * VECTOR.COLUMNS + column, codes[part].to(tl.uint8), mask=mask & real)
+    else:
+        packed = codes[0]
+        for part in tl.static_range(1, PARTS):
+            packed = packed | (codes[part] << (part * VECTOR.BITS))
+        tl.store(row + column, packed.to(tl.uint8), mask=mask & real)
 
 
 @triton.jit
 def store_vectors(
-    source,
-    stride_token,
+    source,  # (TOKENS, 1) pointers to vectors
+    page,  # (TOKENS,) pointers to pages
+    slot,  # (TOKENS,) places within them
+    used,  # (TOKENS, 1)
     basis,
+    static_scale,  # this and the centres: pointers to the vector of the KV head, or None
     centre,
+    sink_centre,
     factor,
-    page,
-    token,
-    slot,
-    used,
-    HEAD: tl.constexpr,
-    HALF: tl.constexpr,
-    BITS: tl.constexpr,
-    RAW: tl.constexpr,
-    CODE_OFFSET: tl.constexpr,
-    SCALE_OFFSET: tl.constexpr,
-    ROTATED: tl.constexpr,
-    HAS_CENTRE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """Keys or values of one KV head. page: (TOKENS,) pointers to pages; slot: (TOKENS,) places within them."""
-    column = tl.arange(0, HALF)[None, :]
-    mask = used[:, None] & (column < HEAD // 2)
-    at = source + token.to(tl.int64)[:, None] * stride_token + column
-    raw_low = tl.load(at, mask=mask, other=0.0)
-    raw_high = tl.load(at + HEAD // 2, mask=mask, other=0.0)
-    row = (page + CODE_OFFSET + slot * (HEAD * BITS // 8))[:, None]
-    if BITS == 16:
-        place = row.to(tl.pointer_type(RAW)) + column
-        if RAW == raw_low.dtype:
-            tl.store(place, raw_low, mask=mask)
-            tl.store(place + HEAD // 2, raw_high, mask=mask)
-        else:
-            tl.store(place, round16(raw_low.to(tl.float32), RAW), mask=mask)
-            tl.store(place + HEAD // 2, round16(raw_high.to(tl.float32), RAW), mask=mask)
+    """Keys or values of one KV head."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    raw = load_parts(source, used, VECTOR)
+    row = (page + VECTOR.CODES + slot * VECTOR.ROW_BYTES)[:, None]
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts = parts + (raw[part].to(tl.float32),)
+    codes = ()
+    if VECTOR.BITS == 16:
+        RAW: tl.constexpr = VECTOR.RAW
+        store_parts(row.to(tl.pointer_type(RAW)), parts, used, RAW, VECTOR)
+    elif VECTOR.STATIC:
+        column, real = part_columns(VECTOR)
+        for part in tl.static_range(PARTS):
+            step = tl.load(static_scale + part * VECTOR.COLUMNS + column, mask=real, other=1.0)
+            steps = tl.div_rn(parts[part], step) + VECTOR.MIDPOINT
+            steps = tl.where(steps == steps, steps, VECTOR.MIDPOINT)
+            codes = codes + (round_codes(steps, 1, VECTOR),)
+        store_codes(row, codes, used, VECTOR)
     else:
-        if ROTATED:
-            low, high = rotate_halves(raw_low, raw_high, basis, HEAD, HALF)
-            low, high = low * factor, high * factor
-        else:
-            low, high = raw_low.to(tl.float32), raw_high.to(tl.float32)
-        if HAS_CENTRE:
-            low -= tl.load(centre + column, mask=column < HEAD // 2, other=0.0)
-            high -= tl.load(centre + HEAD // 2 + column, mask=column < HEAD // 2, other=0.0)
-        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
-        edge: tl.constexpr = 2 ** (BITS - 1)
-        scale16 = tl.minimum(largest / edge, _LARGEST_SCALE).to(tl.float16)
-        codes_low = quantise_half(low, scale16.to(tl.float32), BITS)
-        codes_high = quantise_half(high, scale16.to(tl.float32), BITS)
-        if BITS == 4:
-            tl.store(row + column, (codes_low | (codes_high << 4)).to(tl.uint8), mask=mask)
-        else:
-            tl.store(row + column, codes_low.to(tl.uint8), mask=mask)
-            tl.store(row + HEAD // 2 + column, codes_high.to(tl.uint8), mask=mask)
-        # x · 0 is NaN for NaN and infinity: one sum finds both
-        broken = tl.sum(low * 0.0 + high * 0.0, 1)
-        scale16 = tl.where(broken == 0.0, scale16, float("nan")).to(tl.float16)
-        tl.store((page + SCALE_OFFSET + slot * 2).to(tl.pointer_type(tl.float16)), scale16, mask=used)
+        if VECTOR.ROTATED:
+            parts = rotate_parts(raw, basis, factor, VECTOR)
+        rotated = parts
+        if centre is not None:
+            parts = subtract(rotated, centre, VECTOR)
+        scales = scales_of(parts, VECTOR)
+        if sink_centre is not None:
+            parts, scales = choose_centre(parts, scales, subtract(rotated, sink_centre, VECTOR), VECTOR)
+        for part in tl.static_range(PARTS):
+            scale = tl.abs(scales[part if part < VECTOR.GROUPS else 0]).to(tl.float32)
+            steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
+            codes = codes + (round_codes(steps, 0, VECTOR),)
+        store_codes(row, codes, used, VECTOR)
+        GROUPS: tl.constexpr = VECTOR.GROUPS
+        for group in tl.static_range(GROUPS):
+            # x · 0 is NaN for NaN and infinity: one sum finds both
+            broken = tl.sum(parts[group] * 0.0, 1)
+            if GROUPS == 1:
+                for part in tl.static_range(1, PARTS):
+                    broken += tl.sum(parts[part] * 0.0, 1)
+            stored = tl.where(broken == 0.0, scales[group], float("nan")).to(tl.float16)
+            at = page + VECTOR.SCALES + slot * (2 * GROUPS) + 2 * group
+            tl.store(at[:, None].to(tl.pointer_type(tl.float16)), stored[:, None], mask=used)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def write_kernel(
     key,
-    value,
-    pool,
-    slot_mapping,
-    basis_k,
-    basis_v,
-    centre,
     key_stride_token,
     key_stride_head,
+    value,
     value_stride_token,
     value_stride_head,
+    pool,
     pool_stride_block,
     pool_stride_head,
+    slot_mapping,
+    basis_key,  # these and what follows are fields of `Bases`
+    basis_stride_head,
+    basis_value,
+    key_scale,
+    value_scale,
+    centre,
+    sink_centre,
     tokens,
     factor,
+    PAGE: tl.constexpr,
     TOKENS: tl.constexpr,
-    HEAD: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    RAW: tl.constexpr,
-    V_OFFSET: tl.constexpr,
-    K_SCALE_OFFSET: tl.constexpr,
-    V_SCALE_OFFSET: tl.constexpr,
-    K_ROTATED: tl.constexpr,
-    V_ROTATED: tl.constexpr,
-    HAS_CENTRE: tl.constexpr,
 ):
+    K: tl.constexpr = PAGE.K
+    V: tl.constexpr = PAGE.V
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     place = tl.load(slot_mapping + token, mask=token < tokens, other=-1)
     used = place >= 0
     place = tl.where(used, place, 0)
-    page = pool + head.to(tl.int64) * pool_stride_head + (place // BLOCK_SIZE).to(tl.int64) * pool_stride_block
-    slot = (place % BLOCK_SIZE).to(tl.int32)
+    page = pool + head.to(tl.int64) * pool_stride_head + (place // PAGE.BLOCK_SIZE).to(tl.int64) * pool_stride_block
+    slot = (place % PAGE.BLOCK_SIZE).to(tl.int32)
+    vector = head * PAGE.HEAD
     if tl.program_id(2) == 0:
         store_vectors(
-            key + head * key_stride_head,
-            key_stride_token,
-            basis_k,
-            centre + head * HEAD,
-            factor,
+            (key + token.to(tl.int64) * key_stride_token + head * key_stride_head)[:, None],
             page,
-            token,
             slot,
-            used,
-            HEAD,
-            HALF,
-            K_BITS,
-            RAW,
-            0,
-            K_SCALE_OFFSET,
-            K_ROTATED,
-            HAS_CENTRE,
+            used[:, None],
+            None if basis_key is None else basis_key + head * basis_stride_head,
+            None if key_scale is None else key_scale + vector,
+            None if centre is None else centre + vector,
+            None if sink_centre is None else sink_centre + vector,
+            factor,
+            K,
         )
     else:
         store_vectors(
-            value + head * value_stride_head,
-            value_stride_token,
-            basis_v,
-            centre,
-            factor,
+            (value + token.to(tl.int64) * value_stride_token + head * value_stride_head)[:, None],
             page,
-            token,
             slot,
-            used,
-            HEAD,
-            HALF,
-            V_BITS,
-            RAW,
-            V_OFFSET,
-            V_SCALE_OFFSET,
-            V_ROTATED,
-            False,
+            used[:, None],
+            basis_value,
+            None if value_scale is None else value_scale + vector,
+            None,
+            None,
+            factor,
+            V,
         )
+
+
+def write_tuning(head_size: int) -> Tuning:
+    """Launch shape. Without a cap on registers ptxas spills a few for an occupancy that nobody needs."""
+    return Tuning(TOKENS, 4, 1, registers=128) if head_size <= 128 else Tuning(TOKENS, 8, 1)
 
 
 def write(
@@ -189,39 +236,33 @@ def write(
     pool: (blocks, KV heads, N, bytes) uint8, see `PageLayout.planes`. key, value: (tokens, KV heads, D) fp16 or
     bf16, last dimension contiguous. slot_mapping: (tokens or fewer,) block · N + offset; negative: skip.
     """
-    check_dtype(key.dtype)
-    if key.stride(2) != 1 or value.stride(2) != 1:
-        raise ValueError("key and value must be contiguous in their last dimension")
+    page, tuning = page_shape(layout, key.dtype, ptx=False), write_tuning(layout.head_size)
+    bases.check(layout.format)
+    check_contiguous(key=key, value=value)
     tokens = min(slot_mapping.shape[0], key.shape[0])
     if tokens == 0:
         return
-    constants, tuning = vector_constants(layout, key.dtype), write_tuning(layout.head_size)
     write_kernel[(triton.cdiv(tokens, TOKENS), key.shape[1], 2)](
         key,
-        value,
-        pool,
-        slot_mapping,
-        key if bases.k is None else bases.k,
-        value if bases.v is None else bases.v,
-        key if bases.centre is None else bases.centre,
         key.stride(0),
         key.stride(1),
+        value,
         value.stride(0),
         value.stride(1),
+        pool,
         pool.stride(0),
         pool.stride(1),
+        slot_mapping,
+        bases.key,
+        bases.head_stride,
+        bases.value,
+        bases.key_scale,
+        bases.value_scale,
+        bases.centre,
+        bases.sink_centre,
         tokens,
         bases.factor,
+        PAGE=page,
         TOKENS=TOKENS,
-        K_ROTATED=layout.format.k.rotated,
-        V_ROTATED=layout.format.v.rotated,
-        HAS_CENTRE=bases.centre is not None,
-        num_warps=tuning.warps,
-        **({"maxnreg": tuning.registers} if tuning.registers else {}),
-        **constants,
+        **tuning.options,
     )
-
-
-def write_tuning(head_size: int) -> Tuning:
-    """Launch shape. Without a cap on registers ptxas spills a few for an occupancy that nobody needs."""
-    return Tuning(TOKENS, 4, 1, registers=128) if head_size <= 128 else Tuning(TOKENS, 8, 1)

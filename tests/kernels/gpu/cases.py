@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu import decode as decode_module
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE
 
-# Formats that the Triton kernels take.
-GPU_FORMATS = [name for name in FORMATS if name not in ("k4v2", "k4v4-channel")]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -36,14 +37,14 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
-    centred: bool = False
+    calibrated: bool = False
     padding: int = 0
     splits: int = 3
     tuning: Tuning | None = None
     seed: int = 0
 
-    def batch(self) -> tuple[PagedBatch, Tensor | None, Tensor | None]:
-        """The paged batch, the sinks and the key centre. Keys are written again without their centre."""
+    def batch(self) -> tuple[PagedBatch, Tensor | None]:
+        """The paged batch and the sinks. Calibrated: keys have a bias, uneven channels and sink tokens."""
         batch = make_batch(
             self.format,
             head_size=self.head_size,
@@ -57,19 +58,74 @@ class Case:
             seed=self.seed,
         )
         sinks = torch.randn(self.kv_heads * self.group) * 2 if self.sinks else None
-        centre = torch.randn(self.kv_heads, self.head_size) if self.centred else None
-        if centre is not None:
-            constants = LayerConstants(key_centre=centre)
-            for r, length in enumerate(self.lengths):
-                token = torch.arange(length)
-                slots = batch.block_table[r, token // self.block_size].long() * self.block_size
-                slots += token % self.block_size
-                key, value = batch.key[r, :length] + centre.to(self.dtype), batch.value[r, :length]
-                reference.write(batch.pool, batch.layout, key, value, slots, constants)
-        return batch, sinks, centre
+        return (biased(batch) if self.calibrated and batch.layout.format.k.centred else batch), sinks
 
 
-def expected(case: Case, batch: PagedBatch, sinks: Tensor | None, centre: Tensor | None) -> Tensor:
+def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed: int = 3) -> list[Case]:
+    """Cases that together meet every value of every axis, and with 100 of them every length of 1 .. 300."""
+    rng = random.Random(seed)
+    decks: dict[str, list[Any]] = {}
+
+    def draw(name: str, values: Iterable[Any]) -> Any:
+        if not decks.get(name):
+            decks[name] = list(values)
+            rng.shuffle(decks[name])
+        return decks[name].pop()
+
+    cases = []
+    for number in range(count):
+        lengths = tuple(draw("length", range(1, 301)) for _ in range(3))
+        most = draw("queries", range(1, most_queries + 1))
+        cases.append(
+            Case(
+                format=draw("format", FORMATS),
+                dtype=draw("dtype", TOLERANCE),
+                head_size=draw("head size", HEAD_SIZES),
+                block_size=draw("block size", (16, 32, 64, 128)),
+                kv_heads=draw("heads", (1, 2)),
+                group=draw("group", (1, 2, 4, 8, 7)),
+                lengths=lengths,
+                queries=tuple(min(n, rng.choice((1, most, most))) for n in lengths),
+                window=draw("window", (None, None, 1, 33, 100)),
+                soft_cap=draw("cap", (None, None, 5.0)),
+                sinks=draw("sinks", (False, False, True)),
+                calibrated=draw("constants", (False, True)),
+                padding=draw("padding", (0, 48, 1024)),
+                splits=draw("splits", (1, 2, 3, 5)),
+                tuning=draw("tile", (None, *(Tuning(tile, 4, 1) for tile in tiles))),
+                seed=number,
+            )
+        )
+    return cases
+
+
+def biased(batch: PagedBatch) -> PagedBatch:
+    """The batch with other keys in its pages: channels of 2^-3 to 2^3, a bias, every seventh token a sink.
+
+    Queries are the larger where keys are small, so that scores stay as they are. The constants are chosen to fit.
+    """
+    kv_heads, size = batch.key.shape[2:]
+    exponent = torch.randint(-3, 4, (kv_heads, size), dtype=torch.int8)
+    smoothing = torch.exp2(exponent.float())
+    constants = LayerConstants(
+        key_centre=torch.randn(kv_heads, size) * smoothing,
+        key_exponent=exponent,
+        sink_centre=4 * torch.randn(kv_heads, size) * smoothing,
+    )
+    is_sink = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
+    centre = torch.where(is_sink, constants.sink_centre, constants.key_centre)
+    key = (batch.key * smoothing + centre).to(batch.key.dtype)
+    group = batch.query.shape[1] // kv_heads
+    query = (batch.query / smoothing.repeat_interleave(group, 0)).to(batch.query.dtype)
+    for r, length in enumerate(batch.lengths.tolist()):
+        token = torch.arange(length)
+        slots = batch.block_table[r, token // batch.layout.block_size].long() * batch.layout.block_size
+        slots += token % batch.layout.block_size
+        reference.write(batch.pool, batch.layout, key[r, :length], batch.value[r, :length], slots, constants)
+    return replace(batch, key=key, query=query, constants=constants)
+
+
+def expected(case: Case, batch: PagedBatch, sinks: Tensor | None) -> Tensor:
     return reference.paged_attention(
         batch.query,
         batch.pool,
@@ -81,7 +137,7 @@ def expected(case: Case, batch: PagedBatch, sinks: Tensor | None, centre: Tensor
         window=case.window,
         soft_cap=case.soft_cap,
         sinks=sinks,
-        constants=LayerConstants(key_centre=centre),
+        constants=batch.constants,
     )
 
 
@@ -91,9 +147,9 @@ def to_device(pool: Tensor) -> Tensor:
     return raw.as_strided(pool.shape, pool.stride())
 
 
-def run_decode(case: Case, module: object = decode_module) -> tuple[Tensor, Tensor]:
+def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, Tensor]:
     """(what the decode kernel computes, what the reference computes); output and scratch start as NaN."""
-    batch, sinks, centre = case.batch()
+    batch, sinks = case.batch()
     plan = module.plan_decode(
         batch.layout,
         requests=len(case.lengths),
@@ -115,15 +171,15 @@ def run_decode(case: Case, module: object = decode_module) -> tuple[Tensor, Tens
         batch.lengths.int().to(DEVICE),
         output,
         plan,
-        Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, centre),
+        module.Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
         torch.full((plan.scratch_floats(case.head_size),), torch.nan, device=DEVICE),
         scale=batch.scale,
         window=case.window,
         soft_cap=case.soft_cap,
         sinks=None if sinks is None else sinks.to(DEVICE),
     )
-    return output.cpu(), expected(case, batch, sinks, centre)
+    return output.cpu(), expected(case, batch, sinks)
 
 
-def decode_error(case: Case, module: object = decode_module) -> float:
+def decode_error(case: Case, module: ModuleType = decode_module) -> float:
     return relative_error(*run_decode(case, module))

@@ -6,68 +6,30 @@ FRAQTL_SWEEP sets the number of random cases (default 100, which meets every len
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.decode import decode, plan_decode
 from fraqtl_kernels.gpu.splits import choose_splits
 from fraqtl_kernels.pages import PageLayout
-from tests.kernels.gpu.cases import GPU_FORMATS, TOLERANCE, Case, decode_error, run_decode
+from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error, random_cases, run_decode
 
 SWEEP = int(os.environ.get("FRAQTL_SWEEP", "100"))
 
 
-def random_cases(count: int, seed: int = 3) -> list[Case]:
-    """Cases that together meet every value of every axis, and every length of 1 .. 300."""
-    rng = random.Random(seed)
-    decks: dict[str, list[object]] = {}
-
-    def draw(name: str, values: object) -> object:
-        if not decks.get(name):
-            decks[name] = list(values)
-            rng.shuffle(decks[name])
-        return decks[name].pop()
-
-    cases = []
-    for number in range(count):
-        lengths = tuple(draw("length", range(1, 301)) for _ in range(3))
-        most = draw("queries", range(1, 9))
-        group = draw("group", (1, 2, 4, 8, 7))
-        cases.append(
-            Case(
-                format=draw("format", GPU_FORMATS),
-                dtype=draw("dtype", (torch.float16, torch.bfloat16)),
-                head_size=draw("head size", HEAD_SIZES),
-                block_size=draw("block size", (16, 32, 64, 128)),
-                kv_heads=draw("heads", (1, 2)),
-                group=group,
-                lengths=lengths,
-                queries=tuple(min(n, rng.choice((1, most, most))) for n in lengths),
-                window=draw("window", (None, None, 1, 33, 100)),
-                soft_cap=draw("cap", (None, None, 5.0)),
-                sinks=draw("sinks", (False, False, True)),
-                centred=draw("centre", (False, True)),
-                padding=draw("padding", (0, 48, 1024)),
-                splits=draw("splits", (1, 2, 3, 5)),
-                tuning=draw("tile", (None, Tuning(16, 4, 1), Tuning(32, 4, 1))),
-                seed=number,
-            )
-        )
-    return cases
-
-
-@pytest.mark.parametrize("case", random_cases(SWEEP), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}")
+@pytest.mark.parametrize(
+    "case", random_cases(SWEEP, most_queries=8, tiles=(16, 32)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
+)
 def test_sweep(case: Case) -> None:
     assert decode_error(case) <= TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize("name", GPU_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
     assert decode_error(Case(format=name, dtype=dtype)) <= TOLERANCE[dtype]
 
@@ -75,7 +37,7 @@ def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_requests_without_a_query_are_skipped() -> None:
     """Padding of a CUDA graph: no query token, length 0. The others are right, nothing else is written."""
     case = Case(lengths=(33, 1, 70), queries=(2, 1, 3))
-    batch, _, _ = case.batch()
+    batch, _ = case.batch()
     output, expected = run_decode(case)
     assert output.isfinite().all() and output.shape == expected.shape
     padded = replace(case, lengths=(33, 1, 70), queries=(2, 0, 3))
@@ -94,14 +56,14 @@ def test_a_graph_planned_for_more_serves_fewer_and_longer() -> None:
 @pytest.mark.parametrize("name", ["fp16", "k4v4"])
 def test_blocks_that_a_window_has_freed_are_not_read(name: str, splits: int) -> None:
     case = Case(format=name, lengths=(100,), queries=(1,), window=30, splits=splits)
-    batch, _, _ = case.batch()
+    batch, _ = case.batch()
     assert batch.block_table.numel() == 8
     original = Case.batch
 
     def freed(self: Case) -> object:
-        batch, sinks, centre = original(self)
+        batch, sinks = original(self)
         batch.block_table[0, :4] = 0  # the null block, still poisoned with NaN
-        return batch, sinks, centre
+        return batch, sinks
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Case, "batch", freed)
@@ -115,7 +77,7 @@ def test_splits_follow_requests_and_context() -> None:
     assert choose_splits(1, 8, 100, 128, 132) == 1
     layout = PageLayout(FORMATS["k4v4"], 128, 16)
     plan = plan_decode(layout, requests=8, queries=2, query_heads=32, kv_heads=8, longest=4096, multiprocessors=132)
-    assert plan.splits == 8 and plan.rows == 16
+    assert plan.splits == 8 and plan.shape.ROWS == 16
     assert plan.scratch_floats(128) == 8 * 32 * 2 * 8 * 129
 
 

@@ -18,14 +18,16 @@ from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
 
 SOURCES = Path(fraqtl_kernels.gpu.__file__).parent
-CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, tuning=Tuning(16, 4, 1))  # small tiles: several chunks
+CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning=Tuning(16, 4, 1))  # several chunks
 MUTATIONS = {
-    "the scale of V is ignored": ("attention.py", "weights *= v_scale.to(tl.float32)[None, :]", "weights *= 1.0"),
-    "the scale of K is ignored": ("attention.py", "* k_scale.to(tl.float32)[None, :]", "* 1.0"),
+    "the scale of V is ignored": ("attention.py", "weights * v_scales[part].to(tl.float32)[None, :]", "weights * 1.0"),
+    "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
     "the mask is off by one": ("attention.py", "<= position[:, None]", "< position[:, None]"),
     "the mask is off by one the other way": ("attention.py", "<= position[:, None]", "<= position[:, None] + 1"),
     "the nibbles are swapped": ("unpack.py", "return low, high", "return high, low"),
-    "the zero point of V is left in": ("attention.py", "out_low -= V_ZERO * weight_sum[:, None]", "out_low -= 0.0"),
+    "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
+    "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
+    "exponents are ignored": ("bases.py", "matrix(smoothing * signs)", "matrix(signs)"),
     "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
 }
 

@@ -1,20 +1,28 @@
-"""Prefill over packed pages against the reference, in Triton's interpreter."""
+"""Prefill over packed pages against the reference, in Triton's interpreter.
+
+FRAQTL_PREFILL_SWEEP sets the number of random cases (default 30, of chunks of up to 40 tokens).
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
+from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.prefill import prefill
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import GPU_FORMATS, TOLERANCE, Case, expected, to_device
+from tests.kernels.gpu.cases import TOLERANCE, Case, expected, random_cases, to_device
 from tests.kernels.gpu.conftest import DEVICE
+
+SWEEP = int(os.environ.get("FRAQTL_PREFILL_SWEEP", "30"))
 
 
 def prefill_error(case: Case) -> float:
-    batch, sinks, centre = case.batch()
+    batch, sinks = case.batch()
     output = torch.full(batch.query.shape, torch.nan, dtype=case.dtype, device=DEVICE)
     prefill(
         batch.query.to(DEVICE),
@@ -25,17 +33,29 @@ def prefill_error(case: Case) -> float:
         batch.lengths.int().to(DEVICE),
         max(case.queries),
         output,
-        Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, centre),
+        Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
         scale=batch.scale,
         window=case.window,
         soft_cap=case.soft_cap,
         sinks=None if sinks is None else sinks.to(DEVICE),
         tuning=case.tuning,
     )
-    return relative_error(output.cpu(), expected(case, batch, sinks, centre))
+    return relative_error(output.cpu(), expected(case, batch, sinks))
 
 
-@pytest.mark.parametrize("name", GPU_FORMATS)
+@pytest.mark.parametrize(
+    "case", random_cases(SWEEP, most_queries=40, tiles=(32, 64)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
+)
+def test_sweep(case: Case) -> None:
+    assert prefill_error(case) <= TOLERANCE[case.dtype]
+
+
+def test_more_query_heads_than_rows_of_a_program() -> None:
+    """One KV head for 40 query heads: a program still takes a whole query token."""
+    assert prefill_error(Case(kv_heads=1, group=40, lengths=(20,), queries=(3,))) <= 2e-3
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_chunk_behind_a_cached_prefix(name: str, dtype: torch.dtype) -> None:
     case = Case(format=name, dtype=dtype, lengths=(90, 33, 5), queries=(41, 33, 1), padding=48)
     assert prefill_error(case) <= TOLERANCE[dtype]
@@ -65,7 +85,7 @@ def test_window_soft_cap_sinks_and_centre(window: int | None, soft_cap: float | 
         window=window,
         soft_cap=soft_cap,
         sinks=True,
-        centred=True,
+        calibrated=True,
         tuning=Tuning(16, 4, 1),
     )
     assert prefill_error(case) <= TOLERANCE[torch.float16]

@@ -70,6 +70,18 @@ def test_ptx_nibbles(dtype: torch.dtype, centred: bool) -> None:
         assert [x - zeros[1] for x in found[4:]] == [(c >> 4) - 7.5 for c in codes]
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+def test_ptx_pairs(dtype: torch.dtype) -> None:
+    asm = unpack.PAIRS_FP16 if dtype == FP16 else unpack.PAIRS_BF16
+    zeros = unpack.zero_points(VectorFormat(2), dtype, centred=True, ptx=True)
+    for byte in range(256):
+        codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
+        found = run_ptx(asm.value, int.from_bytes(bytes(codes), "little"), 8, dtype)
+        for part, zero in enumerate(zeros):
+            parts = [((c >> (2 * part)) & 3) - 1.5 for c in codes]
+            assert [x - zero for x in found[4 * part : 4 * part + 4]] == parts
+
+
 def test_ptx_bytes() -> None:
     zeros = unpack.zero_points(VectorFormat(8), FP16, centred=True, ptx=True)
     for byte in range(256):
@@ -79,24 +91,33 @@ def test_ptx_bytes() -> None:
 
 
 @triton.jit
-def _unpack_all(codes, low, high, whole, DTYPE: tl.constexpr):  # noqa: N803
+def _unpack_all(codes, low, high, whole, pairs, DTYPE: tl.constexpr):  # noqa: N803
     at = tl.arange(0, 256)
     code = tl.load(codes + at)
     a, b = unpack.unpack_nibbles(code, DTYPE, True, False)
     tl.store(low + at, a)
     tl.store(high + at, b)
     tl.store(whole + at, unpack.unpack_bytes(code, DTYPE, False))
+    parts = unpack.unpack_pairs(code, DTYPE, False)
+    for part in tl.static_range(4):
+        tl.store(pairs + part * 256 + at, parts[part])
 
 
 def test_portable(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
     low, high, whole = (torch.full((256,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(3))
-    _unpack_all[(1,)](codes, low, high, whole, tl.float16 if dtype == FP16 else tl.bfloat16)
-    for bits, unpacked, exact in ((4, low, codes & 15), (4, high, codes >> 4), (8, whole, codes)):
+    pairs = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
+    _unpack_all[(1,)](codes, low, high, whole, pairs, tl.float16 if dtype == FP16 else tl.bfloat16)
+    in_pairs = ((2, pairs[part], (codes >> (2 * part)) & 3) for part in range(4))
+    for bits, unpacked, exact in ((4, low, codes & 15), (4, high, codes >> 4), (8, whole, codes), *in_pairs):
         vector = VectorFormat(bits)
-        zero, _ = unpack.zero_points(vector, dtype, centred=True, ptx=False)
+        zero = unpack.zero_points(vector, dtype, centred=True, ptx=False)[0]
         assert torch.equal(unpacked.double() - zero, exact.double() - vector.midpoint)
 
 
 def test_raw_vectors_have_no_zero_point() -> None:
     assert unpack.zero_points(FORMATS["bf16"].k, BF16, centred=True, ptx=True) == (0, 0)
+
+
+def test_the_zero_of_static_codes_needs_no_correction() -> None:
+    assert unpack.zero_points(FORMATS["k4v4-channel"].v, FP16, centred=True, ptx=True) == (0, 0)

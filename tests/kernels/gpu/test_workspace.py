@@ -6,22 +6,21 @@ import pytest
 import torch
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.workspace import dequantise
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import GPU_FORMATS, Case, to_device
+from tests.kernels.gpu.cases import Case, to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.parametrize("name", GPU_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
-    case = Case(format=name, dtype=dtype, head_size=size, lengths=(5, 90, 64), centred=size == 64, padding=48)
-    batch, _, centre = case.batch()
+    case = Case(format=name, dtype=dtype, head_size=size, lengths=(5, 90, 64), calibrated=size != 80, padding=48)
+    batch, _ = case.batch()
     ranges = ((0, 0), (17, 60), (16, 48))  # (first token, tokens): the first request is skipped
     start = torch.tensor([0, *(n for _, n in ranges)]).cumsum(0)
     key, value = (
@@ -36,14 +35,12 @@ def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
         60,
         key,
         value,
-        Bases.of(batch.layout.format, size, dtype, DEVICE),
-        None if centre is None or not batch.layout.format.k.centred else centre.to(DEVICE),
+        Bases.of(batch.layout.format, size, dtype, DEVICE, batch.constants),
     )
     planes = batch.layout.planes(batch.pool)
-    constants = LayerConstants(key_centre=centre)
     for ours, stored in (
-        (key, reference.stored_keys(planes, batch.layout.format.k, constants)),
-        (value, reference.stored_values(planes, batch.layout.format.v)),
+        (key, reference.stored_keys(planes, batch.layout.format.k, batch.constants)),
+        (value, reference.stored_values(planes, batch.layout.format.v, batch.constants)),
     ):
         for r, (first, count) in enumerate(ranges):
             token = torch.arange(first, first + count)

@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
 from tests.kernels.conftest import make_pool
-from tests.kernels.gpu.cases import GPU_FORMATS, to_device
+from tests.kernels.gpu.cases import to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 EDGE = 1e-3  # a value this close to the edge of two codes (in steps) may go either way
 
 
-def written(layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, centre: Tensor | None = None) -> Tensor:
+def written(
+    layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, constants: LayerConstants = IDENTITY
+) -> Tensor:
     """The pool after the kernel has written to it, on the CPU."""
     pool = to_device(make_pool(layout, 7, key.shape[1], padding=64))
-    bases = Bases.of(layout.format, layout.head_size, key.dtype, DEVICE, centre)
+    bases = Bases.of(layout.format, layout.head_size, key.dtype, DEVICE, constants)
     write(pool, layout, key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE), bases)
     return pool.cpu() if DEVICE != "cpu" else pool
 
 
+def calibration(layout: PageLayout, key: Tensor, value: Tensor) -> LayerConstants:
+    """Constants that fit keys and values (tokens, KV heads, D)."""
+    heads, size = key.shape[1:]
+    if layout.format.needs_calibration:
+        return calibrate(layout.format, key, key, value)
+    exponent = torch.randint(-7, 8, (heads, size), dtype=torch.int8)
+    return LayerConstants(torch.randn(heads, size) * 3, exponent, torch.randn(heads, size) * 3)
+
+
 def check_vectors(x: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> None:
     """x: (n, D) exact, in the stored basis. codes, scale: what the kernel stored for it."""
-    ideal_scale = x.abs().amax(-1) / vector.edge
-    assert (
-        torch.equal(scale.double(), reference.quantise(x, vector)[1].double())
-        or (((scale.double() - ideal_scale).abs() / ideal_scale) < 2**-11 * (1 + EDGE)).all()
-    )
-    steps = x / scale.double()[:, None] + vector.midpoint
-    near_edge = ((steps - steps.floor()) - 0.5).abs() < EDGE
-    exact = steps.round().clamp(0, vector.levels).to(torch.uint8)
+    runs, scale = x.unflatten(-1, (vector.groups, -1)), scale.double().reshape(len(x), vector.groups).abs()
+    ideal_scale = runs.abs().amax(-1) / vector.edge
+    assert (((scale - ideal_scale).abs() / ideal_scale) < 2**-11 * (1 + EDGE)).all()
+    check_codes((runs / scale[..., None]).flatten(-2) + vector.midpoint, codes, 0, vector)
+
+
+def check_codes(steps: Tensor, codes: Tensor, lowest: int, vector: VectorFormat) -> None:
+    """Codes are the steps, rounded and clamped, but for those on the edge of two codes."""
+    near_edge = (((steps - steps.floor()) - 0.5).abs() < EDGE) & (steps > 0) & (steps < vector.levels)
+    exact = steps.round().clamp(lowest, vector.levels).to(torch.uint8)
     assert ((codes == exact) | (near_edge & ((codes.int() - exact.int()).abs() <= 1))).all()
     assert near_edge.double().mean() < 0.01 or vector.bits == 8
 
@@ -48,39 +65,57 @@ def strided(tokens: int, heads: int, size: int, dtype: torch.dtype) -> tuple[Ten
     return tuple(qkv[:, i * heads * size : (i + 1) * heads * size].view(tokens, heads, size) for i in (1, 3))
 
 
-@pytest.mark.parametrize("name", GPU_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", HEAD_SIZES)
-@pytest.mark.parametrize("centred", [False, True])
-def test_codes_and_scales(name: str, size: int, centred: bool, dtype: torch.dtype) -> None:
-    torch.manual_seed(size)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.dtype) -> None:
     layout = PageLayout(FORMATS[name], size, 32)
-    tokens, heads = 41, 3
-    key, value = strided(tokens, heads, size, dtype)
-    centre = torch.randn(heads, size) * 3 if centred else None
-    slots = torch.randperm(7 * 32)[:tokens]
+    key_format, value_format = layout.format.k, layout.format.v
+    key, value = strided(41, 3, size, dtype)
+    constants = calibration(layout, key, value) if calibrated or layout.format.needs_calibration else IDENTITY
+    if key_format.centred and calibrated:
+        key[::3] += constants.sink_centre.to(dtype)
+        key[1::3] += constants.key_centre.to(dtype)
+    slots = torch.randperm(7 * 32)[:41]
     slots[[3, 17, 40]] = -1
-    pool = written(layout, key, value, slots, centre)
-    planes = layout.planes(pool)
+    planes = layout.planes(written(layout, key, value, slots, constants))
     used = slots[slots >= 0]
-    shift = 0 if centre is None or not layout.format.k.centred else centre.double()
-    for x, vector, plane, scales in (
-        (key.double() - shift, layout.format.k, planes.k, planes.k_scale),
-        (value.double(), layout.format.v, planes.v, planes.v_scale),
+
+    def stored(plane: Tensor) -> Tensor:
+        return plane.transpose(1, 2).flatten(0, 1)[used].flatten(0, 1)
+
+    key, value = key[slots >= 0].double(), value[slots >= 0].double()
+    if key_format.centred:
+        near, as_sink = constants.prepare_keys(key), None
+        if constants.sink_centre is not None:
+            as_sink = replace(constants, key_centre=constants.sink_centre).prepare_keys(key)
+            is_sink = stored(planes.k_scale).signbit().unflatten(0, key.shape[:2])
+            sizes = [reference.rotate(x, key_format).abs().amax(-1) for x in (near, as_sink)]
+            assert ((is_sink == (sizes[1] < sizes[0])) | ((sizes[0] / sizes[1]).log2().abs() < 2**-10)).all()
+            assert is_sink.any() and not is_sink.all()
+            near = torch.where(is_sink[..., None], as_sink, near)
+        key = near
+    for x, vector, plane, scales, step in (
+        (key, key_format, planes.k, planes.k_scale, constants.key_scale),
+        (value, value_format, planes.v, planes.v_scale, constants.value_scale),
     ):
-        stored = plane.transpose(1, 2).flatten(0, 1)[used]
-        x = reference.rotate(x[slots >= 0], vector)
-        if scales is None:
-            assert torch.equal(stored, x.to(dtype).to(vector.raw_dtype))
+        x = reference.rotate(x, vector)
+        if vector.is_raw:
+            assert torch.equal(stored(plane), x.flatten(0, 1).to(vector.raw_dtype))
+            continue
+        codes = reference.unpack(stored(plane), vector)
+        if vector.static:
+            check_codes((x / step.double() + vector.midpoint).flatten(0, 1), codes, 1, vector)
         else:
-            scale = scales.transpose(1, 2).flatten(0, 1)[used].flatten()
-            check_vectors(x.flatten(0, 1), reference.unpack(stored, vector).flatten(0, 1), scale, vector)
+            check_vectors(x.flatten(0, 1), codes, stored(scales), vector)
 
 
-@pytest.mark.parametrize("name", GPU_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_only_given_slots_are_written(name: str) -> None:
     layout = PageLayout(FORMATS[name], 80, 16)
     key, value = strided(5, 2, 80, torch.float16)
-    pool = written(layout, key, value, torch.tensor([-1, 16 + 5, -1, 6 * 16 + 15]))  # shorter than the batch
+    constants = calibration(layout, key, value)
+    pool = written(layout, key, value, torch.tensor([-1, 16 + 5, -1, 6 * 16 + 15]), constants)  # shorter than the batch
     before = make_pool(layout, 7, 2, padding=64)
     raw, raw_before = (p.as_strided((7, p.stride(0)), (p.stride(0), 1)) for p in (pool, before))
     assert torch.equal(raw[[0, 2, 3, 4, 5]], raw_before[[0, 2, 3, 4, 5]])
@@ -91,23 +126,27 @@ def test_only_given_slots_are_written(name: str) -> None:
         assert set(map(tuple, rows.tolist())) == {(b, h, o) for b, o in ((1, 5), (6, 15)) for h in (0, 1)}
 
 
-@pytest.mark.parametrize("name", ["k4v4", "k8v8"])
-def test_exact_arithmetic_gives_the_reference_bytes(name: str) -> None:
-    """Values that fp32 rotates without rounding: packed bytes and scales equal the reference's, all of them."""
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_quantised])
+def test_packing_is_bit_exact(name: str) -> None:
+    """Values that fp32 rotates and scales without rounding: every byte of the pool equals the reference's."""
     layout = PageLayout(FORMATS[name], 64, 16)  # 1/sqrt(64) is a power of two
     key, value = (torch.randint(-64, 65, (50, 2, 64)).half() for _ in range(2))
+
+    def integers(largest: int) -> Tensor:
+        return torch.randint(-largest, largest + 1, (2, 64)).float()
+
+    exponent = torch.randint(-3, 4, (2, 64), dtype=torch.int8)
+    constants = LayerConstants(key_centre=integers(8), key_exponent=exponent, sink_centre=integers(99))
+    if layout.format.needs_calibration:
+        steps = torch.exp2(torch.randint(0, 5, (2, 64)).float())
+        constants = LayerConstants(key_scale=steps, value_scale=2 * steps)
     slots = torch.randperm(7 * 16)[:50]
     theirs = make_pool(layout, 7, 2, padding=64)
-    reference.write(theirs, layout, key, value, slots)
-    ours, theirs = layout.planes(written(layout, key, value, slots)), layout.planes(theirs)
-    assert torch.equal(ours.k_scale.view(torch.int16), theirs.k_scale.view(torch.int16))
-    assert torch.equal(ours.v_scale.view(torch.int16), theirs.v_scale.view(torch.int16))
-    for a, b, bits in ((ours.k, theirs.k, 4), (ours.v, theirs.v, 4)):
-        same = (a == b).double().mean()  # fp32 division rounds ties of the float64 reference away: next to none
-        assert same > 0.999, f"{bits}: {same}"
+    reference.write(theirs, layout, key, value, slots, constants)
+    assert torch.equal(written(layout, key, value, slots, constants), theirs)
 
 
-@pytest.mark.parametrize("name", ["k4v4", "k8v8"])
+@pytest.mark.parametrize("name", ["k4v4", "k8v8", "k4v2"])
 def test_zero_tiny_huge_and_broken_vectors(name: str) -> None:
     layout = PageLayout(FORMATS[name], 64, 16)
     x = torch.zeros(6, 1, 64, dtype=torch.bfloat16)
@@ -119,3 +158,20 @@ def test_zero_tiny_huge_and_broken_vectors(name: str) -> None:
         assert values[1].abs().max() < 1e-7
         assert values[2].isfinite().all() and values[2].abs().argmax() == 5
         assert values[3:].isnan().all()
+
+
+def test_static_steps_clip() -> None:
+    layout = PageLayout(FORMATS["k4v4-channel"], 64, 16)
+    x = torch.zeros(5, 1, 64, dtype=torch.bfloat16)
+    x[0, 0, 3], x[1, 0, 3], x[2, 0, 3], x[3, 0, 3] = math.nan, math.inf, -math.inf, 0.5
+    constants = LayerConstants(key_scale=torch.ones(1, 64), value_scale=torch.full((1, 64), 0.25))
+    planes = layout.planes(written(layout, x, x, torch.arange(5), constants))
+    assert reference.stored_keys(planes, layout.format.k, constants)[0, 0, :5, 3].tolist() == [0, 7, -7, 0, 0]
+    assert reference.stored_values(planes, layout.format.v, constants)[0, 0, :5, 3].tolist() == [0, 1.75, -1.75, 0.5, 0]
+
+
+def test_static_formats_need_calibration() -> None:
+    layout = PageLayout(FORMATS["k4v4-channel"], 64, 16)
+    x = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="needs calibration"):
+        written(layout, x, x, torch.arange(1))
