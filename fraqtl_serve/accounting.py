@@ -139,7 +139,8 @@ class Accounting:
         ledger = self._sequences.get(output.request_id)
         if ledger is None:
             return False
-        ledger.accounts[output.request_id] = account
+        # While a sequence runs, an account leaves out what has not changed since the last one.
+        ledger.accounts[output.request_id] = {**ledger.accounts.get(output.request_id, {}), **account}
         return True
 
     def _end(self, key: str, *, finished: bool) -> None:

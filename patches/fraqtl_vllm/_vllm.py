@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheLayout
+    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheLayout
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -44,6 +44,7 @@ _HOME = {
     "CpuPlatform": "vllm.platforms.cpu",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
+    "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "Request": "vllm.v1.request",
@@ -75,6 +76,7 @@ __all__ = [
     "CpuPlatform",
     "EngineCoreOutput",
     "EngineCoreOutputs",
+    "FullAttentionSpec",
     "KVCacheConfig",
     "KVCacheLayout",
     "Request",

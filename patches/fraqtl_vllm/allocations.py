@@ -16,7 +16,7 @@ class Allocations:
     def __init__(self, manager: Any) -> None:
         self._blocks = len(manager.block_pool.blocks)
         self._turn = [0] * self._blocks  # by block: how often it was handed out
-        self._found: dict[str, list[set[int]]] = {}  # by sequence and group: blocks from the prefix cache
+        self._found: dict[str, list[set[int]]] = {}  # by sequence and group: names of blocks from the prefix cache
         manager.allocate_slots = self._watched_allocate(manager.allocate_slots)
         manager.block_pool.get_new_blocks = self._watched_get(manager.block_pool.get_new_blocks)
 
@@ -25,9 +25,12 @@ class Allocations:
         return self._turn[block] * self._blocks + block
 
     def found_in_cache(self, request_id: str, group: int, block: int) -> bool:
-        """Whether the sequence found `block` in the prefix cache when it was last admitted."""
+        """Whether the sequence found `block` in the prefix cache when it was last admitted.
+
+        Not if its window left the block behind and it got the same one anew.
+        """
         found = self._found.get(request_id)
-        return found is not None and block in found[group]
+        return found is not None and self.name(block) in found[group]
 
     def forget(self, request_id: str) -> None:
         self._found.pop(request_id, None)
@@ -37,7 +40,9 @@ class Allocations:
             result = allocate(request, *args, new_computed_blocks=new_computed_blocks, **kwargs)
             # Given, even if empty, only when a sequence is admitted: for the first time, or after a preemption.
             if new_computed_blocks is not None and result is not None:
-                self._found[request.request_id] = [{b.block_id for b in group} for group in new_computed_blocks.blocks]
+                self._found[request.request_id] = [
+                    {self.name(b.block_id) for b in group} for group in new_computed_blocks.blocks
+                ]
             return result
 
         return allocate_slots

@@ -18,6 +18,7 @@ from fraqtl_vllm._vllm import (
     AttentionSpec,
     EngineCoreOutput,
     EngineCoreOutputs,
+    FullAttentionSpec,
     KVCacheConfig,
     Request,
     RequestStatus,
@@ -50,6 +51,10 @@ class _Accounting:
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **options)  # type: ignore[call-arg]
         self._aborted: list[tuple[int, EngineCoreOutput]] = []
         self._allocations = Allocations(self.kv_cache_manager)  # type: ignore[attr-defined]
+        self._told: dict[str, tuple[int, ...]] = {}
+        self._tables_only_grow = all(
+            type(group.kv_cache_spec) is FullAttentionSpec for group in kv_cache_config.kv_cache_groups
+        )
         ranks = vllm_config.parallel_config.world_size
         self._sizes = {
             "engine": vllm_config.parallel_config.data_parallel_index,
@@ -77,9 +82,22 @@ class _Accounting:
             **self._sizes,
         }
 
+    def _news(self, request: Request) -> dict[str, Any]:
+        """The account of a running request, or of it only the tokens if its blocks are those that were last told.
+
+        A table can be as long as the context, and mostly it grows by a block every 16 tokens.
+        """
+        tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
+        state = (request.num_preemptions, *map(len, tables))
+        if self._tables_only_grow and self._told.get(request.request_id) == state:
+            return {"tokens": request.num_tokens - 1}
+        self._told[request.request_id] = state
+        return self.account(request)
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         account = self.account(request)
         self._allocations.forget(request.request_id)
+        self._told.pop(request.request_id, None)
         if request.status is RequestStatus.FINISHED_ABORTED:
             # The step after an abort always runs, to tell the workers of it: there it is sent.
             account["tokens"] = min(account["tokens"], request.num_computed_tokens)
@@ -97,7 +115,7 @@ class _Accounting:
                 if request is not None and request.sampling_params and request.sampling_params.stop:
                     output.kv_transfer_params = {
                         **(output.kv_transfer_params or {}),
-                        ACCOUNT_KEY: self.account(request),
+                        ACCOUNT_KEY: self._news(request),
                     }
         for client_index, last in self._aborted:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(last)

@@ -88,12 +88,14 @@ class Scheduler(_Accounting, StockScheduler):
     connector_says: dict[str, Any] | None
 
 
-def make_scheduler(*, world_size: int = 1) -> Any:
+def make_scheduler(*groups: tuple[Any, int], world_size: int = 1) -> Any:
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=world_size, data_parallel_index=3),
         model_config=SimpleNamespace(dtype=torch.bfloat16),
     )
-    scheduler = Scheduler(vllm_config=config, kv_cache_config=pool((FULL, 1), (WINDOW, 1)), log_stats=True)
+    scheduler = Scheduler(
+        vllm_config=config, kv_cache_config=pool(*(groups or ((FULL, 1), (WINDOW, 1)))), log_stats=True
+    )
     assert scheduler.log_stats
     return scheduler
 
@@ -105,6 +107,7 @@ def admit(scheduler: Any, key: str, *tables: list[int], tokens: int = 40, stop: 
         request_id=key,
         num_tokens=tokens,
         num_computed_tokens=tokens,
+        num_preemptions=0,
         sampling_params=SimpleNamespace(stop=stop),
         status=RequestStatus.FINISHED_STOPPED,
         client_index=0,
@@ -165,6 +168,16 @@ def test_a_block_that_was_handed_out_again_has_another_number() -> None:
             pool.get_new_blocks(1)
         names.append(scheduler.account(admit(scheduler, key, [5], []))["blocks"])
     assert names == [[[105], []], [[205], []], [[205], []]]
+
+
+def test_a_shared_block_that_is_handed_out_again_is_not_shared() -> None:
+    scheduler = make_scheduler()
+    request = admit(scheduler, "a", [5], [7])
+    scheduler.kv_cache_manager.allocate_slots(request, 20, new_computed_blocks=computed([5], [7]))
+    assert scheduler.account(request)["shared"] == [[5], [7]]
+    # The window left block 7 behind, and the sequence got it again for its next tokens.
+    scheduler._allocations._watched_get(lambda count: [SimpleNamespace(block_id=7)])(1)
+    assert scheduler.account(request)["shared"] == [[5], []]
 
 
 def test_vllm_has_what_is_watched() -> None:
@@ -232,6 +245,39 @@ def test_requests_with_a_stop_string_tell_after_every_step() -> None:
     assert stops.kv_transfer_params["fraqtl"]["blocks"] == [[5], [7]]
     assert stops.kv_transfer_params["remote_host"] == "10.0.0.1"
     assert (runs.kv_transfer_params, gone.kv_transfer_params) == (None, None)
+
+
+def say(scheduler: Any, key: str) -> dict[str, Any]:
+    """What a step tells of a running request."""
+    output = SimpleNamespace(request_id=key, kv_transfer_params=None)
+    scheduler.update_from_output(None, {0: SimpleNamespace(outputs=[output])})
+    said: dict[str, Any] = output.kv_transfer_params["fraqtl"]
+    return said
+
+
+def test_blocks_are_told_again_only_when_they_changed() -> None:
+    scheduler = make_scheduler((FULL, 1))
+    request = admit(scheduler, "a", [5], tokens=14, stop=["\n"])
+    assert say(scheduler, "a")["blocks"] == [[5]]
+    for request.num_tokens in (15, 16):
+        assert say(scheduler, "a") == {"tokens": request.num_tokens - 1}
+    scheduler.tables["a"][0].append(SimpleNamespace(block_id=7, is_null=False))
+    assert say(scheduler, "a")["blocks"] == [[5, 7]]
+    assert set(say(scheduler, "a")) == {"tokens"}
+    request.num_preemptions = 1  # as many blocks, but others
+    scheduler.tables["a"] = [[SimpleNamespace(block_id=b, is_null=False) for b in (9, 8)]]
+    assert say(scheduler, "a")["blocks"] == [[9, 8]]
+    kv_params, _ = scheduler._free_request(request)
+    assert kv_params["fraqtl"]["blocks"] == [[9, 8]]
+    assert scheduler._told == {}
+
+
+def test_blocks_that_a_window_leaves_behind_are_told_of_at_once() -> None:
+    scheduler = make_scheduler((FULL, 1), (WINDOW, 1))
+    admit(scheduler, "a", [5, 6], [7, 8], stop=["\n"])
+    assert say(scheduler, "a")["blocks"] == [[5, 6], [7, 8]]
+    scheduler.tables["a"][1][0] = SimpleNamespace(block_id=0, is_null=True)
+    assert say(scheduler, "a")["blocks"] == [[5, 6], [8]]
 
 
 def test_pooling_requests_have_no_sampling_parameters() -> None:

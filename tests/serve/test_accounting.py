@@ -81,6 +81,14 @@ def test_last_account_of_a_sequence_counts(accounting: Accounting, engine: FakeE
     assert ledger.accounts == {key: account([1, 2], tokens=17)}
 
 
+def test_what_has_not_changed_is_not_said_again(accounting: Accounting, engine: FakeEngine) -> None:
+    ledger = start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.say(key, {ACCOUNT_KEY: account([1], tokens=15)})
+    engine.say(key, {ACCOUNT_KEY: {"tokens": 16}})
+    assert ledger.accounts == {key: account([1], tokens=16)}
+
+
 def test_sequences_of_one_request_share_its_ledger(accounting: Accounting, engine: FakeEngine) -> None:
     ledger = start(accounting, engine, params=TWO)
     first, second = engine.admit("r", n=2)
