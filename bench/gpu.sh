@@ -85,7 +85,7 @@ print(\"FlashAttention 3:\", flash.FA3_AVAILABLE)'; git rev-parse HEAD 2>/dev/nu
     memcheck) sanitize memcheck 150 memcheck ;;
     racecheck) sanitize racecheck 150 racecheck ;;
     grid)
-        bench grid 300 kernels --device cuda --arms fa3-bf16 flashinfer-bf16 bf16 k8v8 k8v4 k4v4 --out "$out/grid.json"
+        bench grid 300 kernels --device cuda --arms fa3-bf16 flashinfer-bf16 bf16 k8v8 k8v4 k4v4 k4v2 k4v4-channel --out "$out/grid.json"
         ;;
     rivals) # in a process of their own: whatever they do to the device ends with it
         bench rivals 180 kernels --device cuda --out "$out/rivals.json" \

@@ -152,7 +152,7 @@ class Impl(FraqtlImpl[Metadata]):
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
         self.scratch = self._allocate_scratch(config)
         check_format(self.kv_format)
-        self.use_constants(self.constants)
+        self.use_constants(self._before_calibration())
         # A layer that reads another one's cache is given no keys that are in it.
         self.packed = (
             read_config(config.additional_config).prefill_keys == "packed"
@@ -169,6 +169,14 @@ class Impl(FraqtlImpl[Metadata]):
             self.workspace = cuda_prefill.Workspace.shared(
                 tokens, self.num_kv_heads, self.head_size, self.dtype, self.device
             )
+
+    def _before_calibration(self) -> LayerConstants:
+        """What vLLM's trial captures run with, before it calibrates. Formats with static scales have none of their own;
+        `support.check_supported` makes sure that they will be calibrated before the first request."""
+        if not self.kv_format.needs_calibration:
+            return self.constants
+        ones = torch.ones(self.num_kv_heads, self.head_size, dtype=torch.float32)
+        return LayerConstants(key_scale=ones, value_scale=ones)
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""

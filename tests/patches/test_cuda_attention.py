@@ -324,6 +324,29 @@ def test_float32_models_are_refused_where_layers_are_built(monkeypatch: pytest.M
         cuda_attention.Impl(HEADS, SIZE, 0.125, KV_HEADS)
 
 
+def test_static_formats_can_run_before_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM captures graphs on trial, to see how much memory they take, before it calibrates."""
+    layer = make_layer(monkeypatch, settings={"kv_format": "k4v4-channel"})
+    batch = make_batch("k4v4-channel", kv_heads=KV_HEADS, group=2, lengths=(40,), queries=(1,), dtype=torch.bfloat16)
+    output = torch.full_like(batch.query, torch.nan)
+    layer.forward(None, batch.query, None, None, batch.pool, make_builder().build(0, common(batch)), output)
+    assert output.isfinite().all()
+    assert batch.constants.key_scale is not None
+    layer.use_constants(batch.constants)
+    layer.forward(None, batch.query, None, None, batch.pool, make_builder().build(0, common(batch)), output)
+    wanted = reference.paged_attention(
+        batch.query,
+        batch.pool,
+        batch.layout,
+        batch.block_table,
+        batch.query_start,
+        batch.lengths,
+        scale=layer.scale,
+        constants=batch.constants,
+    )
+    assert relative_error(output, wanted) < 1e-2
+
+
 def test_formats_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         FORMATS, "k2v2", KVFormat("k2v2", VectorFormat(2), VectorFormat(2), "keys that no kernel reads")
