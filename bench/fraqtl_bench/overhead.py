@@ -27,25 +27,23 @@ from fraqtl_kernels.errors import FraqtlError
 
 VLLM = ("vllm.entrypoints.cli.main",)
 MEMORY = str(256 << 20)
-MODEL = "overhead"
 MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")  # as `vllm bench serve` names them
 
 
 def start_ours(model: list[str], kv_format: str) -> Server:
-    flags = ["--kv-format", kv_format, "--served-model-name", MODEL, "--kv-cache-memory-bytes", MEMORY]
-    return start(*model, *flags)
+    return start(*model, "--kv-format", kv_format, "--kv-cache-memory-bytes", MEMORY)
 
 
-def start_without_reports(model: str, kv_format: str) -> Server:
+def start_without_reports(path: str, name: str, kv_format: str) -> Server:
     config = json.dumps({"fraqtl": {"kv_format": kv_format}})
-    flags = ["--additional-config", config, "--served-model-name", MODEL, "--kv-cache-memory-bytes", MEMORY]
+    flags = ["--additional-config", config, "--served-model-name", name, "--kv-cache-memory-bytes", MEMORY]
     backend = ["--attention-backend", "FRAQTL", "--enforce-eager"]
-    return start(model, *backend, *flags, module=(*VLLM, "serve"))
+    return start(path, *backend, *flags, module=(*VLLM, "serve"))
 
 
-def check_arms(ours: Server, without: Server) -> None:
+def check_arms(ours: Server, without: Server, model: str) -> None:
     """Raises FraqtlError unless one server reports and the other doesn't, with the same answer from both."""
-    body = {"model": MODEL, "prompt": "The farmer", "max_tokens": 8, "temperature": 0}
+    body = {"model": model, "prompt": "The farmer", "max_tokens": 8, "temperature": 0}
     answers = [httpx.post(f"{s.url}/v1/completions", json=body, timeout=120).json() for s in (ours, without)]
     reports = ["fraqtl" in answer for answer in answers]
     if reports != [True, False] or httpx.get(f"{without.url}/plugins/fraqtl/capacity").status_code != 404:
@@ -54,11 +52,19 @@ def check_arms(ours: Server, without: Server) -> None:
         raise FraqtlError(f"the two servers don't give the same answer: {answers}")
 
 
-def load(server: Server, tokenizer: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """One run of `vllm bench serve`."""
+def load(server: Server, model: dict[str, Any], args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """One run of `vllm bench serve`. model: the server's own entry in its list of models."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url]
-        command += ["--model", MODEL, "--tokenizer", tokenizer, "--endpoint", "/v1/completions", "--disable-tqdm"]
+        command += [
+            "--model",
+            model["id"],
+            "--tokenizer",
+            model["root"],
+            "--endpoint",
+            "/v1/completions",
+            "--disable-tqdm",
+        ]
         command += ["--dataset-name", "random", "--ignore-eos", "--seed", str(seed)]
         command += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
         command += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency)]
@@ -93,17 +99,17 @@ def run(args: argparse.Namespace) -> None:
         ours = start_ours(args.model, args.kv_format)
         servers.callback(stop, ours)
         wait_until_ready(ours)
-        path = httpx.get(f"{ours.url}/v1/models").json()["data"][0]["root"]
-        without = start_without_reports(path, args.kv_format)
+        model = httpx.get(f"{ours.url}/v1/models").json()["data"][0]
+        without = start_without_reports(model["root"], model["id"], args.kv_format)
         servers.callback(stop, without)
         wait_until_ready(without)
-        check_arms(ours, without)
+        check_arms(ours, without, model["id"])
         arms = {"with": ours, "without": without}
         for name in arms:
-            load(arms[name], path, args, seed=1000)  # not counted: first touches of code and memory
+            load(arms[name], model, args, seed=1000)  # not counted: first touches of code and memory
         for turn in range(args.pairs):
             order = ("with", "without") if turn % 2 == 0 else ("without", "with")
-            pairs.append({name: load(arms[name], path, args, seed=turn) for name in order})
+            pairs.append({name: load(arms[name], model, args, seed=turn) for name in order})
             print(f"pair {turn + 1} of {args.pairs}: {pairs[-1]}", flush=True)
     found = ratios(pairs)
     show(pairs, found)
@@ -113,12 +119,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(pairs: list[dict[str, dict[str, float]]], found: dict[str, Any]) -> None:
-    table = Table(title=f"With reports against without, {len(pairs)} pairs of runs")
-    for column in ("measure", "without (median)", "ratio (median)", "quartiles", "extremes"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
+    table = Table(title=f"With reports over without: medians of {len(pairs)} pairs of runs")
+    for column in ("measure", "without", "ratio", "quartiles", "extremes"):
+        table.add_column(column, justify="left" if column == "measure" else "right", no_wrap=True)
     for name, one in found.items():
         plain = statistics.median(pair["without"][name] for pair in pairs)
-        spread = (" .. ".join(f"{value:.3f}" for value in one[key]) for key in ("quartiles", "extremes"))
+        spread = ("-".join(f"{value:.3f}" for value in one[key]) for key in ("quartiles", "extremes"))
         table.add_row(name, f"{plain:,.1f}", f"{one['median']:.3f}", *spread)
     Console().print(table)
 

@@ -15,6 +15,7 @@ import pytest
 from fraqtl_bench import overhead
 from fraqtl_kernels.errors import FraqtlError
 
+MODEL = {"id": "m", "root": "/models/m"}
 ARGUMENTS = argparse.Namespace(input=8, output=4, requests=5, concurrency=2)
 
 
@@ -58,10 +59,10 @@ def test_arms_are_checked(
     monkeypatch.setattr(httpx, "get", lambda url: httpx.Response(status))
     arms: list[Any] = [SimpleNamespace(url=url) for url in answers]
     if said is None:
-        overhead.check_arms(*arms)
+        overhead.check_arms(*arms, model="m")
     else:
         with pytest.raises(FraqtlError, match=said):
-            overhead.check_arms(*arms)
+            overhead.check_arms(*arms, model="m")
 
 
 def test_runs_that_fail_or_lose_requests_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +76,14 @@ def test_runs_that_fail_or_lose_requests_count_for_nothing(monkeypatch: pytest.M
 
     monkeypatch.setattr(subprocess, "run", bench_serve)
     server: Any = SimpleNamespace(url="http://ours")
-    assert overhead.load(server, "t", ARGUMENTS, 0) == {
+    assert overhead.load(server, MODEL, ARGUMENTS, 0) == {
         "output_throughput": 7,
         "median_ttft_ms": 8,
         "median_tpot_ms": 9,
     }
     completed = 4
     with pytest.raises(FraqtlError, match="only 4 of 5 requests"):
-        overhead.load(server, "t", ARGUMENTS, 0)
+        overhead.load(server, MODEL, ARGUMENTS, 0)
     returncode = 1
     with pytest.raises(FraqtlError, match=r"serve failed: .*boom"):
-        overhead.load(server, "t", ARGUMENTS, 0)
+        overhead.load(server, MODEL, ARGUMENTS, 0)
