@@ -48,6 +48,7 @@ def test_stream_helper(client: Anthropic) -> None:
     with client.messages.stream(model=MODEL, messages=messages(), max_tokens=30, extra_body=GREEDY) as stream:
         assert "".join(stream.text_stream) == ANSWER
         message = stream.get_final_message()
+    assert not message.model_extra  # as the guide's table says: the helper drops the report
     assert message.stop_reason == "end_turn"
     assert message.usage.output_tokens > 5
 

@@ -49,6 +49,7 @@ def test_streaming(demo_server: Server, with_usage: bool) -> None:
     assert answer.content == ANSWER
     assert answer.response_metadata["finish_reason"] == "stop"
     assert (answer.usage_metadata is not None) == with_usage
+    assert "kv_cache" not in f"{answer.usage_metadata} {answer.response_metadata}"  # as the guide's table says
 
 
 def test_batch(demo_server: Server) -> None:

@@ -150,10 +150,16 @@ def test_every_event_is_a_plain_chunk(demo_server: Server) -> None:
     assert all("kv_transfer_params" not in chunk or chunk["kv_transfer_params"] is None for chunk in chunks)
 
 
-def test_the_stream_helper(client: OpenAI) -> None:
-    with client.chat.completions.stream(model=MODEL, messages=messages(), temperature=0) as stream:
-        events = list(stream)
-        assert stream.get_final_completion().choices[0].message.content == ANSWER
+@pytest.mark.parametrize("stream", STREAMS)
+def test_the_stream_helper(client: OpenAI, stream: dict[str, Any]) -> None:
+    options = {key: value for key, value in stream.items() if key != "stream"}
+    with client.chat.completions.stream(model=MODEL, messages=messages(), temperature=0, **options) as helper:
+        events = list(helper)
+        final = helper.get_final_completion()
+    assert final.choices[0].message.content == ANSWER
+    if options:
+        assert final.usage is not None and final.usage.model_extra is not None
+        assert final.usage.model_extra["kv_cache"]["bytes"] > 0
     reported = [event for event in events if event.type == "chunk" and "fraqtl" in (event.chunk.model_extra or {})]
     assert len(reported) == 1
 
@@ -190,6 +196,14 @@ def test_several_prompts_in_one_call(client: OpenAI, stream: dict[str, Any]) -> 
         report, indices = answer.fraqtl, {choice.index for choice in answer.choices}
     assert indices == {0, 1}
     check(report, tokens=(17 + 2) + (5 + 2), blocks=2 + 1)
+
+
+def test_beams_count_as_they_were_in_the_end(client: OpenAI) -> None:
+    options: dict[str, Any] = {"n": 2, "max_tokens": 5, "extra_body": {"use_beam_search": True, **GO_ON}}
+    answer = complete(client, list(range(800, 840)), **options)
+    check(answer.fraqtl, tokens=2 * (40 + 5 - 1), blocks=2 + 2)
+    chunks = list(ask(client, n=3, max_tokens=6, stream=True, extra_body={"use_beam_search": True}))
+    the_report(chunks)
 
 
 def test_token_ids_and_their_text_are_the_same_prompt(client: OpenAI, demo_server: Server) -> None:
@@ -313,6 +327,14 @@ def test_responses_stream(client: OpenAI) -> None:
     assert events[-1].type == "response.completed"
     check_response(events[-1].response)
     assert [i for i, event in enumerate(events) if '"fraqtl":' in event.model_dump_json()] == [len(events) - 1]
+
+
+def test_responses_stream_helper(client: OpenAI) -> None:
+    with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=30) as stream:
+        assert [event.type for event in stream][-1] == "response.completed"
+        final = stream.get_final_response()
+    assert final.output_text == ANSWER
+    check_response(final)
 
 
 def test_batch_of_conversations(demo_server: Server) -> None:
