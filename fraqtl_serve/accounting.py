@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import Any
 
-from fraqtl_serve._vllm import FinishReason
+from fraqtl_serve._vllm import FinishReason, VLLMValidationError
 from fraqtl_serve.report import KVReport, Ledger
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
 
@@ -87,8 +87,11 @@ class Accounting:
         async def watched_send(request: Any) -> None:
             try:
                 await send(request)
-            except BaseException:  # cancelled, or the engine is dead: it will say nothing of this sequence
+            except BaseException as error:  # it will say nothing of this sequence
                 self._forget(request.request_id)
+                processor.abort_requests([request.request_id], internal=True)  # which vLLM forgets where n is 1
+                if isinstance(error, OverflowError):  # an integer beyond what the message may hold
+                    raise VLLMValidationError(f"a field's value can't be used: {error}") from error
                 raise
 
         def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:

@@ -48,6 +48,9 @@ class FakeProcessor:
     ) -> None:
         self.request_states[request.request_id] = SimpleNamespace(request=request, parent_req=parent_req)
 
+    def abort_requests(self, request_ids: list[str], internal: bool) -> list[str]:
+        return [key for key in request_ids if self.request_states.pop(key, None)]
+
     def process_outputs(self, engine_core_outputs: list[Any], timestamp: float | None = None) -> str:
         self.seen += engine_core_outputs
         for output in engine_core_outputs:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from fraqtl_serve.accounting import Accounting
@@ -217,6 +218,16 @@ def test_request_of_which_nothing_was_sent_leaves_nothing_behind(
         asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id=key)))
     accounting.close(ledger)
     assert (settled, accounting._open, accounting._sequences) == ([], {}, {})
+    assert engine.output_processor.request_states == {}
+
+
+def test_number_that_no_message_holds_is_the_clients_mistake(accounting: Accounting, engine: FakeEngine) -> None:
+    start(accounting, engine)
+    (key,) = engine.admit("r")
+    engine.engine_core.broken = OverflowError("can't serialize ints >= 2**64")
+    with pytest.raises(VLLMValidationError, match="can't be used"):
+        asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id=key)))
+    assert accounting._sequences == {}
 
 
 def test_sequence_that_the_engine_could_not_run_ends(
