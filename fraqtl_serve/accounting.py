@@ -101,8 +101,9 @@ class Accounting:
             result = process_outputs(engine_core_outputs, *args, **kwargs)
             for output in said:
                 # vLLM forgets a sequence when it is finished here, or before, when it was aborted.
-                finished = output.request_id in alive and output.request_id not in states
-                if finished or _is_last(output):
+                ended = output.request_id in alive and output.request_id not in states
+                finished = ended and not _has_failed(output)
+                if ended or _is_last(output):
                     self._end(output.request_id, finished=finished)
             return result
 

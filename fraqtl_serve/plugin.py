@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import openapi, tracing
+from fraqtl_serve import grammars, openapi, tracing
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
 from fraqtl_serve.capacity import make_pool
@@ -61,6 +61,7 @@ class FraqtlEndpoints:
 
         accounting = Accounting(kv_format, keep)
         accounting.watch(engine_client)
+        grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
         ranks = await engine_client.collective_rpc(METHOD)
         model = engine_client.vllm_config.model_config

@@ -240,6 +240,7 @@ def test_sequence_that_the_engine_could_not_run_ends(
     accounting.close(ledger)
     assert (settled, accounting._sequences) == ([ledger], {})
     assert ledger.report() is None
+    assert ledger.finished == set()
 
 
 def test_beams_count_as_they_are_in_their_last_round(accounting: Accounting, engine: FakeEngine) -> None:
