@@ -12,7 +12,9 @@ import pytest
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import lab, page, through_server
+from fraqtl_bench.quality.cache import fit
 from fraqtl_bench.quality.command import NOTES
+from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Report
 from fraqtl_bench.quality.score import score
 from fraqtl_bench.quantiser.capture import demo_model
@@ -212,6 +214,25 @@ def test_through_an_exact_server_the_numbers_are_those_of_the_simulation(tmp_pat
     assert found.kv_format == "fp16" and found.tokens == 63
     assert abs(found.relative_difference) < 1e-4
     assert found.needle_accuracy == found.simulated_needle_accuracy == 1.0
+
+
+def test_simulations_take_the_constants_of_the_server(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    own = small_lab(tmp_path)
+    fitted = fit(parse("k4v4"), own.samples)
+    doubled = {
+        f"layer {i}/{name}": 2 * tensor
+        for i, layer in enumerate(fitted.layers)
+        for name, tensor in layer.key.constants.items()
+    }
+    path = tmp_path / "c.safetensors"
+    names = json.dumps([f"layer {i}" for i in range(4)])
+    safetensors.torch.save_file(doubled, path, {"layers": names})
+    for layer, expected in zip(through_server.simulation(own, "k4v4", path).layers, fitted.layers, strict=True):
+        assert set(layer.key.constants) == set(expected.key.constants) and layer.value.constants == {}
+        assert all((layer.key.constants[k] == 2 * v).all() for k, v in expected.key.constants.items())
+    assert through_server.simulation(own, "bf16", path).layers[0].key.constants == {}
 
 
 def test_servers_that_can_not_be_measured(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from fraqtl_bench.quality.cache import fit_layer
 from fraqtl_bench.quality.codecs import Coordinates, LayerSample, deserialise, serialise
 from fraqtl_bench.quality.grids import Float16, Symmetric, pack_bits, packed_bits, unpack_bits
 from fraqtl_bench.quality.methods import Method, parse, rank_at, standard_names
+from fraqtl_bench.quality.server_codec import read_constants
 from fraqtl_kernels import reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.errors import ConfigError
@@ -199,3 +203,22 @@ def test_names_that_mean_nothing_are_refused() -> None:
         parse("rank65").check(64)
     with pytest.raises(ConfigError, match="no pages for head size 48"):
         parse("k4v4").check(48)
+
+
+def test_constants_of_a_server_are_read_from_its_file(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    key, value, query = (x.transpose(0, 1) for x in (vectors(64, seed=1), vectors(64, seed=2), vectors(64, seed=3)))
+    made = calibrate(FORMATS["k4v4"], key, query, value)
+    names = ["model.layers.0.attn", "model.layers.1.attn"]
+    tensors = {f"{n}/{f}": getattr(made, f).clone() for n in names for f in ("key_centre", "key_exponent")}
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file(tensors, path, {"layers": json.dumps(names)})
+    found = read_constants(path, 2)
+    assert len(found) == 2 and found[0]["value"] == {} and set(found[1]["key"]) == {"key_centre", "key_exponent"}
+    assert torch.equal(found[1]["key"]["key_centre"], made.key_centre)
+    with pytest.raises(ConfigError, match="is for 2 layers, the model has 4"):
+        read_constants(path, 4)
+    path.write_bytes(b"no")
+    with pytest.raises(ConfigError, match="is no calibration file"):
+        read_constants(path, 2)

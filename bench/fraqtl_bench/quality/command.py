@@ -101,7 +101,9 @@ def _measure(
         )
         budget.write_profile(path, budget.profile(subject.name, subject.head_size, report.allocation))
     with httpx.Client() as client:
-        report.through_server = [through_server.measure(lab, url, client) for url in args.through_server or ()]
+        report.through_server = [
+            through_server.measure(lab, url, client, args.server_calibration) for url in args.through_server or ()
+        ]
     return report
 
 

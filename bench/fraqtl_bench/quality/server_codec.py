@@ -1,11 +1,14 @@
 """The server's formats as codecs: every step is a call of `fraqtl_kernels`, so this measures what it serves.
 
-The constants are made by the server's own calibration, from the lab's calibration text.
+The constants are made by the server's own calibration, from the lab's calibration text, or read from the file in
+which a server keeps those that it made from its built-in prompt.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from fraqtl_bench.quality.grids import Kept
 from fraqtl_kernels import reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import Planes
 
@@ -60,3 +64,31 @@ class ServerStream(Codec):
     def constant_bits(self, size: int, constants: Kept) -> int:
         bits = {"key_exponent": 8}
         return sum(bits.get(name, 32) * size for name in constants)
+
+
+def read_constants(path: Path, layers: int) -> list[dict[str, Kept]]:
+    """Per layer and stream ("key", "value") the constants in a server's calibration file.
+
+    Raises ConfigError if the file isn't one, or is for another number of layers.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {})["layers"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except Exception as error:  # safetensors has errors of its own
+        raise ConfigError(
+            f"{str(path)!r} is no calibration file: name one that a server's log says it keeps"
+        ) from error
+    if len(names) != layers:
+        raise ConfigError(
+            f"{str(path)!r} is for {len(names)} layers, the model has {layers}: name the file of its server"
+        )
+    return [
+        {
+            stream: {field: tensors[f"{name}/{field}"] for field in wanted if f"{name}/{field}" in tensors}
+            for stream, wanted in _OF_STREAM.items()
+        }
+        for name in names
+    ]

@@ -8,16 +8,18 @@ is prefilled in one chunk may attend its own raw keys and then measures nothing:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from fraqtl_bench.quality import texts
-from fraqtl_bench.quality.cache import fit
+from fraqtl_bench.quality.cache import Fitted, FittedLayer, FittedStream, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Through
 from fraqtl_bench.quality.score import Score, perplexity
+from fraqtl_bench.quality.server_codec import read_constants
 from fraqtl_bench.quality.tasks import Item
 from fraqtl_kernels.errors import ConfigError
 
@@ -69,21 +71,41 @@ class Endpoint:
         return bool(said.strip() == tokenizer.decode(list(answer)).strip())
 
 
-def measure(lab: Lab, url: str, client: httpx.Client) -> Through:
+def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
+    """A server's format with the constants in its calibration file, or with those of the lab's calibration text."""
+    fitted = fit(parse(name, lab.settings.seed), lab.samples)
+    if calibration is None or not any(s.constants for layer in fitted.layers for s in (layer.key, layer.value)):
+        return fitted
+    constants = read_constants(calibration, lab.subject.layers)
+    device = lab.subject.model.device
+    layers = [
+        FittedLayer(
+            *(
+                FittedStream(part.codec, {k: v.to(device) for k, v in own[stream].items()})
+                for stream, part in (("key", layer.key), ("value", layer.value))
+            )
+        )
+        for layer, own in zip(fitted.layers, constants, strict=True)
+    ]
+    return Fitted(fitted.method, tuple(layers))
+
+
+def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None = None) -> Through:
     """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
     endpoint = Endpoint(url, client)
     name = endpoint.kv_format()
-    fitted = fit(parse(name, lab.settings.seed), lab.samples)
+    fitted = simulation(lab, name, calibration)
+    key = f"simulated with {calibration}, " if calibration else ""
     windows: list[texts.Window] = list(lab.windows())
     there, here = [], []
     for window in windows:
         there.append(endpoint.score(window.ids, window.first))
-        here.append(lab.scored(f"window {window.index}", window.ids, window.first, fitted))
+        here.append(lab.scored(f"{key}window {window.index}", window.ids, window.first, fitted))
         lab.ticker.tick("server", f"{name}, window {window.index}")
     found, simulated = perplexity(there), perplexity(here)
     needles = lab.needle_items() if "needle" in lab.settings.measures else []
     said = [endpoint.says(item, lab.subject.tokenizer) for item in needles]
-    expected = [lab.scored(f"needle {item.name}", item.ids, item.first, fitted).right for item in needles]
+    expected = [lab.scored(f"{key}needle {item.name}", item.ids, item.first, fitted).right for item in needles]
     return Through(
         kv_format=name,
         perplexity=found,
