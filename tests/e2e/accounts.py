@@ -39,6 +39,7 @@ class Setup:
 
     arguments: tuple[str, ...]
     block_bytes: int  # of the group of layers that needs most, over all ranks: for the size of the pool only
+    baseline: tuple[int, ...]  # bytes of a block in the model's own dtype, by group of layers, over all ranks
     blocks: int
     longest: int = 3000
     ranks: int = 1
@@ -54,18 +55,22 @@ class Setup:
         ]
 
 
-DEMO_BLOCK = 4 * 2 * 16 * 68
-TINY_POOL = Setup((), DEMO_BLOCK, blocks=240)  # one of the longest sequences
+# Worked out by hand: layers, KV heads, tokens, bytes of a key and a value.
+DEMO_BLOCK, DEMO_BASELINE = 4 * 2 * 16 * 68, (4 * 2 * 16 * 2 * 64 * 2,)
+GEMMA_BLOCK, GEMMA_BASELINE = 2 * 16 * 260, (2 * 16 * 2 * 256 * 2,) * 2
+TINY_POOL = Setup((), DEMO_BLOCK, DEMO_BASELINE, blocks=240)  # one of the longest sequences
 
 
 def two_ranks(longest: int = 3000) -> Setup:
-    return Setup(("--tensor-parallel-size", "2"), DEMO_BLOCK, blocks=longest // 6, longest=longest, ranks=2)
+    return Setup(
+        ("--tensor-parallel-size", "2"), DEMO_BLOCK, DEMO_BASELINE, blocks=longest // 6, longest=longest, ranks=2
+    )
 
 
 def sliding_windows(folder: Path, *arguments: str, longest: int = 3000, ranks: int = 1) -> Setup:
-    """One layer sees everything, one 32 tokens: two groups, each with blocks of 2 heads of 260 bytes a token."""
+    """One layer sees everything, one 32 tokens: two groups of one layer."""
     model = str(random_gemma2(folder))
-    return Setup((model, *arguments), 2 * 16 * 260, blocks=longest // 4, longest=longest, ranks=ranks)
+    return Setup((model, *arguments), GEMMA_BLOCK, GEMMA_BASELINE, blocks=longest // 4, longest=longest, ranks=ranks)
 
 
 @dataclass
@@ -89,11 +94,16 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24) -> Co
         lines = [json.loads(line) for line in notes.read_text().splitlines()]
     assert len(ranks) == setup.ranks, ranks
     block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
-    return Comparison(requests, count(jobs, outcomes, lines), find_mismatches(jobs, outcomes, lines, block_bytes))
+    wrong = find_mismatches(jobs, outcomes, lines, block_bytes, setup.baseline)
+    return Comparison(requests, count(jobs, outcomes, lines), wrong)
 
 
 def find_mismatches(
-    jobs: list[Job], outcomes: dict[str, Outcome], lines: list[Line], block_bytes: list[int]
+    jobs: list[Job],
+    outcomes: dict[str, Outcome],
+    lines: list[Line],
+    block_bytes: list[int],
+    baseline: tuple[int, ...],
 ) -> list[str]:
     by_job: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -105,15 +115,19 @@ def find_mismatches(
         if outcome.error:
             wrong.append(f"{job.id}: {outcome.error}")
             continue
-        seen = expected(job, outcome, by_job[job.id], block_bytes)
+        seen = expected(job, outcome, by_job[job.id], block_bytes, baseline)
         said = outcome.report and {key: outcome.report[key] for key in seen or {}}
         if said != seen:
             wrong.append(f"{job.id} ({outcome.status}, n={job.n}, stop={job.stop}): said {said}, seen {seen}")
-    return wrong + disputes(lines, block_bytes)
+    return wrong + disputes(lines)
 
 
 def expected(
-    job: Job, outcome: Outcome, sequences: dict[str, list[Line]], block_bytes: list[int]
+    job: Job,
+    outcome: Outcome,
+    sequences: dict[str, list[Line]],
+    block_bytes: list[int],
+    baseline: tuple[int, ...],
 ) -> dict[str, int] | None:
     """What the report must say, by the witness; None if the engine never saw the request."""
     ends = [line for key, seen in sequences.items() if (line := last_line(job, outcome, key, seen)) is not None]
@@ -127,6 +141,7 @@ def expected(
         "blocks": sum(map(len, held)),
         "shared_blocks": sum(map(len, shared)),
         "bytes": sum(len(numbers) * size for numbers, size in zip(held, block_bytes, strict=True)),
+        "baseline_bytes": sum(len(numbers) * size for numbers, size in zip(held, baseline, strict=True)),
     }
 
 
@@ -152,7 +167,7 @@ def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Li
     return next((line for line in seen if line["event"] == "end"), None)
 
 
-def disputes(lines: list[Line], block_bytes: list[int]) -> list[str]:
+def disputes(lines: list[Line]) -> list[str]:
     """Moments at which the witness and the pool disagree, or requests held more than there is."""
     wrong = []
     for line in lines:
