@@ -56,5 +56,5 @@ STOPSIGNAL SIGTERM
 # A first start downloads and compiles. No proxy: http_proxy must not catch a request to ourselves.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(os.environ['HEALTH_URL'], timeout=4)"]
-# Seven seconds for running requests: `docker stop` kills after ten. A later --shutdown-timeout wins.
-ENTRYPOINT ["fraqtl-serve", "serve", "--host", "0.0.0.0", "--shutdown-timeout", "7"]
+# Six seconds for running requests: `docker stop` kills after ten. A later --shutdown-timeout wins.
+ENTRYPOINT ["fraqtl-serve", "serve", "--host", "0.0.0.0", "--shutdown-timeout", "6"]

@@ -87,7 +87,7 @@ def test_entrypoint_leaves_every_argument_to_the_user(path: Path) -> None:
     _, *fixed = exec_form(Dockerfile(path.read_text()).last("ENTRYPOINT") or "")
     alone = build_parser().parse_args(fixed)
     assert alone.host == "0.0.0.0"
-    assert 0 < alone.shutdown_timeout <= DOCKER_STOP_SECONDS - CLOSING_SECONDS
+    assert 0 < alone.shutdown_timeout <= DOCKER_STOP_SECONDS - CLOSING_SECONDS - 1
     given = build_parser().parse_args([*fixed, "a/model", "--shutdown-timeout", "60", "--kv-format", "k8v8"])
     assert (given.model_tag, given.shutdown_timeout, given.kv_format) == ("a/model", 60, "k8v8")
 
