@@ -6,7 +6,7 @@ The quality lab's two other models are made alike, one without and one with stro
 
     OPTIONS="--hidden 128 --steps 400 --step-tokens 4096 --longest 1024 --lr 4e-3 --log-every 100"
     python -m fraqtl_bench.demo_model.train --out mha --heads 4 --kv-heads 4 $OPTIONS
-    python -m fraqtl_bench.demo_model.train --out gqa8 --heads 16 --kv-heads 2 $OPTIONS
+    python -m fraqtl_bench.demo_model.train --out gqa8 --heads 8 --kv-heads 1 $OPTIONS
 
 Reading a fact back from a long context needs two steps of attention, one that looks
 at the previous token and one that looks up where the same words stood before. They
@@ -173,7 +173,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     special = corpus.special
     model.export(args.out, bos=special["<|bos|>"], eos=special["<|end|>"], pad=special["<|pad|>"])
     (args.out / "last.pt").unlink(missing_ok=True)
-    report: dict[str, Any] = {"config": asdict(config), "arguments": {k: str(v) for k, v in vars(args).items()}}
+    arguments = {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(args).items()}
+    report: dict[str, Any] = {"config": asdict(config), "arguments": arguments}
     report |= {"steps": step, "tokens": tokens, "minutes": (time.monotonic() - start) / 60, "log": log}
     lengths = [n for n in (256, 512, 1024, 2048, 4096) if n <= args.longest]
     report["recall"] = {n: recall_accuracy(model, corpus, n, 100, seed=7) for n in lengths}

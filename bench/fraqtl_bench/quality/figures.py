@@ -10,11 +10,14 @@ from fraqtl_bench.quality.schema import ModelReport, Report, Row
 from fraqtl_kernels.errors import ConfigError
 
 COLOURS = {
-    "quantisation": "#0b6e99",
-    "server": "#0f7b0f",
-    "rank": "#c0392b",
-    "hybrid": "#d98200",
-    "baseline": "#555555",
+    "int, per channel": "#0b6e99",
+    "int, per token": "#56b4d3",
+    "server formats": "#2e9e4f",
+    "rank at 16 bits": "#c0392b",
+    "rank at 8 bits": "#e8b004",
+    "rank at 6 bits": "#d98200",
+    "rank at 4 bits": "#a0522d",
+    "fp16": "#7a8594",
 }
 
 
@@ -68,7 +71,7 @@ def _bits(report: Report, folder: Path) -> Iterator[Path]:
             for name, rows in curves(model).items():
                 points = [(r.bits_per_dim, getattr(r, value)) for r in rows if getattr(r, value) is not None]
                 if points:
-                    ax.plot(*zip(*points, strict=True), "o-", ms=4, label=name, color=_colour(rows[0], name))
+                    ax.plot(*zip(*points, strict=True), "o-", ms=4, label=name, color=COLOURS.get(name))
             if value == "perplexity":
                 ax.set_yscale("log")
             ax.set(title=f"{model.model} ({model.attention} {model.group}:1)", xlabel="bits per dimension, all counted")
@@ -76,14 +79,6 @@ def _bits(report: Report, folder: Path) -> Iterator[Path]:
         axes[0][0].set_ylabel(label)
         axes[0][-1].legend(fontsize=7)
         yield _write(plt, figure, folder / f"{value}.png")
-
-
-def _colour(row: Row, name: str) -> str:
-    if name == "int, per token":
-        return "#56b4d3"
-    if name == "rank at 8 bits":
-        return "#e8b004"
-    return COLOURS[row.family]
 
 
 def _law(report: Report, folder: Path) -> Iterator[Path]:

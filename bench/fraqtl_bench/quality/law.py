@@ -73,7 +73,7 @@ class _Head:
 
     def divergence(self, change: Tensor) -> float:
         """Mean KL if the keys change by (T, D)."""
-        return float(divergence(self.scores, self.scores + self.query @ change.mT).mean())
+        return float(divergence(self.scores, self.scores + (self.query @ change.mT).double()).mean())
 
     def point(self, kind: str, bits: int, change: Tensor, predicted: Tensor, published: Tensor) -> Point:
         measured = self.divergence(change)
@@ -82,7 +82,7 @@ class _Head:
 
 def heads_of(seen: Seen, queries: int) -> Iterator[_Head]:
     rows = seen.rows(queries)
-    scores = seen.scores(rows)
+    scores = seen.scores(rows).double()  # divergences down to 1e-12 are compared
     group = seen.query.shape[0] // seen.key.shape[0]
     for h in range(seen.key.shape[0]):
         own = slice(h * group, (h + 1) * group)
