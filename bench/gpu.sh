@@ -45,7 +45,7 @@ step() { # NAME LIMIT_SECONDS COMMAND...
     fi
     ((limit <= deadline - start)) || limit=$((deadline - start))
     echo "== $name (at most $limit s)"
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    timeout --kill-after=30 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
     end=$(date +%s)
     printf '%s\t%s s\texit %s\n' "$name" "$((end - start))" "$status" | tee -a "$out/steps.tsv"

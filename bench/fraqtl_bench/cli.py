@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from fraqtl_bench import decode_step, kernels, overhead, quality, quantiser, recall, texts, totals
@@ -19,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for module in COMMANDS:
         module.add_command(commands)
     args = parser.parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     try:
         args.run(args)
     except FraqtlError as error:

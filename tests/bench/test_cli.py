@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,23 @@ def test_result_files_are_written_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         results.save(path, {"not": object()})
     assert path.read_text() == "old"
+
+
+def test_a_command_that_is_told_to_stop_stops_its_server(tmp_path: Path) -> None:
+    """`timeout` sends SIGTERM: a server of a benchmark must not stay behind, least of all on a GPU."""
+    script = (
+        "from fraqtl_bench import server, recall\n"
+        "from fraqtl_bench.cli import main\n"
+        "server.wait_until_ready = lambda s: print('PID', s.process.pid, flush=True) or __import__('time').sleep(60)\n"
+        "recall.running = lambda *a: server.running(module=('timeit', '-s', 'import time', 'time.sleep(60)', '--'))\n"
+        "main(['recall', '--formats', 'k4v4'])\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    line = next(line for line in command.stdout if line.startswith("PID"))
+    pid = int(line.split()[1])
+    os.kill(pid, 0)
+    command.terminate()
+    assert command.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
