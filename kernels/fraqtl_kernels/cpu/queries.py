@@ -7,6 +7,7 @@ base = scale · q·centre,  sink = scale · q·(sink centre - centre) = q'·sink
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,14 +39,26 @@ class Queries:
 
 def prepare_queries(query: Tensor, vector: VectorFormat, constants: LayerConstants, scale: float) -> Queries:
     """query: (R, KV heads, M, D) float32, in the model's own basis. vector: how keys are stored."""
-    zero = query.new_zeros(query.shape[:-1])
-    if vector.static:
-        return Queries(constants.prepare_queries(query) * scale, zero, zero, None)
-    if not vector.centred or constants.key_centre is None:
-        return Queries(rotate(query, vector) * scale, zero, zero, None)
-    q = rotate(constants.prepare_queries(query), vector) * scale
-    base = torch.einsum("rhmd,hd->rhm", query, constants.key_centre) * scale
-    if constants.sink_centre is None:
-        return Queries(q, base, zero, None)
-    shift = rotate(constants.prepare_keys(constants.sink_centre), vector)
-    return Queries(q, base, torch.einsum("rhmd,hd->rhm", q, shift), shift)
+    operand, shift = _operand(query.shape[1], query.shape[3], vector, constants, scale)
+    product = query @ operand
+    size = query.shape[3]
+    return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1], shift)
+
+
+@lru_cache(maxsize=1024)  # a layer's constants never change, so this runs once a layer and not once a token
+def _operand(
+    heads: int, size: int, vector: VectorFormat, constants: LayerConstants, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """(KV heads, D, D + 2) float32: what queries are multiplied by to give q', base and sink; and the sink shift."""
+    columns = torch.eye(size, dtype=torch.float32).expand(heads, size, size)
+    base = sink = torch.zeros(heads, size, 1, dtype=torch.float32)
+    shift = None
+    if vector.static or vector.centred:
+        columns = constants.prepare_queries(columns)
+    columns = rotate(columns, vector)
+    if vector.centred and constants.key_centre is not None:
+        base = constants.key_centre[..., None]
+        if constants.sink_centre is not None:
+            shift = rotate(constants.prepare_keys(constants.sink_centre), vector)
+            sink = columns @ shift[..., None]
+    return torch.cat([columns, base, sink], -1) * scale, shift
