@@ -17,6 +17,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Chromium would otherwise look for updates and the like: a test talks to its own server only.
+OVERFLOW = "(document.documentElement.scrollWidth - document.documentElement.clientWidth)"
 QUIET = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -76,8 +77,12 @@ class Visit:
 
     def overflow(self) -> int:
         """How many pixels the page is wider than its window."""
-        width: int = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        width: int = self.page.evaluate(OVERFLOW)
         return width
+
+    def until_nothing_overflows(self) -> None:
+        """After the window's size changed: the chart follows a frame later."""
+        self.until(f"{OVERFLOW} === 0", seconds=5)
 
     def violations(self) -> list[str]:
         """What axe-core finds wrong with the page as it is now."""

@@ -25,8 +25,8 @@ def from_litellm_itself(warning: warnings.WarningMessage) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    with no_warnings(caplog, from_litellm_itself):
+def quiet() -> Iterator[None]:
+    with no_warnings(from_litellm_itself):
         yield
 
 

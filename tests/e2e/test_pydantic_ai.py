@@ -17,8 +17,8 @@ from tests.e2e.server import Server
 
 
 @pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    with no_warnings(caplog):
+def quiet() -> Iterator[None]:
+    with no_warnings():
         yield
 
 
