@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+OVERFLOW = "(document.documentElement.scrollWidth - document.documentElement.clientWidth)"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Chromium would otherwise look for updates and the like: a test talks to its own server only.
-OVERFLOW = "(document.documentElement.scrollWidth - document.documentElement.clientWidth)"
 QUIET = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
 
 
