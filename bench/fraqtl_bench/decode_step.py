@@ -26,12 +26,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fraqtl_bench import results
-from fraqtl_bench.server import Server, running
+from fraqtl_bench.server import STOCK_SERVER, Server, running
 from fraqtl_kernels.errors import ConfigError, one_of
 from fraqtl_kernels.formats import FORMATS
 
 STOCK = "stock"
-STOCK_SERVER = ("vllm.entrypoints.cli.main", "serve")
 METRIC = re.compile(r"^vllm:inter_token_latency_seconds_(sum|count)\{[^}]*\} (\S+)$", re.MULTILINE)
 VOCABULARY = range(300, 1000)  # token ids that every model has
 

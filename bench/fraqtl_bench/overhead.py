@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,11 +20,10 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from fraqtl_bench import results
-from fraqtl_bench.server import Server, start, stop, wait_until_ready
+from fraqtl_bench import bench_serve, results
+from fraqtl_bench.server import STOCK_SERVER, Server, start, stop, wait_until_ready
 from fraqtl_kernels.errors import FraqtlError
 
-VLLM = ("vllm.entrypoints.cli.main",)
 MEMORY = str(256 << 20)
 MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")  # as `vllm bench serve` names them
 
@@ -38,7 +36,7 @@ def start_without_reports(path: str, name: str, kv_format: str) -> Server:
     config = json.dumps({"fraqtl": {"kv_format": kv_format}})
     flags = ["--additional-config", config, "--served-model-name", name, "--kv-cache-memory-bytes", MEMORY]
     backend = ["--attention-backend", "FRAQTL", "--enforce-eager"]
-    return start(path, *backend, *flags, module=(*VLLM, "serve"))
+    return start(path, *backend, *flags, module=STOCK_SERVER)
 
 
 def check_arms(ours: Server, without: Server, model: str) -> None:
@@ -55,24 +53,14 @@ def check_arms(ours: Server, without: Server, model: str) -> None:
 def load(server: Server, model: dict[str, Any], args: argparse.Namespace, seed: int) -> dict[str, float]:
     """One run of `vllm bench serve`. model: the server's own entry in its list of models."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url]
-        command += [
-            "--model",
-            model["id"],
-            "--tokenizer",
-            model["root"],
-            "--endpoint",
-            "/v1/completions",
-            "--disable-tqdm",
-        ]
-        command += ["--dataset-name", "random", "--ignore-eos", "--seed", str(seed)]
-        command += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
-        command += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency)]
-        command += ["--num-warmups", "4", "--save-result", "--result-dir", folder, "--result-filename", "r.json"]
+        options = ["--dataset-name", "random", "--seed", str(seed), "--num-warmups", "4"]
+        options += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
+        options += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency)]
+        command = bench_serve.command(server.url, model["id"], model["root"], folder, *options)
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
         if done.returncode:
             raise FraqtlError(f"vllm bench serve failed: {done.stderr.strip().splitlines()[-1:]}")
-        found = json.loads((Path(folder) / "r.json").read_text())
+        found = bench_serve.result(folder)
     if found["completed"] != args.requests:
         raise FraqtlError(f"only {found['completed']} of {args.requests} requests were answered")
     return {name: found[name] for name in MEASURES}

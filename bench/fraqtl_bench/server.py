@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+STOCK_SERVER = ("vllm.entrypoints.cli.main", "serve")  # to start with VLLM_PLUGINS empty
 START_SECONDS = float(os.environ.get("FRAQTL_START_SECONDS", "180"))  # more where many programs share few cores
 
 
@@ -72,10 +73,12 @@ def wait_until_ready(server: Server) -> None:
 def stop(server: Server) -> None:
     """End the whole process group, politely first; does nothing if it has ended."""
     server.process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        server.process.wait(20)
-    if group_members(server):
-        os.killpg(server.process.pid, signal.SIGKILL)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            server.process.wait(20)
+    finally:  # a second Ctrl-C doesn't leave it behind either
+        if group_members(server):
+            os.killpg(server.process.pid, signal.SIGKILL)
 
 
 def group_members(server: Server) -> list[int]:

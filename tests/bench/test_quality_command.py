@@ -200,8 +200,8 @@ def small_lab(tmp_path: Path) -> lab.Lab:
     from argparse import Namespace
 
     from fraqtl_bench.quality.options import settings_of
-    from fraqtl_bench.quality.progress import Progress
     from fraqtl_bench.quality.schema import Settings
+    from fraqtl_bench.reporting.progress import Progress
 
     given = {"tokens": 60, "window": 64, "needle_repeats": 1, "methods": ["fp16"], "calibration_tokens": 100}
     found, _ = settings_of(Namespace(suite=None, models=[], quick=True, stride=48, **given), "cpu")

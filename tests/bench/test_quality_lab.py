@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from fraqtl_bench.quality import budget, lab, law, margins, models, routing, tasks, texts, verdict
 from fraqtl_bench.quality.cache import LabCache, fit, logits
 from fraqtl_bench.quality.methods import parse
-from fraqtl_bench.quality.progress import Progress
 from fraqtl_bench.quality.schema import ModelReport, Row
 from fraqtl_bench.quality.score import Score, perplexity, score
 from fraqtl_bench.quality.watch import Seen, calibration_samples, watching
+from fraqtl_bench.reporting.progress import Progress
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from tests.bench.quality_models import (
     ARCHITECTURES,

@@ -19,8 +19,10 @@ from fraqtl_bench.quality.markdown import markdown
 from fraqtl_bench.quality.methods import parse, quick_names
 from fraqtl_bench.quality.models import Subject, load
 from fraqtl_bench.quality.options import SEARCH_TOKENS, settings_of
-from fraqtl_bench.quality.progress import Progress
 from fraqtl_bench.quality.schema import ModelReport, Report, Settings
+from fraqtl_bench.reporting.figures import pyplot
+from fraqtl_bench.reporting.files import write_whole
+from fraqtl_bench.reporting.progress import Progress
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 
 NOTES = "progress.jsonl"
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if not args.no_figures:
-        figures.pyplot()
+        pyplot()
     found, published = settings_of(args, "cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(**found)
     for name in settings.methods or ():
@@ -112,14 +114,8 @@ def write(report: Report, folder: Path, *, with_figures: bool) -> None:
     if not report.models:
         raise UnsupportedError("no model was measured: name one")
     text = markdown(report)
-    _write(folder / "quality.json", report.model_dump_json(indent=1) + "\n")
-    _write(folder / "quality.md", text)
-    _write(folder / "quality.html", page.page(report))
+    write_whole(folder / "quality.json", report.model_dump_json(indent=1) + "\n")
+    write_whole(folder / "quality.md", text)
+    write_whole(folder / "quality.html", page.page(report))
     files = figures.save(report, folder) if with_figures else []
     Console().print(f"written to {folder}: quality.json, quality.md, quality.html", *(f.name for f in files))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fraqtl_bench.quality.schema import ModelReport, Report, Row
-from fraqtl_kernels.errors import ConfigError
+from fraqtl_bench.reporting.figures import pyplot
+from fraqtl_bench.reporting.figures import save as write_figure
 
 COLOURS = {
     "int, per channel": "#0b6e99",
@@ -19,18 +19,6 @@ COLOURS = {
     "rank at 4 bits": "#a0522d",
     "fp16": "#7a8594",
 }
-
-
-def pyplot() -> Any:
-    """matplotlib without a display. Raises ConfigError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("figures need matplotlib: install it, or leave them out with --no-figures") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def kind(row: Row) -> str:
@@ -78,7 +66,7 @@ def _bits(report: Report, folder: Path) -> Iterator[Path]:
             ax.grid(alpha=0.3)
         axes[0][0].set_ylabel(label)
         axes[0][-1].legend(fontsize=7)
-        yield _write(plt, figure, folder / f"{value}.png")
+        yield write_figure(plt, figure, folder / f"{value}.png")
 
 
 def _law(report: Report, folder: Path) -> Iterator[Path]:
@@ -97,7 +85,7 @@ def _law(report: Report, folder: Path) -> Iterator[Path]:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("measured / predicted")
     axes[0][-1].legend(fontsize=7)
-    yield _write(plt, figure, folder / "law.png")
+    yield write_figure(plt, figure, folder / "law.png")
 
 
 def _groups(report: Report, folder: Path) -> Iterator[Path]:
@@ -118,11 +106,4 @@ def _groups(report: Report, folder: Path) -> Iterator[Path]:
     ax.set(xlabel="query heads per KV head", ylabel="perplexity of deletion - of quantisation", yscale="symlog")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    yield _write(plt, figure, folder / "margin_by_group.png")
-
-
-def _write(plt: Any, figure: Any, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    yield write_figure(plt, figure, folder / "margin_by_group.png")

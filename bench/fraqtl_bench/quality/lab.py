@@ -14,11 +14,11 @@ from fraqtl_bench.quality import law, margins, selfcheck, tasks, texts
 from fraqtl_bench.quality.cache import Fitted, fit
 from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
-from fraqtl_bench.quality.progress import Progress
 from fraqtl_bench.quality.routing import MARGINS, Routing, measure_routing
 from fraqtl_bench.quality.schema import Margin, ModelReport, Row, Settings
 from fraqtl_bench.quality.score import Score, perplexity, score
 from fraqtl_bench.quality.watch import calibration_samples
+from fraqtl_bench.reporting.progress import Progress
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 
 MEASURES = ("perplexity", "last-word", "needle", "routing", "law")

@@ -6,24 +6,7 @@ from collections.abc import Iterator
 
 from fraqtl_bench.quality.schema import Allocation, Law, ModelReport, Report, Row, Through
 from fraqtl_bench.quality.verdict import duels, spreads
-
-
-def number(x: float | None, digits: int = 2) -> str:
-    if x is None:
-        return ""
-    return f"{x:,.{digits}f}" if abs(x) < 1e5 else f"{x:.2e}"
-
-
-def share(x: float | None) -> str:
-    return "" if x is None else f"{x:.2%}" if x < 0.1 else f"{x:.1%}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    yield from ("| " + " | ".join(row) + " |" for row in rows)
-    yield ""
-
+from fraqtl_bench.reporting.markdown import number, share, table
 
 HEAD = [
     "method", "family", "budget", "basis", "side", "dims", "bits/dim", "PPL", "vs fp16", "margin",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
 from typing import Any
 
 from fraqtl_bench.quality.figures import kind
 from fraqtl_bench.quality.schema import ModelReport, Report
-
-_DATA = "{{data}}"
+from fraqtl_bench.reporting.page import fill
 
 
 def page(report: Report) -> str:
     """The whole page."""
-    data = json.dumps(_content(report), allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-    return files("fraqtl_bench.quality").joinpath("page.html").read_text(encoding="utf-8").replace(_DATA, data)
+    return fill("fraqtl_bench.quality", _content(report))
 
 
 def _content(report: Report) -> dict[str, Any]:
