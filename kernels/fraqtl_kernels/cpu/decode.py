@@ -38,38 +38,69 @@ def half_table() -> Any:
     return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
 
 
+# One function a width: in one with branches, Numba keeps counting references to every slice, which costs more than the
+# loops. Rows are sliced before their loop, because an index that might be negative keeps it from vectorising.
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_pairs(raw, start, count, size, tile):
+    """`count` rows of 2-bit codes from byte `start` of the pool, as floats."""
+    width = size // 4
+    for n in range(count):
+        codes, target = raw[start + n * width : start + (n + 1) * width], tile[n]
+        for part in range(4):
+            quarter = target[part * width : (part + 1) * width]
+            for d in range(width):
+                quarter[d] = np.float32((codes[d] >> (2 * part)) & 3)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_nibbles(raw, start, count, size, tile):
+    """The same of 4-bit codes."""
+    width = size // 2
+    for n in range(count):
+        codes, lower, upper = raw[start + n * width : start + (n + 1) * width], tile[n, :width], tile[n, width:]
+        for d in range(width):
+            lower[d] = np.float32(codes[d] & 15)
+        for d in range(width):
+            upper[d] = np.float32(codes[d] >> 4)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_bytes(raw, start, count, size, tile):
+    """The same of 8-bit codes."""
+    codes, target = raw[start : start + count * size], tile.reshape(-1)
+    for i in range(count * size):
+        target[i] = np.float32(codes[i])
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_bfloat16(raw16, start, count, size, tile_bits):
+    """`count` rows of bfloat16 from byte `start` of the pool, as the bits of floats."""
+    words, target = raw16[start // 2 : start // 2 + count * size], tile_bits.reshape(-1)
+    for i in range(count * size):
+        target[i] = np.int32(words[i]) << 16
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_float16(raw16, half, start, count, size, tile):
+    """`count` rows of float16 from byte `start` of the pool, as floats."""
+    words, target = raw16[start // 2 : start // 2 + count * size], tile.reshape(-1)
+    for i in range(count * size):
+        target[i] = half[words[i]]
+
+
 @njit(fastmath=_FAST, cache=True, nogil=True)
 def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
-    """`count` rows of codes from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
-    # Rows are sliced before their loop: an index that might be negative keeps the loop from vectorising.
-    width = size // 2 if bits == 4 else size
-    for n in range(count):
-        target = tile[n]
-        if bits == 4:
-            codes, upper = raw[start + n * width : start + (n + 1) * width], target[width:]
-            for d in range(width):
-                target[d] = np.float32(codes[d] & 15)
-            for d in range(width):
-                upper[d] = np.float32(codes[d] >> 4)
-        elif bits == 2:
-            codes = raw[start + n * (size // 4) : start + (n + 1) * (size // 4)]
-            for part in range(4):
-                quarter = target[part * (size // 4) : (part + 1) * (size // 4)]
-                for d in range(size // 4):
-                    quarter[d] = np.float32((codes[d] >> (2 * part)) & 3)
-        elif bits == 8:
-            codes = raw[start + n * width : start + (n + 1) * width]
-            for d in range(width):
-                target[d] = np.float32(codes[d])
-        else:
-            words = raw16[start // 2 + n * width : start // 2 + (n + 1) * width]
-            if bits == 16:
-                row_bits = tile_bits[n]
-                for d in range(width):
-                    row_bits[d] = np.int32(words[d]) << 16
-            else:
-                for d in range(width):
-                    target[d] = half[words[d]]
+    """`count` rows of what is stored from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
+    if bits == 4:
+        _load_nibbles(raw, start, count, size, tile)
+    elif bits == 2:
+        _load_pairs(raw, start, count, size, tile)
+    elif bits == 8:
+        _load_bytes(raw, start, count, size, tile)
+    elif bits == 16:
+        _load_bfloat16(raw16, start, count, size, tile_bits)
+    else:
+        _load_float16(raw16, half, start, count, size, tile)
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -104,6 +135,94 @@ def _exp(x, power, power_bits, count):
         x[i] = e * power[i] if x[i] > np.float32(-87.0) else (x[i] if x[i] != x[i] else np.float32(0))
 
 
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _load_scales(raw16, start, count, words, floats, scales):
+    """`count` fp16 scales from byte `start` of the pool as floats, their signs left out. floats: words' bits as floats.
+
+    Exponent and mantissa in their places of a float32, times 2^112 for the difference of the exponents' biases.
+    """
+    halves = raw16[start // 2 : start // 2 + count]
+    for n in range(count):
+        words[n] = np.int32(halves[n] & 0x7FFF) << 13
+    for n in range(count):
+        scales[n] = floats[n] * np.float32(2.0**112) if floats[n] < np.float32(2.0**-96) else np.float32(np.nan)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _score_two(first, second, tile, begin, end, size, first_scores, second_scores):
+    """scores[n] = query · tile[n] of two queries, for tokens begin .. end - 1."""
+    for n in range(begin, end):
+        row = tile[n]
+        a, b = np.float32(0), np.float32(0)
+        for d in range(size):
+            a += first[d] * row[d]
+            b += second[d] * row[d]
+        first_scores[n], second_scores[n] = a, b
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _score(queries, tile, begin, end, size, scores):
+    """scores[m, n] = queries[m] · tile[n] for tokens begin .. end - 1."""
+    last = queries.shape[0] - 1
+    for m in range(0, queries.shape[0], 2):
+        other = min(m + 1, last)  # an odd one is taken twice
+        _score_two(queries[m], queries[other], tile, begin, end, size, scores[m], scores[other])
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _scale_scores(row, count, zero, offset, sink, scales, sinks):
+    """Products with codes become scores, for tokens 0 .. count - 1."""
+    for n in range(count):
+        row[n] = (row[n] - zero) * scales[n] + (offset + sinks[n] * sink)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _cap(row, first, last, soft_cap):
+    for n in range(first, last):
+        row[n] = soft_cap * np.tanh(row[n] / soft_cap)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _highest(row, first, last, top):
+    """The largest of `top` and row[first:last]; NaN if one is."""
+    broken = np.float32(0)
+    for n in range(first, last):
+        top = max(top, row[n])
+        broken += row[n] * np.float32(0)
+    return top if broken == broken else broken
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _weigh(row, first, last, top, scales, weights, power, power_bits):
+    """weights[i] = e^(row[first + i] - top) · scales[first + i]; returns their sums without and with the scales."""
+    count, scores, of_values = last - first, row[first:last], scales[first:last]
+    for i in range(count):
+        weights[i] = scores[i] - top
+    _exp(weights, power, power_bits, count)
+    added, added_scaled = np.float32(0), np.float32(0)
+    for i in range(count):
+        added += weights[i]
+        weights[i] *= of_values[i]
+        added_scaled += weights[i]
+    return added, added_scaled
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _add_values(weights, tile, first, last, size, value):
+    """value += Σ weights[n - first] · tile[n] for tokens first .. last - 1, four at a time."""
+    fours = first + (last - first) // 4 * 4
+    for n in range(first, fours, 4):
+        a, b, c, e = tile[n], tile[n + 1], tile[n + 2], tile[n + 3]
+        i = n - first
+        at_a, at_b, at_c, at_e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        for d in range(size):
+            value[d] += at_a * a[d] + at_b * b[d] + at_c * c[d] + at_e * e[d]
+    for n in range(fours, last):
+        row, weight = tile[n], weights[n - first]
+        for d in range(size):
+            value[d] += weight * row[d]
+
+
 @njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 def _decode(
     q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
@@ -123,6 +242,8 @@ def _decode(
         weights = np.empty(block_size, np.float32)
         power_bits = np.empty(block_size, np.int32)
         power = power_bits.view(np.float32)
+        k_scales, v_scales = np.ones(block_size, np.float32), np.ones(block_size, np.float32)
+        sinks = np.zeros(block_size, np.float32)
         values = np.zeros((queries, size), np.float32)
         scores = np.empty((queries, block_size), np.float32)
         best = np.full(queries, -np.inf, np.float32)
@@ -135,26 +256,21 @@ def _decode(
             begin = max(0, oldest - window + 1 - base) if window > 0 else 0
             end = min(block_size, newest + 1 - base)
             _load_codes(raw, raw16, half, page, end, size, k_bits, tile, tile_bits)
-            for n in range(begin, end):
-                row = tile[n]
-                for m in range(queries):
-                    query = q[request, head, m]
-                    dot = np.float32(0)
-                    for d in range(size):
-                        dot += query[d] * row[d]
-                    scores[m, n] = dot
+            _score(q[request, head], tile, begin, end, size, scores)
+            if k_groups == 1:
+                _load_scales(raw16, page + ks_offset, end, power_bits, power, k_scales)
+                signs = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + end]
+                for n in range(end):
+                    sinks[n] = np.float32(signs[n] >> 15)
             if k_bits < 16:
-                for n in range(begin, end):
-                    scale, is_sink = np.float32(1), np.float32(0)
-                    if k_groups == 1:
-                        bits = raw16[(page + ks_offset) // 2 + n]
-                        scale, is_sink = half[bits & 0x7FFF], np.float32(bits >> 15)
-                    for m in range(queries):
-                        offset = q_terms[1, request, head, m] + is_sink * q_terms[2, request, head, m]
-                        dot = scores[m, n] - midpoints[0] * q_terms[0, request, head, m]
-                        scores[m, n] = dot * scale + offset
+                for m in range(queries):
+                    zero = midpoints[0] * q_terms[0, request, head, m]
+                    offset, sink = q_terms[1, request, head, m], q_terms[2, request, head, m]
+                    _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
             _load_codes(raw, raw16, half, page + v_offset, end, size, v_bits, tile, tile_bits)
-            if v_groups > 1:
+            if v_groups == 1:
+                _load_scales(raw16, page + vs_offset, end, power_bits, power, v_scales)
+            elif v_groups > 1:
                 _scale_groups(raw16, half, page + vs_offset, end, size, v_groups, midpoints[1], tile)
             for m in range(queries):
                 position = positions[request, m % positions.shape[1]]
@@ -162,30 +278,19 @@ def _decode(
                 first = max(begin, position - window + 1 - base) if window > 0 else begin
                 if last <= first:
                     continue
-                top = best[m]
-                for n in range(first, last):
-                    if soft_cap > 0:
-                        scores[m, n] = soft_cap * np.tanh(scores[m, n] / soft_cap)
-                    top = max(top, scores[m, n]) if scores[m, n] == scores[m, n] else scores[m, n]
-                for n in range(first, last):
-                    weights[n - first] = scores[m, n] - top
-                _exp(weights, power, power_bits, last - first)
+                row, value = scores[m], values[m]
+                if soft_cap > 0:
+                    _cap(row, first, last, soft_cap)
+                top = _highest(row, first, last, best[m])
                 decay = np.exp(best[m] - top)
-                sums[m] *= decay
-                scaled_sums[m] *= decay
-                value = values[m]
-                for d in range(size):
-                    value[d] *= decay
                 best[m] = top
-                for n in range(first, last):
-                    weight = weights[n - first]
-                    sums[m] += weight
-                    if v_groups == 1:
-                        weight *= half[raw16[(page + vs_offset) // 2 + n]]
-                    scaled_sums[m] += weight
-                    row = tile[n]
+                added, added_scaled = _weigh(row, first, last, top, v_scales, weights, power, power_bits)
+                sums[m] = sums[m] * decay + added
+                scaled_sums[m] = scaled_sums[m] * decay + added_scaled
+                if decay != np.float32(1):
                     for d in range(size):
-                        value[d] += weight * row[d]
+                        value[d] *= decay
+                _add_values(weights, tile, first, last, size, value)
         for m in range(queries):
             value = values[m]
             for d in range(size if v_groups <= 1 else 0):
