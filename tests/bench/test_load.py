@@ -78,6 +78,7 @@ def test_arms_take_turns_and_are_compared(tmp_path: Path) -> None:
     assert (first.capacity.tokens, second.capacity.tokens, second.capacity_ratio) == (1600, 6400, 4.0)
     # 110 tokens, of which 109 are written: 7 blocks; one block of the pool is vLLM's own
     assert (first.capacity.requests, second.capacity.requests) == (99 // 7, 399 // 7)
+    assert all(run.other_cores is not None and run.other_cores >= 0 for run in report.runs)
     last = second.summaries[1]
     assert last.point.concurrency == 2 and last.repeats == 2
     assert last.ratios["output_tokens_per_s"].median == pytest.approx(1.5)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from fraqtl_bench.load import figures, metrics, options, summary
+from fraqtl_bench import server
+from fraqtl_bench.load import figures, machine, metrics, options, summary
 from fraqtl_bench.load.arms import STOCK, arms_of, last_error
 from fraqtl_bench.load.drive import options as client_options
 from fraqtl_bench.load.markdown import markdown
@@ -23,6 +28,7 @@ from tests.browser import chromium
 
 LADDER = [Point(concurrency=c, input=100, output=10, requests=4 * c) for c in (1, 4)]
 SPEEDS = {("bf16", 1): 100, ("bf16", 4): 200, ("k4v4", 1): 90, ("k4v4", 4): 270}
+PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
 CONTEXTS = [Point(kind="context", concurrency=1, input=i, output=10, requests=2) for i in (100, 1000, 2000)]
 
 
@@ -164,6 +170,34 @@ def test_what_a_server_says_of_itself() -> None:
     assert (served.preemptions, served.requests, served.queue_ms) == (5, 4, 1500)
     assert (served.running_mean, served.running_peak, served.waiting_peak, served.pool_use_peak) == (3, 4, 3, 0.5)
     assert served.kv_bytes is None and served.prefix_hits is None
+
+
+def test_cores_of_others_are_what_is_busy_without_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, now = os.sysconf("SC_CLK_TCK"), [100.0]
+    stat, used = tmp_path / "stat", [0.0]
+
+    def busy(seconds: float) -> None:
+        stat.write_text(f"cpu  {int(seconds * ticks)} 0 0 99999 7 0 0 0 0 0\ncpu0 1 1 1\n")
+
+    monkeypatch.setattr(machine, "STAT", stat)
+    monkeypatch.setattr(machine, "_group", lambda server: used[0])
+    monkeypatch.setattr(machine.resource, "getrusage", lambda who: SimpleNamespace(ru_utime=used[0], ru_stime=0.5))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+    busy(50)
+    watch = machine.Watch(SimpleNamespace())  # type: ignore[arg-type]
+    busy(68)
+    used[0], now[0] = 1.0, 110.0  # 18 s of work in 10 s, 3 of them the server's, the client's and ours
+    assert watch.cores() == pytest.approx(1.5)
+    assert machine.Watch(None).cores() is None
+
+
+def test_the_work_of_a_group_is_read_of_its_processes() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "sum(range(10**7)); print(flush=True); input()"], **PIPES)
+    assert process.stdout
+    process.stdout.readline()
+    assert machine._group(server.Server("", process, Path())) > 0
+    process.communicate(b"\n")
+    assert machine._group(server.Server("", process, Path())) == 0
 
 
 def test_the_reason_in_a_log() -> None:

@@ -18,6 +18,7 @@ import httpx
 from fraqtl_bench import bench_serve
 from fraqtl_bench.load import metrics
 from fraqtl_bench.load.arms import ArmError, Target, last_error
+from fraqtl_bench.load.machine import Watch
 from fraqtl_bench.load.options import CUSTOM, PREFIX, RANDOM
 from fraqtl_bench.load.schema import Latency, Point, Run, Served, Settings
 
@@ -88,7 +89,7 @@ def warm_up(http: httpx.Client, target: Target, settings: Settings, seed: int) -
 def drive(http: httpx.Client, target: Target, settings: Settings, point: Point, repeat: int, seed: int) -> Run:
     """Raises ArmError if not every request was answered, and says whether the server died."""
     model = model_of(http, target)
-    gauges = metrics.Gauges()
+    gauges, watch = metrics.Gauges(), Watch(target.started)
     before = metrics.read(http, target.url)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = settings.tokenizer or model["root"]
@@ -96,18 +97,22 @@ def drive(http: httpx.Client, target: Target, settings: Settings, point: Point, 
         line = bench_serve.command(target.url, model["id"], tokenizer, folder, *options(settings, point, seed))
         status = _run_watched(line, log, target, http, gauges)
         found, said = bench_serve.result(folder), log.read_text(errors="replace")
+    others = watch.cores()
     completed = found.get("completed", 0)
     if status or completed < point.requests:
         _wait_for_death(target, http)
         why = last_error(said) or f"exit status {status}"
         raise ArmError(f"at {point.name} {completed} of {point.requests} requests were answered: {why}")
-    return to_run(
-        found, target.arm, repeat, point, metrics.gained(before, _settled(http, target, before, point), gauges)
+    served = metrics.gained(before, _settled(http, target, before, point), gauges)
+    return to_run(found, target.arm, repeat, point, served, others)
+
+
+def to_run(
+    found: dict[str, Any], arm: str, repeat: int, point: Point, served: Served, other_cores: float | None = None
+) -> Run:
+    ttft, tpot, itl = (
+        Latency(median=found[f"median_{name}_ms"], p99=found[f"p99_{name}_ms"]) for name in ("ttft", "tpot", "itl")
     )
-
-
-def to_run(found: dict[str, Any], arm: str, repeat: int, point: Point, served: Served) -> Run:
-    latencies = {n: Latency(median=found[f"median_{n}_ms"], p99=found[f"p99_{n}_ms"]) for n in ("ttft", "tpot", "itl")}
     return Run(
         arm=arm,
         repeat=repeat,
@@ -118,8 +123,11 @@ def to_run(found: dict[str, Any], arm: str, repeat: int, point: Point, served: S
         total_tokens_per_s=found["total_token_throughput"],
         requests_per_s=found["request_throughput"],
         goodput=found.get("request_goodput"),
+        ttft=ttft,
+        tpot=tpot,
+        itl=itl,
         served=served,
-        **latencies,
+        other_cores=other_cores,
     )
 
 

@@ -86,7 +86,7 @@ def delay_cells(arm: ArmReport, s: Summary) -> list[str]:
 
 USE = [
     "load", "arm", "goodput, requests/s", "tokens/s per user", "Pareto", "prompts' share", "pool, peak",
-    "from prefix cache", "KiB a request", "KiB saved",
+    "from prefix cache", "KiB a request", "KiB saved", "cores of others",
 ]  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def use_cells(arm: ArmReport, s: Summary) -> list[str]:
     return [
         s.point.name, f"`{arm.name}`", spread(s.values, "goodput", 2), spread(s.values, "user_tokens_per_s"),
         "yes" if s.on_frontier else "", share(s.prompt_share), *shares, *kib,
+        spread(s.values, "other_cores", 2),
     ]  # fmt: skip
 
 

@@ -88,7 +88,11 @@ class Served(Part):
 
 
 class Run(Part):
-    """One `vllm bench serve`. Throughputs are per second of its duration; goodput: requests a second within the SLO."""
+    """One `vllm bench serve`.
+
+    Throughputs are per second of its duration; goodput: requests a second within the SLO. other_cores: how many cores
+    other programs kept busy meanwhile; None beside a server that was not started for the run.
+    """
 
     arm: str
     repeat: int
@@ -103,6 +107,7 @@ class Run(Part):
     tpot: Latency
     itl: Latency
     served: Served
+    other_cores: float | None = None
 
 
 class Capacity(Part):

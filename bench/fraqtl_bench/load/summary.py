@@ -30,8 +30,10 @@ VALUES: dict[str, Callable[[Run], float | None]] = {
     "prefix_hits": lambda r: r.served.prefix_hits,
     "kv_bytes": lambda r: r.served.kv_bytes,
     "saved_bytes": lambda r: r.served.saved_bytes,
+    "other_cores": lambda r: r.other_cores,
 }
 COUNTS = (
+    "other_cores",
     "preemptions",
     "running_mean",
     "running_peak",
