@@ -142,6 +142,8 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
     assert "unknown method 'int5'" in fails(capsys, out, "demo", "--methods", "int5")
     assert "below the smallest format: k4v2 takes" in fails(capsys, out, "demo", "--budget", "1.5")
     assert "window 9000 is above the 8192 tokens" in fails(capsys, out, "demo", "--window", "9000")
+    longer = ("--needle-lengths", "9000", "--needle-repeats", "1")
+    assert "tokens, the model takes 8192: give shorter ones" in fails(capsys, out, "demo", *longer)
     assert "unknown dtype 'int8'" in fails(capsys, out, "demo", "--dtype", "int8")
     assert "suite 'none.yaml' was not found" in fails(capsys, out, "--suite", "none.yaml")
     assert not list(out.iterdir())

@@ -180,7 +180,7 @@ def test_answers_begin_where_the_answer_begins() -> None:
             assert prompt.count(f"The code for {name} is {answer.strip()}.") == 1
             where = prompt.index(f"The code for {name} is {answer.strip()}.") / len(prompt)
             assert where < 0.2 if "depth 0%" in found.cell else where > 0.7
-            assert 150 < len(found.ids) < 260
+            assert 150 < len(found.ids) <= 200
     assert tokenizer().decode(list(items[-1].ids[items[-1].first :])).strip() == "three"
 
 

@@ -170,3 +170,4 @@ def test_markdown_says_what_is_and_is_not_measured(report: Report) -> None:
     assert "| three | not yet |" in text and "| one | yes | 9.19 |" in text
     assert "Left out: `rank3` (why not)." in text
     assert "| `rank16` | rank | 4 | identity | kv | 64 | 5.100 | 20.000 | 15.000 | -14.80 |" in text
+    assert "| one | GQA 2:1 | 5.000 | 5.200 |  | 0.100 /  | 14.80 | 71.00 | 9.80 |\n| two | GQA 8:1 | 15.000 |" in text

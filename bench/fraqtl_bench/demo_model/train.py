@@ -2,11 +2,12 @@
 
     python -m fraqtl_bench.demo_model.train --out DIR --minutes 60
 
-The quality lab's two other models are made alike, one without and one with strongly grouped heads:
+The quality lab's three other models are made alike, so that they differ in how their heads are grouped only:
 
-    OPTIONS="--hidden 128 --steps 400 --step-tokens 4096 --longest 1024 --lr 4e-3 --log-every 100"
-    python -m fraqtl_bench.demo_model.train --out mha --heads 4 --kv-heads 4 $OPTIONS
-    python -m fraqtl_bench.demo_model.train --out gqa8 --heads 8 --kv-heads 1 $OPTIONS
+    OPTIONS="--hidden 128 --heads 8 --steps 800 --step-tokens 4096 --longest 1024 --lr 4e-3 --log-every 100 --threads 1"
+    python -m fraqtl_bench.demo_model.train --out mha --kv-heads 8 $OPTIONS
+    python -m fraqtl_bench.demo_model.train --out gqa4 --kv-heads 2 $OPTIONS
+    python -m fraqtl_bench.demo_model.train --out gqa8 --kv-heads 1 $OPTIONS
 
 Reading a fact back from a long context needs two steps of attention, one that looks
 at the previous token and one that looks up where the same words stood before. They

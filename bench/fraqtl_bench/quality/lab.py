@@ -44,6 +44,10 @@ class Lab:
         self.ticker = ticker
         if settings.window > subject.max_length:
             raise ConfigError(f"window {settings.window} is above the {subject.max_length} tokens that the model takes")
+        if "last-word" in settings.measures:  # before anything is measured, as is all that can be refused
+            self.last_word_items  # noqa: B018
+        if "needle" in settings.measures:
+            self.needle_items  # noqa: B018
         self.skipped: dict[str, str] = {}
         self.samples = calibration_samples(subject.model, self.calibration_ids)
         self.methods = list(self._methods())
@@ -121,10 +125,6 @@ class Lab:
         return {name: perplexity(scores) for name, scores in found.items()}, sum(s.tokens for s in first), len(first)
 
     def answers(self, kind: str, items: list[tasks.Item]) -> dict[str, list[tuple[tasks.Item, Score]]]:
-        longest = self.subject.max_length
-        for item in items:
-            if len(item.ids) > longest:
-                raise ConfigError(f"{kind}: {item.name} has {len(item.ids)} tokens, the model takes {longest}")
         found: dict[str, list[tuple[tasks.Item, Score]]] = defaultdict(list)
         self.ticker.expect(kind, len(items) * len(self.methods))
         for item in items:
@@ -134,15 +134,29 @@ class Lab:
                 self.ticker.tick(kind, fitted.method.name)
         return found
 
+    @cached_property
     def needle_items(self) -> list[tasks.Item]:
-        s = self.settings
-        return tasks.needle_items(self.subject.tokenizer, s.needle_lengths, s.needle_depths, s.needle_repeats, s.seed)
+        s, tokenizer = self.settings, self.subject.tokenizer
+        return self._fitting(
+            "--needle-lengths",
+            tasks.needle_items(tokenizer, s.needle_lengths, s.needle_depths, s.needle_repeats, s.seed),
+        )
 
+    @cached_property
     def last_word_items(self) -> list[tasks.Item]:
         s = self.settings
         generated = s.last_word == texts.GENERATED
         passages = tasks.generated_passages(s.seed) if generated else texts.lambada_passages(s.last_word)
-        return tasks.last_word_items(self.subject.tokenizer, passages, s.passages)
+        return self._fitting("--last-word", tasks.last_word_items(self.subject.tokenizer, passages, s.passages))
+
+    def _fitting(self, option: str, items: list[tasks.Item]) -> list[tasks.Item]:
+        """The items. Raises ConfigError if one is longer than the model takes."""
+        longest, limit = max(items, key=lambda item: len(item.ids)), self.subject.max_length
+        if len(longest.ids) > limit:
+            raise ConfigError(
+                f"{option}: {longest.name} has {len(longest.ids)} tokens, the model takes {limit}: give shorter ones"
+            )
+        return items
 
     def routing(self) -> dict[str, Routing]:
         """Summed over the first `routing_windows` windows, for methods that store keys."""
@@ -202,11 +216,11 @@ class Lab:
                     rows[name].perplexity_delta = value - results[BASELINE]
             margins.add_margins(list(rows.values()))
         if "last-word" in measures:
-            for name, answers in self.answers("last word", self.last_word_items()).items():
+            for name, answers in self.answers("last word", self.last_word_items).items():
                 rows[name].last_word_accuracy = fmean(s.right for _, s in answers)
                 rows[name].last_word_perplexity = perplexity(s for _, s in answers)
         if "needle" in measures:
-            for name, answers in self.answers("needle", self.needle_items()).items():
+            for name, answers in self.answers("needle", self.needle_items).items():
                 cells: dict[str, list[bool]] = defaultdict(list)
                 for item, result in answers:
                     cells[item.cell].append(result.right)

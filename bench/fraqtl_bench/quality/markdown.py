@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fraqtl_bench.quality.methods import BASELINE
 from fraqtl_bench.quality.schema import Allocation, Law, ModelReport, Report, Row, Through
-from fraqtl_bench.quality.verdict import duels, spreads
+from fraqtl_bench.quality.verdict import MAIN_BUDGET, Duel, best_at, duels, spreads
 from fraqtl_bench.reporting.markdown import number, share, table
 
 HEAD = [
@@ -66,6 +67,35 @@ def verdict_lines(model: ModelReport) -> Iterator[str]:
     if spread:
         yield f"Largest minus smallest perplexity over the bases: {spread}."
         yield ""
+
+
+def across_lines(models: list[ModelReport]) -> Iterator[str]:
+    """What is claimed of INT4 and of grouped heads, a line per model, the least grouped first."""
+    margins = {model.model: {duel.budget: number(duel.margin) for duel in duels(model)} for model in models}
+    budgets = sorted({budget for found in margins.values() for budget in found})
+    if not budgets:
+        return
+    kinds = (f"int{MAIN_BUDGET}-channel", f"int{MAIN_BUDGET}-token")
+    rows = []
+    for model in sorted(models, key=lambda m: m.group):
+        perplexities = {row.method: row.perplexity for row in model.rows}
+        spread = spreads(model)
+        precision, rank = (best_at(model, MAIN_BUDGET, family) for family in ("quantisation", "rank"))
+        alone = Duel(MAIN_BUDGET, precision, rank).margin if precision and rank else None
+        cells = [number(perplexities.get(name), 3) for name in (BASELINE, *kinds)]
+        cells += [" / ".join(number(spread.get(kind), 3) for kind in kinds), number(alone)]
+        cells += [margins[model.model].get(budget, "") for budget in budgets]
+        rows.append([model.model, f"{model.attention} {model.group}:1", *cells])
+    yield "## The models side by side"
+    yield ""
+    yield (
+        f"Perplexities; the spread over the bases is of {kinds[0]} / {kinds[1]}. Margins: perplexity of the best of "
+        f"rank reduction and hybrids minus that of the best quantised method; first over rank reduction alone, at "
+        f"{MAIN_BUDGET} bits."
+    )
+    yield ""
+    head = ["model", "attention", BASELINE, *(f"`{kind}`" for kind in kinds), "spread", "margin, rank alone"]
+    yield from table([*head, *(f"margin, {budget:g} bits" for budget in budgets)], rows)
 
 
 def law_lines(law: Law) -> Iterator[str]:
@@ -145,6 +175,7 @@ def lines(report: Report) -> Iterator[str]:
         f"of `{s.calibration}`, seed {s.seed}. Made by `{report.provenance['command']}` in {report.seconds:.0f} s."
     )
     yield ""
+    yield from across_lines(report.models)
     for model in report.models:
         yield from model_lines(model)
     yield from published_lines(report)

@@ -13,12 +13,12 @@ DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 STANDARD: dict[str, Any] = {
     "window": 1024,
     "stride": 512,
-    "tokens": 8192,
+    "tokens": 16384,
     "calibration_tokens": 1024,
     "passages": 40,
     "needle_lengths": [256, 1024],
     "needle_depths": DEPTHS,
-    "needle_repeats": 3,
+    "needle_repeats": 5,
     "routing_windows": 2,
     "queries": 128,
 }

@@ -75,15 +75,26 @@ def _needle(tokenizer: Any, rng: random.Random, name: str, cell: str, length: in
     codes = {k: str(rng.randrange(1000, 10000)) for k in names}
     others = [FACTS["code"][0].format(k=k, v=codes[k]) for k in names[1:]]
     asked = names[0]
-    used = len(encode(tokenizer, _prompt(tokenizer, " ".join(others), asked))) + 20
-    sentences: list[str] = []
-    while used < length:
-        sentences.append(filler(rng, "test"))
-        used += len(encode(tokenizer, " " + sentences[-1]))
+    sentences = _fill(tokenizer, rng, length - len(encode(tokenizer, _prompt(tokenizer, " ".join(others), asked))) - 32)
     for other in others:
         sentences.insert(rng.randrange(len(sentences) + 1), other)
     sentences.insert(round(depth * len(sentences)), FACTS["code"][0].format(k=asked, v=codes[asked]))
     return item(tokenizer, name, cell, _prompt(tokenizer, " ".join(sentences), asked), f" {codes[asked]}")
+
+
+def _fill(tokenizer: Any, rng: random.Random, room: int) -> list[str]:
+    """Sentences of `room` tokens together or little less: never more, or a model's longest text would be exceeded."""
+    sentences: list[str] = []
+    misses = 0
+    while misses < 8:
+        sentence = filler(rng, "test")
+        size = len(encode(tokenizer, " " + sentence))
+        if size > room:
+            misses += 1
+            continue
+        sentences.append(sentence)
+        room -= size
+    return sentences
 
 
 def _prompt(tokenizer: Any, text: str, asked: str) -> str:

@@ -103,7 +103,7 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
         here.append(lab.scored(f"{key}window {window.index}", window.ids, window.first, fitted))
         lab.ticker.tick("server", f"{name}, window {window.index}")
     found, simulated = perplexity(there), perplexity(here)
-    needles = lab.needle_items() if "needle" in lab.settings.measures else []
+    needles = lab.needle_items if "needle" in lab.settings.measures else []
     said = [endpoint.says(item, lab.subject.tokenizer) for item in needles]
     expected = [lab.scored(f"{key}needle {item.name}", item.ids, item.first, fitted).right for item in needles]
     return Through(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fraqtl_bench.quality.margins import PARADIGM
 from fraqtl_bench.quality.schema import ModelReport, Row
 
-MAIN_BUDGET = 4.0
+MAIN_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,20 @@ class Duel:
 
 def duels(model: ModelReport) -> Iterator[Duel]:
     """One per budget at which both paradigms were measured, without the server's formats."""
-    rows = [row for row in model.rows if row.side == "kv" and row.perplexity is not None and row.family != "server"]
-    for budget in sorted({row.budget for row in rows}):
-        found = {
-            paradigm: [r for r in rows if r.budget == budget and PARADIGM.get(r.family) == paradigm]
-            for paradigm in ("precision", "deletion")
-        }
-        if all(found.values()):
-            yield Duel(budget, _best(found["precision"]), _best(found["deletion"]))
+    for budget in sorted({row.budget for row in model.rows}):
+        precision, deletion = best_at(model, budget, "quantisation"), best_at(model, budget, "rank", "hybrid")
+        if precision and deletion:
+            yield Duel(budget, precision, deletion)
 
 
-def _best(rows: Iterable[Row]) -> Row:
-    return min(rows, key=lambda row: row.perplexity or 0.0)
+def best_at(model: ModelReport, budget: float, *families: str) -> Row | None:
+    """The row of least perplexity at a budget, among those of `families` on both sides of the cache."""
+    found = [
+        row
+        for row in model.rows
+        if row.side == "kv" and row.perplexity is not None and row.budget == budget and row.family in families
+    ]
+    return min(found, key=lambda row: row.perplexity or 0.0, default=None)
 
 
 def basis_spread(model: ModelReport, kind: str) -> float | None:
