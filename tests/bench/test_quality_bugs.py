@@ -108,3 +108,11 @@ def test_a_grid_that_is_off_only_on_other_text_is_no_bug() -> None:
     key = fitted.layers[0].key
     loud = 3 * samples[0].key[None].float()
     assert ((key.round_trip(loud) - loud).abs().amax(-2) > key.constants["step"].float()).any()
+
+
+def test_steps_below_what_fp16_holds_are_no_bug() -> None:
+    """Fewer tokens than dimensions: the last principal coordinates are next to nothing, and so are their steps."""
+    samples = calibration_samples(demo().model, TEXT[:12])
+    fitted = fit(parse("rank16x8"), samples)
+    assert (fitted.layers[0].key.constants["step"] < 1e-5).any()
+    selfcheck.check_errors(fitted, samples)

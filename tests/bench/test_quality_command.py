@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_report_also_resumed(
 
 def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    for name, content in {"empty.txt": b"", "binary.txt": b"\0\1\2", "short.txt": b"one"}.items():
+    for name, content in {"empty.txt": b"", "binary.txt": b"\0\1\2", "short.txt": b"a line of few words"}.items():
         (tmp_path / name).write_bytes(content)
     assert "model 'nowhere/none' was not found" in fails(capsys, out, "nowhere/none")
     assert "is empty" in fails(capsys, out, "demo", "--text", str(tmp_path / "empty.txt"))
@@ -144,6 +144,9 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
     assert "window 9000 is above the 8192 tokens" in fails(capsys, out, "demo", "--window", "9000")
     longer = ("--needle-lengths", "9000", "--needle-repeats", "1")
     assert "tokens, the model takes 8192: give shorter ones" in fails(capsys, out, "demo", *longer)
+    assert "device 'nowhere' is not there: give cpu" in fails(capsys, out, "demo", "--device", "nowhere")
+    nobody = ("--through-server", "http://127.0.0.1:9")
+    assert "no server answers at 'http://127.0.0.1:9'" in fails(capsys, out, "demo", *nobody)
     assert "unknown dtype 'int8'" in fails(capsys, out, "demo", "--dtype", "int8")
     assert "suite 'none.yaml' was not found" in fails(capsys, out, "--suite", "none.yaml")
     assert not list(out.iterdir())

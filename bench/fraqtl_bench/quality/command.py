@@ -92,6 +92,9 @@ def _measure(
 ) -> ModelReport:
     if args.budget is not None:
         budget.check_budget(args.budget, subject.head_size)
+    with httpx.Client() as client:
+        for url in args.through_server or ():
+            through_server.Endpoint(url, client)  # an hour later is late to find that nobody answers
     if args.quick and settings.methods is None:
         settings = settings.model_copy(update={"methods": quick_names(subject.head_size)})
     lab = Lab(subject, settings, notes, ticker)

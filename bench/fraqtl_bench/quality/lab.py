@@ -14,14 +14,13 @@ from fraqtl_bench.quality import law, margins, selfcheck, tasks, texts
 from fraqtl_bench.quality.cache import Fitted, fit
 from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
+from fraqtl_bench.quality.options import LEAST_CALIBRATION
 from fraqtl_bench.quality.routing import MARGINS, Routing, measure_routing
 from fraqtl_bench.quality.schema import Margin, ModelReport, Row, Settings
 from fraqtl_bench.quality.score import Score, perplexity, score
 from fraqtl_bench.quality.watch import calibration_samples
 from fraqtl_bench.reporting.progress import Progress
 from fraqtl_kernels.errors import ConfigError, FraqtlError
-
-MEASURES = ("perplexity", "last-word", "needle", "routing", "law")
 
 
 class Ticker:
@@ -83,8 +82,10 @@ class Lab:
 
     def _head(self, source: str, split: str, count: int) -> list[int]:
         found = [token for token, _ in zip(self._stream(source, split), range(count), strict=False)]
-        if len(found) < 2:
-            raise ConfigError(f"text {source!r} has {len(found)} tokens: give a longer one")
+        if len(found) < LEAST_CALIBRATION:
+            raise ConfigError(
+                f"text {source!r} has {len(found)} tokens: give a longer one, calibration needs {LEAST_CALIBRATION}"
+            )
         return found
 
     def windows(self, limit: int | None = None) -> Iterator[texts.Window]:

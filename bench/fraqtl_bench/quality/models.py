@@ -55,6 +55,7 @@ def load(name: str, dtype: str | None, device: str) -> Subject:
     """
     if dtype is not None and dtype not in DTYPES:
         raise one_of("dtype", dtype, DTYPES)
+    _check_device(device)
     logging.disable_progress_bar()
     source = str(demo_model()) if name == DEMO else name
     config = _read(AutoConfig, source, name)
@@ -64,6 +65,13 @@ def load(name: str, dtype: str | None, device: str) -> Subject:
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     model = _read(AutoModelForCausalLM, source, name, dtype=chosen, attn_implementation="eager" if capped else "sdpa")
     return subject(name if name == DEMO else Path(source).name, model.to(device).eval(), tokenizer)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch knows all three, and no parent of them
+        raise ConfigError(f"device {device!r} is not there: give cpu, or cuda where there is a GPU") from error
 
 
 def _read(kind: Any, source: str, name: str, **options: Any) -> Any:

@@ -35,6 +35,7 @@ QUICK: dict[str, Any] = {
     "queries": 32,
 }
 SEARCH_TOKENS = 4096
+LEAST_CALIBRATION = 64  # tokens
 _OWN = ("text", "calibration", "last_word", "dtype", "device", "seed", "methods", "measures")
 
 
@@ -84,8 +85,8 @@ def settings_of(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], 
 
 
 def _check(settings: dict[str, Any]) -> None:
-    least = {"window": 16, "stride": 1, "tokens": 0, "calibration_tokens": 64, "passages": 1, "needle_repeats": 1}
-    for name, low in least.items():
+    least = {"window": 16, "stride": 1, "tokens": 0, "passages": 1, "needle_repeats": 1}
+    for name, low in {**least, "calibration_tokens": LEAST_CALIBRATION}.items():
         if settings[name] < low:
             raise ConfigError(f"--{name.replace('_', '-')} {settings[name]} is too small: give {low} or more")
     for measure in settings["measures"]:
