@@ -16,6 +16,7 @@ CHART = ROOT / "docker/helm/fraqtl-serve"
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 KUBERNETES = "1.33"
+WARNING = 2  # of helm lint
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "cpu": {"gpu": {"count": 0}, "image": {"tag": "cpu"}},
@@ -75,6 +76,13 @@ def rendered(case: dict[str, Any]) -> list[dict[str, Any]]:
         files = chart.render(case, name="demo", namespace="prod")
     texts = [text for name, text in files.items() if not name.endswith(".txt")]
     return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_helm_finds_nothing_to_warn_of(name: str) -> None:
+    helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk, development only")
+    found = helm.lint(str(CHART), CASES[name], strict=True, kube_version=f"v{KUBERNETES}.0")
+    assert found["errors"] == [] and all(message["severity"] < WARNING for message in found["messages"])
 
 
 @pytest.mark.parametrize("name", CASES)
