@@ -24,7 +24,7 @@ def test_flags_for_several_gpus_are_those_of_vllm() -> None:
 
 
 def test_files_named_are_there() -> None:
-    for path in set(re.findall(r"\bdocker/[\w./-]*[\w]", SECTION)):
+    for path in set(re.findall(r"(?<![\w/])(?:tests/|bench/)?(?:docker|results)/[\w./-]*[\w]", SECTION)):
         assert (ROOT / path).exists(), path
 
 

@@ -41,6 +41,26 @@ def test_report_keeps_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == ["ok   good: status 0", "FAIL bad: AssertionError: a user id is 0"]
 
 
+def test_groups_that_passed_on_this_image_are_kept() -> None:
+    made: list[str] = []
+
+    def run(report: Report, image: str, *, passes: bool) -> bool:
+        def check() -> dict[str, int]:
+            made.append(image)
+            assert passes
+            return {"status": 0}
+
+        return report.group("stop", image, lambda: report.run("stop: ends", check))
+
+    saved: list[dict[str, object]] = []
+    assert not run(Report(save=saved.extend), "a", passes=False)
+    assert run(Report(saved, saved.extend), "a", passes=True)
+    assert run(again := Report(saved[1:]), "a", passes=False) and again.checks == saved[1:]
+    assert not run(Report(saved[1:]), "b", passes=False)
+    assert made == ["a", "a", "b"]
+    assert [row["passed"] for row in saved] == [False, True]
+
+
 def test_command_that_fails_says_why() -> None:
     with pytest.raises(DockerError, match=r"ended with 2:\n.*/not/there"):
         Docker("ls").run("/not/there")

@@ -5,7 +5,8 @@
 Wants this project's packages and a Docker engine; run.sh brings one where there is none. Builds
 docker/Dockerfile.cpu, runs it as users and as platforms do, then with docker/compose.yaml. Builds the GPU's Dockerfile
 from a stand-in for the official image, the CPU image's own packages, and runs that on the CPU, too. Prints a line for
-each check; its status is 1 if one failed.
+each check; its status is 1 if one failed. Groups of checks that passed before, on the same images, are taken from the
+file of the results: a run that was stopped goes on. Delete that file to make all anew.
 
 pip's settings are taken over from the environment: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST, PIP_CERT, and
 PIP_FIND_LINKS, which may be a folder here: it is served to the build on the loopback.
@@ -14,11 +15,12 @@ PIP_FIND_LINKS, which may be a folder here: it is served to the build on the loo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -29,8 +31,8 @@ from fraqtl_bench.server import free_port
 from tests.docker.image import checks
 from tests.docker.image.chats import chat
 from tests.docker.image.checks import ANYBODY, EMPTY_CACHE, HARDENED, Setting
-from tests.docker.image.docker_cli import Docker
-from tests.docker.image.report import Found, Report
+from tests.docker.image.docker_cli import Docker, DockerError
+from tests.docker.image.report import Found, Report, fail
 
 ROOT = Path(__file__).parents[3]
 CPU_IMAGE = "fraqtl-serve:cpu"
@@ -77,33 +79,35 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def build_cpu(docker: Docker, logs: Path) -> Found:
-    """The CPU image, and its first stage, which the stand-in for the GPU's base starts from."""
+def build_cpu(docker: Docker, logs: Path) -> float:
+    """The CPU image, and its first stage, which the stand-in for the GPU's base starts from; seconds of the first."""
     common = ["--file", str(ROOT / "docker/Dockerfile.cpu"), str(ROOT)]
     with build_options() as options:
         seconds = docker.build(*options, "--tag", CPU_IMAGE, *common, log=logs / "cpu.log")
         docker.build(*options, "--target", "build", "--tag", BUILD, *common, log=logs / "build.log")
-    return {"build_seconds": round(seconds), **size(docker, CPU_IMAGE)}
+    return seconds
 
 
-def build_gpu(docker: Docker, logs: Path) -> Found:
+def build_gpu(docker: Docker, logs: Path) -> float:
     docker.build("--network", "none", "--tag", STAND_IN, "-", log=logs / "base.log", stdin=STAND_IN_FILE)
     options = ["--network", "none", "--build-arg", f"BASE={STAND_IN}", "--tag", GPU_IMAGE]
-    seconds = docker.build(*options, str(ROOT), log=logs / "gpu.log")
-    added = docker.inspect(GPU_IMAGE)["Size"] - docker.inspect(STAND_IN)["Size"]
-    return {"build_seconds": round(seconds), "bytes_on_top_of_the_base": added}
+    return docker.build(*options, str(ROOT), log=logs / "gpu.log")
 
 
-def size(docker: Docker, image: str) -> Found:
-    """Unpacked bytes, and those of its layers that are not the base's."""
-    whole = docker.inspect(image)
-    base = docker.inspect(whole["Config"]["Labels"]["org.opencontainers.image.base.name"])
-    return {
-        "image_bytes": whole["Size"],
-        "base_bytes": base["Size"],
-        "base_is_official": bool(base["RepoDigests"]),
-        "user": whole["Config"]["User"],
-    }
+def build(report: Report, name: str, docker: Docker, image: str, make: Callable[[], float]) -> bool:
+    """Build `image` and note its unpacked size, and its base's; one that is in the cache is none to wait for."""
+    try:
+        seconds = round(make())
+    except DockerError as error:
+        return report.run(f"{name}: builds", partial(fail, error))
+
+    def size() -> Found:
+        whole = docker.inspect(image)
+        base = docker.inspect(whole["Config"]["Labels"]["org.opencontainers.image.base.name"])
+        bytes_ = {"image_bytes": whole["Size"], "base_bytes": base["Size"]}
+        return {"build_seconds": seconds, **bytes_, "base_is_official": bool(base["RepoDigests"])}
+
+    return report.group(name, docker.image_id(image), lambda: report.run(f"{name}: builds", size))
 
 
 def compose_files(docker: Docker) -> Found:
@@ -134,7 +138,7 @@ def compose_server(docker: Docker) -> Found:
 
 
 def run_all(docker: Docker, report: Report, logs: Path) -> None:
-    if not report.run("CPU image: builds", partial(build_cpu, docker, logs)):
+    if not build(report, "CPU image", docker, CPU_IMAGE, partial(build_cpu, docker, logs)):
         return
     cpu = Setting(docker, CPU_IMAGE, free_port())
     with docker.network():
@@ -148,14 +152,17 @@ def run_all(docker: Docker, report: Report, logs: Path) -> None:
         confined = (checks.answers, checks.is_confined, checks.is_healthy, checks.stop_finishes_a_stream)
         report.run_in(cpu, "hardened, any user", *HARDENED, *ANYBODY, checks=confined)
         report.run_in(cpu, "hardened, empty volume", *HARDENED, *ANYBODY, *EMPTY_CACHE, checks=confined)
-    report.run("compose: files", partial(compose_files, docker))
-    report.run("compose: server", partial(compose_server, docker))
-    if not report.run("GPU image on a stand-in: builds", partial(build_gpu, docker, logs)):
+    image = docker.image_id(CPU_IMAGE)
+    report.group(
+        "compose's files", image, lambda: report.run("compose's files: are valid", partial(compose_files, docker))
+    )
+    report.group("compose", image, lambda: report.run("compose: serves", partial(compose_server, docker)))
+    if not build(report, "GPU image on a stand-in", docker, GPU_IMAGE, partial(build_gpu, docker, logs)):
         return
     gpu = Setting(docker, GPU_IMAGE, free_port())
     with docker.network():
         confined = (checks.answers, checks.is_confined, checks.is_healthy, checks.stop_finishes_a_stream)
-        report.run_in(gpu, "GPU image on a stand-in", *HARDENED, *ANYBODY, checks=confined)
+        report.run_in(gpu, "GPU image on a CPU", *HARDENED, *ANYBODY, checks=confined)
 
 
 def main() -> None:
@@ -164,19 +171,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
     parser.add_argument("--logs", type=Path, help="folder for the logs of the builds (default: a temporary one)")
     args = parser.parse_args()
-    docker, report = Docker(args.docker), Report()
+    docker = Docker(args.docker)
     try:
         engine = docker.run("version", "--format", "{{.Server.Version}}")
     except (OSError, RuntimeError):
         sys.exit(f"check.py: no Docker engine answers {args.docker}: tests/docker/image/run.sh brings one")
     logs = args.logs or Path(tempfile.mkdtemp(prefix="fraqtl-image-"))
     logs.mkdir(parents=True, exist_ok=True)
-    run_all(docker, report, logs)
-    if args.out:
+
+    def save(rows: list[Found]) -> None:
         # run.sh names the engine that it brought by a folder that is gone afterwards.
         program = "python -m tests.docker.image.check" if args.docker == "docker" else "tests/docker/image/run.sh"
-        found = {"command": f"{program} --out {args.out}", "docker": engine, "failed": report.failed}
-        results.save(args.out, {**found, "checks": report.checks})
+        failed = sum(not row["passed"] for row in rows)
+        found = {"command": f"{program} --out {args.out}", "docker": engine, "failed": failed, "checks": rows}
+        results.save(args.out, found)
+
+    earlier = json.loads(args.out.read_text())["checks"] if args.out and args.out.exists() else []
+    report = Report(earlier, save) if args.out else Report()
+    run_all(docker, report, logs)
     print(f"{len(report.checks) - report.failed} passed, {report.failed} failed")
     sys.exit(1 if report.failed else 0)
 

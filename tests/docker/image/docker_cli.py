@@ -51,6 +51,9 @@ class Docker:
     def inspect(self, name: str) -> Any:
         return json.loads(self.run("inspect", name))[0]
 
+    def image_id(self, name: str) -> str:
+        return str(self.inspect(name)["Id"])
+
     @contextmanager
     def network(self) -> Iterator[None]:
         self.run("network", "create", NETWORK)
