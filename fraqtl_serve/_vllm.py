@@ -8,7 +8,7 @@ from __future__ import annotations
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -23,6 +23,7 @@ __all__ = [
     "ErrorResponse",
     "FinishReason",
     "FlexibleArgumentParser",
+    "GracefulHTTPError",
     "ServeSubcommand",
     "VLLMValidationError",
     "cli_env_setup",

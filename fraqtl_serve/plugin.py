@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import grammars, openapi, tracing
+from fraqtl_serve import grammars, openapi, shutdown, tracing
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
 from fraqtl_serve.capacity import make_pool
@@ -21,7 +21,6 @@ from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
-from fraqtl_serve.shutdown import BoundedShutdown
 from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
@@ -39,7 +38,7 @@ class FraqtlEndpoints:
         app.include_router(router)
         app.include_router(page_router)
         openapi.extend(app, in_body=in_body, asks_for_key=bool(keys))
-        app.add_middleware(BoundedShutdown)
+        app.add_middleware(shutdown.Shutdown)
         app.add_middleware(ReportMiddleware, in_body=in_body)
         app.add_middleware(StumblingValidators)
         app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
@@ -63,6 +62,7 @@ class FraqtlEndpoints:
         accounting.watch(engine_client)
         grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
+        state.fraqtl_stop = shutdown.watch(engine_client)
         ranks = await engine_client.collective_rpc(METHOD)
         model = engine_client.vllm_config.model_config
         pool = make_pool(

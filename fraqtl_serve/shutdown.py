@@ -1,19 +1,73 @@
-"""A stop that ends.
+"""A stop that ends, and that tells clients the truth.
 
-When vLLM's server is told to stop while it generates, it kills the engine and then waits for open
-connections; a request that the dead engine will never answer can keep it waiting for ever. uvicorn
-has a limit for that wait, which vLLM leaves unset.
+When vLLM's server is told to stop while it generates, it stops the engine and then waits for open connections; a
+request that the dead engine will never answer can keep it waiting for ever. uvicorn has a limit for that wait,
+which vLLM leaves unset.
+
+Until then it still listens, and its engine turns new requests away by ending them at once: the client gets 200 and
+an answer without a token. Here such requests get 503, which load balancers and client libraries send elsewhere.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fraqtl_serve._vllm import FinishReason, GracefulHTTPError
 from fraqtl_serve.asgi import Application, Receive, Scope, Send
+from fraqtl_serve.errors import send_error
 
 CONNECTION_SECONDS = 3  # the engine has stopped by then: nothing more can come
+SAID = "this server is shutting down: send the request to another one, or again when it is back"
 
 
-class BoundedShutdown:
-    """ASGI middleware that sets uvicorn's limit when the application starts, unless it is set."""
+@dataclass
+class Stop:
+    """Whether this API server process was told to stop."""
+
+    requested: bool = False
+
+
+def watch(engine_client: Any) -> Stop:
+    """Notice that `engine_client` is told to stop, and have it fail the requests that its engine then turns away.
+
+    A request that has said something already keeps what it said, with vLLM's finish reason `abort`.
+    """
+    stop = Stop()
+    processor = engine_client.output_processor
+    shutdown, process_outputs = engine_client.shutdown, processor.process_outputs
+
+    def watched_shutdown(*args: Any, **kwargs: Any) -> Any:
+        stop.requested = True
+        return shutdown(*args, **kwargs)
+
+    def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        queues = [_queue_of_unserved(processor, out) for out in engine_core_outputs] if stop.requested else []
+        result = process_outputs(engine_core_outputs, *args, **kwargs)
+        for queue in queues:
+            if queue is not None:
+                queue.put(GracefulHTTPError(SAID, HTTPStatus.SERVICE_UNAVAILABLE))
+        return result
+
+    engine_client.shutdown = watched_shutdown
+    processor.process_outputs = watched_process_outputs
+    return stop
+
+
+def _queue_of_unserved(processor: Any, output: Any) -> Any | None:
+    """The queue of a request that ends with `output` without a single token; None if it isn't such a request."""
+    if output.finish_reason is not FinishReason.ABORT or output.new_token_ids:
+        return None
+    state = processor.request_states.get(output.request_id)
+    return state.queue if state is not None and state.is_prefilling else None
+
+
+class Shutdown:
+    """ASGI middleware: sets uvicorn's limit when the application starts, unless it is set; 503 while it stops.
+
+    Only a POST gives the engine work; probes, metrics and our own routes answer to the end.
+    """
 
     def __init__(self, app: Application) -> None:
         self.app = app
@@ -23,4 +77,9 @@ class BoundedShutdown:
             server = getattr(scope["app"].state, "server", None)
             if server is not None and server.config.timeout_graceful_shutdown is None:
                 server.config.timeout_graceful_shutdown = CONNECTION_SECONDS
+        elif scope["type"] == "http" and scope["method"] == "POST":
+            stop: Stop | None = getattr(scope["app"].state, "fraqtl_stop", None)
+            if stop is not None and stop.requested:
+                await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, SAID, headers=[(b"connection", b"close")])
+                return
         await self.app(scope, receive, send)

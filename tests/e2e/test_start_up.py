@@ -9,14 +9,17 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
 from tests.e2e.engine import DEMO_MODEL
-from tests.e2e.server import Server, group_members, running, start, stop
+from tests.e2e.reports import metric
+from tests.e2e.server import Server, group_members, remove_log, running, start, stop
 
+COMPLETIONS = "/v1/completions"
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -46,7 +49,9 @@ def last_words(*arguments: str, port: int | None = None) -> str:
         assert not group_members(server)
     finally:
         stop(server)
-    return server.log.strip().splitlines()[-1]
+    said = server.log.strip().splitlines()[-1]
+    remove_log(server)
+    return said
 
 
 def model_folder(tmp_path: Path, **config: object) -> Path:
@@ -102,6 +107,56 @@ def generate_slowly(server: Server) -> None:
     body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 4000, "ignore_eos": True}
     with suppress(httpx.HTTPError):  # cut off or answered with what there is: either is fine
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+
+
+def test_a_stop_lets_running_requests_finish_and_refuses_others() -> None:
+    """With a time to drain. One sequence at a time: the second request waits in the engine, and is let finish, too."""
+    with running("--shutdown-timeout", "60", "--max-num-seqs", "1") as server:
+        body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 300, "ignore_eos": True}
+        with ThreadPoolExecutor() as clients:
+            both = [clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120) for _ in range(2)]
+            wait_for_running(server)
+            server.process.send_signal(signal.SIGTERM)
+            late = until_refused(server, body)
+            answers = [one.result() for one in both]
+        assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [300, 300]
+        assert server.process.wait(60) == 0
+
+
+def test_a_stop_without_a_time_to_drain_fails_what_waits() -> None:
+    """Without one, what runs keeps its text so far; what has none yet is told so, and gets no empty answer."""
+    with running("--max-num-seqs", "1") as server:
+        body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 4000, "ignore_eos": True}
+        with ThreadPoolExecutor() as clients:
+            first = clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120)
+            wait_for_running(server)
+            waiting = clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120)
+            streamed = clients.submit(httpx.post, server.url + COMPLETIONS, json={**body, "stream": True}, timeout=120)
+            while metric(server.url, "vllm:num_requests_waiting") < 2:
+                time.sleep(0.1)
+            server.process.send_signal(signal.SIGTERM)
+            [choice] = first.result().json()["choices"]
+        assert choice["finish_reason"] == "abort" and choice["text"]
+        assert waiting.result().status_code == 503
+        events = [json.loads(line[6:]) for line in streamed.result().text.splitlines() if line.startswith("data: {")]
+        assert [event["error"]["code"] for event in events] == [503]
+
+
+def wait_for_running(server: Server) -> None:
+    while metric(server.url, "vllm:num_requests_running") < 1:
+        time.sleep(0.1)
+
+
+def until_refused(server: Server, body: dict[str, object]) -> httpx.Response:
+    """The first answer that isn't 200; a question that was early enough to wait in the engine is taken back."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with suppress(httpx.ReadTimeout):
+            answer = httpx.post(server.url + COMPLETIONS, json=body, timeout=1)
+            if answer.status_code != 200:
+                return answer
+    raise AssertionError("a server that was told to stop takes new requests")
 
 
 def test_ctrl_c_during_generation_leaves_no_process() -> None:

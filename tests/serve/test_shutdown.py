@@ -1,0 +1,92 @@
+"""What a server that was told to stop says to requests that its engine turns away."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+
+from fraqtl_serve import shutdown
+from tests.serve.fake_engine import FakeEngine
+
+
+class StoppableEngine(FakeEngine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped_with: Any = None
+
+    def shutdown(self, timeout: float | None = None) -> str:
+        self.stopped_with = timeout
+        return "stopped"
+
+
+@pytest.fixture
+def engine() -> StoppableEngine:
+    return StoppableEngine()
+
+
+def admit(engine: StoppableEngine, key: str, *, has_spoken: bool) -> RequestOutputCollector:
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, key)
+    engine.output_processor.request_states[key] = SimpleNamespace(queue=queue, is_prefilling=not has_spoken)
+    return queue
+
+
+def end(engine: StoppableEngine, key: str, reason: FinishReason = FinishReason.ABORT) -> str:
+    return engine.output_processor.process_outputs([EngineCoreOutput(key, [], finish_reason=reason)], 7.0)
+
+
+def test_request_that_is_turned_away_fails_with_503(engine: StoppableEngine) -> None:
+    stop = shutdown.watch(engine)
+    queue = admit(engine, "a", has_spoken=False)
+    assert engine.shutdown(timeout=6) == "stopped"  # type: ignore[comparison-overlap]
+    assert (stop.requested, engine.stopped_with) == (True, 6)
+    assert end(engine, "a") == "processed 1 at 7.0"
+    with pytest.raises(GracefulHTTPError, match="shutting down") as caught:
+        asyncio.run(queue.get())
+    assert caught.value.http_status == 503
+
+
+@pytest.mark.parametrize(
+    ("stops", "has_spoken", "reason"),
+    [(False, False, FinishReason.ABORT), (True, True, FinishReason.ABORT), (True, False, FinishReason.LENGTH)],
+    ids=["while it runs (a pause, say)", "has an answer to keep", "came to its own end"],
+)
+def test_other_ends_are_left_alone(
+    engine: StoppableEngine, stops: bool, has_spoken: bool, reason: FinishReason
+) -> None:
+    shutdown.watch(engine)
+    queue = admit(engine, "a", has_spoken=has_spoken)
+    if stops:
+        engine.shutdown()
+    end(engine, "a", reason)
+    end(engine, "nobody knows it")
+    assert queue.get_nowait() is None
+
+
+def test_vllm_has_what_is_looked_at() -> None:
+    names = RequestState.__init__.__code__.co_names
+    assert {"queue", "is_prefilling"} <= set(names)
+
+
+def test_new_work_is_refused_and_questions_are_answered() -> None:
+    app = Starlette(routes=[Route("/v1/completions", lambda _: PlainTextResponse("yes"), methods=["GET", "POST"])])
+    app.add_middleware(shutdown.Shutdown)
+    client = TestClient(app)
+    assert client.post("/v1/completions").text == "yes"  # the engine is not up yet
+    app.state.fraqtl_stop = stop = shutdown.Stop()
+    assert client.post("/v1/completions").text == "yes"
+    stop.requested = True
+    refused = client.post("/v1/completions")
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    assert "shutting down" in refused.json()["error"]["message"]
+    assert client.get("/v1/completions").text == "yes"
