@@ -12,7 +12,8 @@ import json
 import statistics
 import subprocess
 import tempfile
-from contextlib import ExitStack
+import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,22 @@ from rich.console import Console
 from rich.table import Table
 
 from fraqtl_bench import bench_serve, results
-from fraqtl_bench.server import STOCK_SERVER, Server, start, stop, wait_until_ready
+from fraqtl_bench.server import STOCK_SERVER, Server, cpu_seconds, running
 from fraqtl_kernels.errors import FraqtlError
 
 MEMORY = str(256 << 20)
 MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")  # as `vllm bench serve` names them
 
 
-def start_ours(model: list[str], kv_format: str) -> Server:
-    return start(*model, "--kv-format", kv_format, "--kv-cache-memory-bytes", MEMORY)
+def ours_running(model: list[str], kv_format: str) -> AbstractContextManager[Server]:
+    return running(*model, "--kv-format", kv_format, "--kv-cache-memory-bytes", MEMORY)
 
 
-def start_without_reports(path: str, name: str, kv_format: str) -> Server:
+def running_without_reports(path: str, name: str, kv_format: str) -> AbstractContextManager[Server]:
     config = json.dumps({"fraqtl": {"kv_format": kv_format}})
     flags = ["--additional-config", config, "--served-model-name", name, "--kv-cache-memory-bytes", MEMORY]
     backend = ["--attention-backend", "FRAQTL", "--enforce-eager"]
-    return start(path, *backend, *flags, module=STOCK_SERVER)
+    return running(path, *backend, *flags, module=STOCK_SERVER)
 
 
 def check_arms(ours: Server, without: Server, model: str) -> None:
@@ -66,6 +67,16 @@ def load(server: Server, model: dict[str, Any], args: argparse.Namespace, seed: 
     return {name: found[name] for name in MEASURES}
 
 
+def measure(
+    arms: dict[str, Server], name: str, model: dict[str, Any], args: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """One run on the server `name`, and how many cores the other one, which has nothing to do, took meanwhile."""
+    [idle] = (server for other, server in arms.items() if other != name)
+    before, began = cpu_seconds(idle), time.monotonic()
+    found = load(arms[name], model, args, seed)
+    return {**found, "cores_of_the_idle_server": round((cpu_seconds(idle) - before) / (time.monotonic() - began), 4)}
+
+
 def ratios(pairs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Of every measure: ours over the other, pair by pair, its median, quartiles and extremes."""
     found = {}
@@ -84,23 +95,21 @@ def ratios(pairs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     pairs: list[dict[str, dict[str, float]]] = []
     with ExitStack() as servers:
-        ours = start_ours(args.model, args.kv_format)
-        servers.callback(stop, ours)
-        wait_until_ready(ours)
+        ours = servers.enter_context(ours_running(args.model, args.kv_format))
         model = httpx.get(f"{ours.url}/v1/models").json()["data"][0]
-        without = start_without_reports(model["root"], model["id"], args.kv_format)
-        servers.callback(stop, without)
-        wait_until_ready(without)
+        without = servers.enter_context(running_without_reports(model["root"], model["id"], args.kv_format))
         check_arms(ours, without, model["id"])
         arms = {"with": ours, "without": without}
         for name in arms:
             load(arms[name], model, args, seed=1000)  # not counted: first touches of code and memory
         for turn in range(args.pairs):
             order = ("with", "without") if turn % 2 == 0 else ("without", "with")
-            pairs.append({name: load(arms[name], model, args, seed=turn) for name in order})
+            pairs.append({name: measure(arms, name, model, args, seed=turn) for name in order})
             print(f"pair {turn + 1} of {args.pairs}: {pairs[-1]}", flush=True)
     found = ratios(pairs)
     show(pairs, found)
+    idle = max(run["cores_of_the_idle_server"] for pair in pairs for run in pair.values())
+    print(f"the server that idled took at most {idle:.1%} of a core")
     if args.out:
         shape = {name: getattr(args, name) for name in ("kv_format", "concurrency", "requests", "input", "output")}
         results.save(args.out, {"load": shape, "pairs": pairs, "ratios": found})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,29 +93,48 @@ def _prompt(rng: random.Random, texts: list[list[int]], longest: int) -> list[in
     return shared + rng.choices(VOCABULARY, k=length - len(shared))
 
 
-async def send_all(url: str, jobs: list[Job], concurrency: int) -> dict[str, Outcome]:
-    """All jobs, so many at a time; by their ids."""
+async def send_all(
+    url: str,
+    jobs: list[Job],
+    concurrency: int,
+    seconds: float | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Outcome]:
+    """All jobs, so many at a time; by their ids.
+
+    seconds: all the time there is; a job without an outcome by then gets one whose error says so.
+    progress: called with how many are done, after each.
+    """
     limit = asyncio.Semaphore(concurrency)
+    outcomes: dict[str, Outcome] = {}
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
-        async def one(job: Job) -> tuple[str, Outcome]:
+        async def one(job: Job) -> None:
             async with limit:
-                return job.id, await send(client, job, model)
+                outcomes[job.id] = await send(client, job, model)
+                progress(len(outcomes))
 
-        return dict(await asyncio.gather(*map(one, jobs)))
+        tasks = [asyncio.create_task(one(job)) for job in jobs]
+        _, pending = await asyncio.wait(tasks, timeout=seconds)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in set(tasks) - pending:
+            task.result()  # raises what it raised
+    late = f"no answer when the {seconds:g} s for all requests were over" if seconds else ""
+    return {job.id: outcomes.get(job.id) or Outcome(status="unknown", error=late) for job in jobs}
 
 
 async def send(client: httpx.AsyncClient, job: Job, model: str) -> Outcome:
     outcome = Outcome()
     try:
-        await asyncio.wait_for(_exchange(client, job, model, outcome), job.abort_seconds)
-    except (TimeoutError, _HungUpError):
-        pass
+        with suppress(TimeoutError, _HungUpError):
+            await asyncio.wait_for(_exchange(client, job, model, outcome), job.abort_seconds)
+        if job.aborts and outcome.report is None:
+            await _look_up(client, job, outcome)
     except httpx.HTTPError as error:
         outcome.error = repr(error)
-    if job.aborts and outcome.report is None:
-        await _look_up(client, job, outcome)
     return outcome
 
 

@@ -1,8 +1,13 @@
-"""Starts, waits for and stops a real `fraqtl-serve serve`, in a process group of its own."""
+"""Starts, waits for and stops a real `fraqtl-serve serve`, in a process group of its own.
+
+Each has a folder for its log below the temporary one. `running` removes it if all went well; FRAQTL_KEEP_LOGS=1
+keeps them all.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,17 +86,34 @@ def stop(server: Server) -> None:
             os.killpg(server.process.pid, signal.SIGKILL)
 
 
+def remove_log(server: Server) -> None:
+    """Remove the folder of its log, unless FRAQTL_KEEP_LOGS is set."""
+    if not os.environ.get("FRAQTL_KEEP_LOGS"):
+        shutil.rmtree(server.log_file.parent, ignore_errors=True)
+
+
 def group_members(server: Server) -> list[int]:
     """Processes of the server's group that are still alive."""
-    alive = []
+    return [pid for pid, fields in _group(server).items() if fields[0] != "Z"]
+
+
+def cpu_seconds(server: Server) -> float:
+    """CPU time that the server's processes have taken so far, in the kernel and outside."""
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in _group(server).values())
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _group(server: Server) -> dict[int, list[str]]:
+    """By process of the server's group: the fields of its /proc/PID/stat from the third, its state, on."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        if int(fields[2]) == server.process.pid and fields[0] != "Z":
-            alive.append(int(stat.parent.name))
-    return alive
+        if int(fields[2]) == server.process.pid:
+            found[int(stat.parent.name)] = fields
+    return found
 
 
 @contextmanager
@@ -104,5 +126,9 @@ def running(
     try:
         wait_until_ready(server)
         yield server
-    finally:
+    except BaseException:
         stop(server)
+        print(f"the server's log is {server.log_file}", file=sys.stderr)
+        raise
+    stop(server)
+    remove_log(server)

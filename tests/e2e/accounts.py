@@ -3,7 +3,8 @@
     python -m tests.e2e.accounts --requests 300 --out bench/results/cpu/accounting.json
 
 Three servers: the demo model in a pool so small that requests are preempted; a model whose layers with
-sliding windows give blocks back; the demo model on two tensor-parallel ranks.
+sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no answer when the
+server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import asyncio
 import json
 import os
 import re
+import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ from tests.e2e.witness import FILE
 ROOT = Path(__file__).parents[2]
 SEQUENCE = re.compile(r"^(?:(?P<child>\d+)_)?cmpl-(?P<job>job\d+)-(?P<prompt>\d+)-")
 ANSWER = 120  # tokens, three times that for requests that will be aborted
+SECONDS = 1800.0  # for all requests to a server: ten minutes on two cores with nothing else to do
+PROGRESS = 30  # requests between two lines about how far it is
 Line = dict[str, Any]
 
 
@@ -76,11 +81,16 @@ def sliding_windows(folder: Path, *arguments: str, longest: int = 3000, ranks: i
 @dataclass
 class Comparison:
     requests: int
+    seconds: float
     counts: dict[str, int]
     mismatches: list[str]
 
 
-def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24) -> Comparison:
+class _UnseenError(Exception):
+    """The witness saw nothing at the moment at which a sequence must have ended."""
+
+
+def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24, seconds: float = SECONDS) -> Comparison:
     """Serve, send random requests, and hold every report against the witness."""
     jobs = make_jobs(requests, seed, setup.longest, ANSWER)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,12 +100,26 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24) -> Co
         with running(*setup.flags, environment=environment) as server:
             answer = httpx.post(f"{server.url}/collective_rpc", json={"method": "fraqtl_pages"}, timeout=60)
             ranks = answer.raise_for_status().json()["results"]
-            outcomes = asyncio.run(send_all(server.url, jobs, concurrency))
+            began = time.monotonic()
+            outcomes = asyncio.run(send_all(server.url, jobs, concurrency, seconds, Progress(len(jobs))))
+            took = time.monotonic() - began
         lines = [json.loads(line) for line in notes.read_text().splitlines()]
     assert len(ranks) == setup.ranks, ranks
     block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
     wrong = find_mismatches(jobs, outcomes, lines, block_bytes, setup.baseline)
-    return Comparison(requests, count(jobs, outcomes, lines), wrong)
+    return Comparison(requests, round(took, 1), count(jobs, outcomes, lines), wrong)
+
+
+class Progress:
+    """A line now and then about how many requests are done."""
+
+    def __init__(self, requests: int) -> None:
+        self.requests = requests
+        self.began = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if done % PROGRESS == 0 or done == self.requests:
+            print(f"{done} of {self.requests} requests, {time.monotonic() - self.began:.0f} s", file=sys.stderr)
 
 
 def find_mismatches(
@@ -115,7 +139,11 @@ def find_mismatches(
         if outcome.error:
             wrong.append(f"{job.id}: {outcome.error}")
             continue
-        seen = expected(job, outcome, by_job[job.id], block_bytes, baseline)
+        try:
+            seen = expected(job, outcome, by_job[job.id], block_bytes, baseline)
+        except _UnseenError as unseen:
+            wrong.append(f"{job.id}: {unseen}")
+            continue
         said = outcome.report and {key: outcome.report[key] for key in seen or {}}
         if said != seen:
             wrong.append(f"{job.id} ({outcome.status}, n={job.n}, stop={job.stop}): said {said}, seen {seen}")
@@ -162,7 +190,9 @@ def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Li
         length = outcome.report["tokens"] + 1  # it had stopped before the client could go
     if length is not None:
         of_that_length = [line for line in seen if line["event"] != "preempted" and line["length"] == length]
-        assert of_that_length, (job.id, length, choice, [(line["event"], line["length"]) for line in seen])
+        if not of_that_length:
+            lengths = sorted({line["length"] for line in seen})
+            raise _UnseenError(f"{sequence} ended at {length} tokens, {choice}, but was seen at {lengths}")
         return of_that_length[0]
     return next((line for line in seen if line["event"] == "end"), None)
 
@@ -203,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=300, help="in the tiny pool; the others get a fifth of it")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all requests to a server")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = {}
@@ -210,13 +241,18 @@ def main() -> None:
         setups = {"tiny pool": TINY_POOL, "sliding windows": sliding_windows(Path(folder)), "two ranks": two_ranks()}
         for name, setup in setups.items():
             requests = args.requests if setup is TINY_POOL else max(1, args.requests // 5)
-            comparison = compare(setup, requests, args.seed)
+            comparison = compare(setup, requests, args.seed, seconds=args.seconds)
             found[name] = vars(comparison)
-            print(f"{name}: {len(comparison.mismatches)} mismatches in {requests} requests, {comparison.counts}")
-            print("\n".join(comparison.mismatches[:20]))
+            print(
+                f"{name}: {len(comparison.mismatches)} mismatches in {requests} requests, {comparison.counts}",
+                flush=True,
+            )
+            print("\n".join(comparison.mismatches[:20]), flush=True)
     if args.out:
         command = f"python -m tests.e2e.accounts --requests {args.requests} --seed {args.seed}"
         results.save(args.out, {"command": command, "setups": found})
+    if any(one["mismatches"] for one in found.values()):
+        sys.exit("the reports are not what the pools held")
 
 
 if __name__ == "__main__":
