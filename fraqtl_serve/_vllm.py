@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from fraqtl_vllm._vllm import check_version
@@ -20,6 +21,7 @@ from fraqtl_vllm._vllm import check_version
 check_version()
 
 __all__ = [
+    "EngineDeadError",
     "ErrorResponse",
     "FinishReason",
     "FlexibleArgumentParser",

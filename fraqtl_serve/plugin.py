@@ -30,7 +30,7 @@ class FraqtlEndpoints:
     """See vLLM's EndpointPlugin protocol."""
 
     name = "fraqtl"
-    required_tasks: tuple[str, ...] | None = ("generate",)
+    required_tasks: tuple[str, ...] | None = None  # embeddings are guarded and bounded like everything else
 
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args

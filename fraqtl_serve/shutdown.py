@@ -4,8 +4,9 @@ When vLLM's server is told to stop while it generates, it stops the engine and t
 request that the dead engine will never answer can keep it waiting for ever. uvicorn has a limit for that wait,
 which vLLM leaves unset.
 
-Until then it still listens, and its engine turns new requests away by ending them at once: the client gets 200 and
-an answer without a token. Here such requests get 503, which load balancers and client libraries send elsewhere.
+Until then it still listens. Its engine turns new requests away by ending them at once, which gives the client 200
+and an answer without a token; and what was cut off when the engine is gone gets 500, as if it had broken down. Here
+both get 503, which load balancers and client libraries send elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from fraqtl_serve._vllm import FinishReason, GracefulHTTPError
+from fraqtl_serve._vllm import EngineDeadError, FinishReason, GracefulHTTPError
 from fraqtl_serve.asgi import Application, Receive, Scope, Send
 from fraqtl_serve.errors import send_error
 
@@ -30,13 +31,14 @@ class Stop:
 
 
 def watch(engine_client: Any) -> Stop:
-    """Notice that `engine_client` is told to stop, and have it fail the requests that its engine then turns away.
+    """Notice that `engine_client` is told to stop, and have the requests fail with 503 that it does not serve then.
 
-    A request that has said something already keeps what it said, with vLLM's finish reason `abort`.
+    A request that its engine ends after some tokens keeps them, with vLLM's finish reason `abort`.
     """
     stop = Stop()
-    processor = engine_client.output_processor
-    shutdown, process_outputs = engine_client.shutdown, processor.process_outputs
+    engine, processor = engine_client.engine_core, engine_client.output_processor
+    shutdown, send = engine_client.shutdown, engine.add_request_async
+    process_outputs, propagate_error = processor.process_outputs, processor.propagate_error
 
     def watched_shutdown(*args: Any, **kwargs: Any) -> Any:
         stop.requested = True
@@ -47,12 +49,27 @@ def watch(engine_client: Any) -> Stop:
         result = process_outputs(engine_core_outputs, *args, **kwargs)
         for queue in queues:
             if queue is not None:
-                queue.put(GracefulHTTPError(SAID, HTTPStatus.SERVICE_UNAVAILABLE))
+                queue.put(_refusal())
         return result
 
-    engine_client.shutdown = watched_shutdown
-    processor.process_outputs = watched_process_outputs
+    def watched_propagate_error(error: Exception) -> None:
+        propagate_error(_refusal() if stop.requested else error)  # to all requests: the engine is gone
+
+    async def watched_send(request: Any) -> None:
+        try:
+            await send(request)
+        except EngineDeadError:
+            if stop.requested:
+                raise _refusal() from None
+            raise
+
+    engine_client.shutdown, engine.add_request_async = watched_shutdown, watched_send
+    processor.process_outputs, processor.propagate_error = watched_process_outputs, watched_propagate_error
     return stop
+
+
+def _refusal() -> GracefulHTTPError:
+    return GracefulHTTPError(SAID, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _queue_of_unserved(processor: Any, output: Any) -> Any | None:

@@ -42,6 +42,7 @@ class FakeProcessor:
         self.stopped: set[str] = set()  # sequences whose next output completes a stop string
         self.request_states: dict[str, Any] = {}
         self.seen: list[Any] = []
+        self.propagated: list[Exception] = []
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
@@ -57,6 +58,9 @@ class FakeProcessor:
             if output.finished or output.request_id in self.stopped:
                 self.request_states.pop(output.request_id, None)
         return f"processed {len(engine_core_outputs)} at {timestamp}"
+
+    def propagate_error(self, error: Exception) -> None:
+        self.propagated.append(error)
 
 
 class FakeCore:

@@ -66,6 +66,15 @@ def test_every_route_without_the_key(monkeypatch: pytest.MonkeyPatch, dev_mode: 
     assert ("/collective_rpc" in closed) == dev_mode
 
 
+def test_models_that_generate_nothing_are_guarded_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app(monkeypatch, "--api-key", KEY, "--max-body-bytes", "1000", tasks=("embed", "token_embed"))
+    client = client_of(app)
+    assert "/v1/completions" not in {path for _, path in every_route(app)}
+    assert is_refused(client.post("/invocations", json={}))
+    assert client.post("/invocations", content=b" " * 1001, headers=WITH_KEY).status_code == 413
+    assert client.get("/plugins/fraqtl/capacity", headers=WITH_KEY).status_code == 503
+
+
 def test_no_key_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     app = make_app(monkeypatch, "--api-key", "")  # an empty key is none

@@ -65,9 +65,10 @@ def test_capacity(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.get(PATHS[0]).json() == POOL.capacity(load).model_dump()
 
 
-def test_capacity_before_the_engine_is_up(app: FastAPI, client: TestClient) -> None:
-    del app.state.fraqtl_pool
-    response = client.get(PATHS[0])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_server_without_an_engine(app: FastAPI, client: TestClient, path: str) -> None:
+    del app.state.fraqtl_pool, app.state.fraqtl_history, app.state.fraqtl_records
+    response = client.get(path)
     assert response.status_code == 503
     assert "pool" in error(response)["message"]
 

@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, FinishReason
-from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
 from fraqtl_serve import shutdown
 from tests.serve.fake_engine import FakeEngine
@@ -73,9 +74,23 @@ def test_other_ends_are_left_alone(
     assert queue.get_nowait() is None
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_dead_engine_is_a_breakdown_unless_the_server_was_told_to_stop(engine: StoppableEngine, stops: bool) -> None:
+    shutdown.watch(engine)
+    if stops:
+        engine.shutdown()
+    engine.output_processor.propagate_error(EngineDeadError())
+    engine.engine_core.broken = EngineDeadError()
+    with pytest.raises(Exception) as sent:
+        asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id="a")))
+    wanted = GracefulHTTPError if stops else EngineDeadError
+    assert [type(error) for error in (*engine.output_processor.propagated, sent.value)] == [wanted] * 2
+
+
 def test_vllm_has_what_is_looked_at() -> None:
     names = RequestState.__init__.__code__.co_names
     assert {"queue", "is_prefilling"} <= set(names)
+    assert callable(OutputProcessor.propagate_error)
 
 
 def test_new_work_is_refused_and_questions_are_answered() -> None:

@@ -16,10 +16,11 @@ KEY = "sesame"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
-def make_app(monkeypatch: pytest.MonkeyPatch, *flags: str) -> FastAPI:
+def make_app(monkeypatch: pytest.MonkeyPatch, *flags: str, tasks: tuple[str, ...] = ("generate",)) -> FastAPI:
+    """tasks: what the model can do, which decides on vLLM's routes."""
     monkeypatch.setenv("VLLM_PLUGINS", "fraqtl")
     args = build_parser().parse_args(["serve", "org/model", *flags])
-    return build_app(args, ("generate",), None)
+    return build_app(args, tasks, None)
 
 
 def client_of(app: FastAPI) -> TestClient:
