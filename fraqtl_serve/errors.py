@@ -23,6 +23,7 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+ANTHROPIC_KNOWN = {*ANTHROPIC_TYPES.values(), "api_error", "invalid_request_error", "billing_error", "timeout_error"}
 FIELDS = {"message", "type", "param", "code"}
 # Probes and scrapers look at the status; there the body is what vLLM says.
 UNSHAPED = ("/health", "/ping", "/metrics", "/static/")
@@ -136,8 +137,9 @@ def _openai(status: int, payload: dict[str, Any] | None, text: str) -> dict[str,
 
 def _anthropic(status: int, payload: dict[str, Any] | None, text: str) -> dict[str, Any]:
     payload = payload or {}
-    error = payload.get("error")
-    if payload.get("type") == "error" and isinstance(error, dict) and error.keys() >= {"type", "message"}:
+    error: Any = payload.get("error")
+    whole = payload.get("type") == "error" and isinstance(error, dict) and "message" in error
+    if whole and error.get("type") in ANTHROPIC_KNOWN:  # vLLM puts names of its own there: BadRequestError
         return payload
     kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": text}}

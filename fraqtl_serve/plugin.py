@@ -62,7 +62,7 @@ class FraqtlEndpoints:
         accounting.watch(engine_client)
         grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
-        state.fraqtl_stop = shutdown.watch(engine_client)
+        state.fraqtl_stop = shutdown.watch(engine_client, asyncio.get_running_loop())
         ranks = await engine_client.collective_rpc(METHOD)
         model = engine_client.vllm_config.model_config
         pool = make_pool(

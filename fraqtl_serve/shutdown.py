@@ -11,6 +11,8 @@ both get 503, which load balancers and client libraries send elsewhere.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -30,10 +32,11 @@ class Stop:
     requested: bool = False
 
 
-def watch(engine_client: Any) -> Stop:
+def watch(engine_client: Any, loop: asyncio.AbstractEventLoop) -> Stop:
     """Notice that `engine_client` is told to stop, and have the requests fail with 503 that it does not serve then.
 
     A request that its engine ends after some tokens keeps them, with vLLM's finish reason `abort`.
+    loop: the event loop of the handlers; vLLM stops its engine in another thread.
     """
     stop = Stop()
     engine, processor = engine_client.engine_core, engine_client.output_processor
@@ -42,7 +45,11 @@ def watch(engine_client: Any) -> Stop:
 
     def watched_shutdown(*args: Any, **kwargs: Any) -> Any:
         stop.requested = True
-        return shutdown(*args, **kwargs)
+        try:
+            return shutdown(*args, **kwargs)
+        finally:  # vLLM has ended the task that would tell those who still wait
+            with suppress(RuntimeError):  # the loop has ended: there is nobody
+                loop.call_soon_threadsafe(propagate_error, _refusal())
 
     def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         queues = [_queue_of_unserved(processor, out) for out in engine_core_outputs] if stop.requested else []

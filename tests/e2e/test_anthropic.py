@@ -72,5 +72,7 @@ def test_length_limit(client: Anthropic) -> None:
 
 
 def test_unknown_model(client: Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError, match="nope"):
+    with pytest.raises(anthropic.NotFoundError, match="nope") as caught:
         client.messages.create(model="nope", messages=messages(), max_tokens=3)
+    body: Any = caught.value.body
+    assert body["error"]["type"] == "not_found_error"

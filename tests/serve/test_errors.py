@@ -144,6 +144,12 @@ def test_anthropics_shape_of_openais() -> None:
     assert error == {"type": "overloaded_error", "message": "no"}
 
 
+def test_vllms_names_in_anthropics_shape() -> None:
+    said = {"type": "error", "error": {"type": "BadRequestError", "message": "no"}}
+    error = anthropic_error(small(lambda: JSONResponse(said, 400)).post(MESSAGES), 400)
+    assert error == {"type": "invalid_request_error", "message": "no"}
+
+
 def test_text_becomes_a_message_and_headers_stay() -> None:
     headers = {"retry-after": "3", "www-authenticate": 'Bearer realm="x"', "x-request-id": "7"}
     response = small(lambda: PlainTextResponse("slow down", 401, headers)).post(CHAT)

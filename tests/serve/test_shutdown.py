@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,24 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 
 from fraqtl_serve import shutdown
 from tests.serve.fake_engine import FakeEngine
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """Keeps what it is asked to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((callback, *args))
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
 
 
 class StoppableEngine(FakeEngine):
@@ -46,8 +65,8 @@ def end(engine: StoppableEngine, key: str, reason: FinishReason = FinishReason.A
     return engine.output_processor.process_outputs([EngineCoreOutput(key, [], finish_reason=reason)], 7.0)
 
 
-def test_request_that_is_turned_away_fails_with_503(engine: StoppableEngine) -> None:
-    stop = shutdown.watch(engine)
+def test_request_that_is_turned_away_fails_with_503(engine: StoppableEngine, loop: Loop) -> None:
+    stop = shutdown.watch(engine, loop)
     queue = admit(engine, "a", has_spoken=False)
     assert engine.shutdown(timeout=6) == "stopped"  # type: ignore[comparison-overlap]
     assert (stop.requested, engine.stopped_with) == (True, 6)
@@ -63,9 +82,9 @@ def test_request_that_is_turned_away_fails_with_503(engine: StoppableEngine) -> 
     ids=["while it runs (a pause, say)", "has an answer to keep", "came to its own end"],
 )
 def test_other_ends_are_left_alone(
-    engine: StoppableEngine, stops: bool, has_spoken: bool, reason: FinishReason
+    engine: StoppableEngine, loop: Loop, stops: bool, has_spoken: bool, reason: FinishReason
 ) -> None:
-    shutdown.watch(engine)
+    shutdown.watch(engine, loop)
     queue = admit(engine, "a", has_spoken=has_spoken)
     if stops:
         engine.shutdown()
@@ -75,8 +94,10 @@ def test_other_ends_are_left_alone(
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_a_dead_engine_is_a_breakdown_unless_the_server_was_told_to_stop(engine: StoppableEngine, stops: bool) -> None:
-    shutdown.watch(engine)
+def test_a_dead_engine_is_a_breakdown_unless_the_server_was_told_to_stop(
+    engine: StoppableEngine, loop: Loop, stops: bool
+) -> None:
+    shutdown.watch(engine, loop)
     if stops:
         engine.shutdown()
     engine.output_processor.propagate_error(EngineDeadError())
@@ -85,6 +106,23 @@ def test_a_dead_engine_is_a_breakdown_unless_the_server_was_told_to_stop(engine:
         asyncio.run(engine.engine_core.add_request_async(SimpleNamespace(request_id="a")))
     wanted = GracefulHTTPError if stops else EngineDeadError
     assert [type(error) for error in (*engine.output_processor.propagated, sent.value)] == [wanted] * 2
+
+
+def test_who_still_waits_when_the_engine_has_stopped_is_told(engine: StoppableEngine, loop: Loop) -> None:
+    shutdown.watch(engine, loop)
+    engine.shutdown()
+    [(call, error)] = loop.calls
+    call(error)
+    assert engine.output_processor.propagated == [error]
+    assert isinstance(error, GracefulHTTPError)
+
+
+def test_stopped_once_more_when_the_loop_has_ended(engine: StoppableEngine) -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    shutdown.watch(engine, loop)
+    engine.shutdown()
+    assert engine.output_processor.propagated == []
 
 
 def test_vllm_has_what_is_looked_at() -> None:
