@@ -1,8 +1,9 @@
 """`fraqtl-bench overhead`: what the reports cost, in throughput and in time to the first token.
 
 Two servers run the same model with the same KV format on the same engine: ours, and vLLM's own `serve`
-with its stock scheduler, which loads no HTTP plugin and so sends no reports. `vllm bench serve` loads one
-while the other idles, by turns, with the same prompts; each pair of runs gives one ratio.
+with its stock scheduler, which loads no HTTP plugin and so sends no reports. One is loaded while the other
+idles, by turns, with the same random prompts; each pair of runs gives one ratio. Runs are short and pairs many:
+what else happens on the machine is then in both runs of a pair, or in few pairs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import tempfile
 import time
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -21,12 +20,13 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from fraqtl_bench import bench_serve, results
+from fraqtl_bench import closed_loop, results
+from fraqtl_bench.closed_loop import Load
 from fraqtl_bench.server import STOCK_SERVER, Server, cpu_seconds, running
 from fraqtl_kernels.errors import FraqtlError
 
 MEMORY = str(256 << 20)
-MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")  # as `vllm bench serve` names them
+MEASURES = ("output_throughput", "median_ttft_ms", "median_tpot_ms")
 
 
 def ours_running(model: list[str], kv_format: str) -> AbstractContextManager[Server]:
@@ -51,29 +51,11 @@ def check_arms(ours: Server, without: Server, model: str) -> None:
         raise FraqtlError(f"the two servers don't give the same answer: {answers}")
 
 
-def load(server: Server, model: dict[str, Any], args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """One run of `vllm bench serve`. model: the server's own entry in its list of models."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--dataset-name", "random", "--seed", str(seed), "--num-warmups", "4"]
-        options += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
-        options += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency)]
-        command = bench_serve.command(server.url, model["id"], model["root"], folder, *options)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
-        if done.returncode:
-            raise FraqtlError(f"vllm bench serve failed: {done.stderr.strip().splitlines()[-1:]}")
-        found = bench_serve.result(folder)
-    if found["completed"] != args.requests:
-        raise FraqtlError(f"only {found['completed']} of {args.requests} requests were answered")
-    return {name: found[name] for name in MEASURES}
-
-
-def measure(
-    arms: dict[str, Server], name: str, model: dict[str, Any], args: argparse.Namespace, seed: int
-) -> dict[str, float]:
+def measure(arms: dict[str, Server], name: str, model: str, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """One run on the server `name`, and how many cores the other one, which has nothing to do, took meanwhile."""
     [idle] = (server for other, server in arms.items() if other != name)
     before, began = cpu_seconds(idle), time.monotonic()
-    found = load(arms[name], model, args, seed)
+    found = closed_loop.run(arms[name].url, Load(model, args.requests, args.concurrency, args.input, args.output, seed))
     return {**found, "cores_of_the_idle_server": round((cpu_seconds(idle) - before) / (time.monotonic() - began), 4)}
 
 
@@ -101,10 +83,10 @@ def run(args: argparse.Namespace) -> None:
         check_arms(ours, without, model["id"])
         arms = {"with": ours, "without": without}
         for name in arms:
-            load(arms[name], model, args, seed=1000)  # not counted: first touches of code and memory
+            measure(arms, name, model["id"], args, seed=args.pairs)  # not counted: first touches of code and memory
         for turn in range(args.pairs):
             order = ("with", "without") if turn % 2 == 0 else ("without", "with")
-            pairs.append({name: measure(arms, name, model, args, seed=turn) for name in order})
+            pairs.append({name: measure(arms, name, model["id"], args, seed=turn) for name in order})
             print(f"pair {turn + 1} of {args.pairs}: {pairs[-1]}", flush=True)
     found = ratios(pairs)
     show(pairs, found)
@@ -134,6 +116,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--requests", type=int, default=160, help="of one run (default: %(default)s)")
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=30, help="pairs of runs (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.set_defaults(run=run)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +10,6 @@ import pytest
 
 from fraqtl_bench import overhead
 from fraqtl_kernels.errors import FraqtlError
-
-MODEL = {"id": "m", "root": "/models/m"}
-ARGUMENTS = argparse.Namespace(input=8, output=4, requests=5, concurrency=2)
 
 
 def measured(throughput: float, ttft: float) -> dict[str, float]:
@@ -63,27 +56,3 @@ def test_arms_are_checked(
     else:
         with pytest.raises(FraqtlError, match=said):
             overhead.check_arms(*arms, model="m")
-
-
-def test_runs_that_fail_or_lose_requests_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    completed, returncode = 5, 0
-
-    def bench_serve(command: list[str], **options: Any) -> Any:
-        folder = Path(command[command.index("--result-dir") + 1])
-        found = {"completed": completed, "output_throughput": 7, "median_ttft_ms": 8, "median_tpot_ms": 9, "other": 1}
-        (folder / "r.json").write_text(json.dumps(found))
-        return SimpleNamespace(returncode=returncode, stderr="first\nboom\n")
-
-    monkeypatch.setattr(subprocess, "run", bench_serve)
-    server: Any = SimpleNamespace(url="http://ours")
-    assert overhead.load(server, MODEL, ARGUMENTS, 0) == {
-        "output_throughput": 7,
-        "median_ttft_ms": 8,
-        "median_tpot_ms": 9,
-    }
-    completed = 4
-    with pytest.raises(FraqtlError, match="only 4 of 5 requests"):
-        overhead.load(server, MODEL, ARGUMENTS, 0)
-    returncode = 1
-    with pytest.raises(FraqtlError, match=r"serve failed: .*boom"):
-        overhead.load(server, MODEL, ARGUMENTS, 0)
