@@ -96,7 +96,9 @@ class Accounting:
 
         def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             states = processor.request_states
-            said = [output for output in engine_core_outputs if self._take(output) or _has_failed(output)]
+            said = [output for output in engine_core_outputs if _matters(output) and self._says_something(output)]
+            if not said:  # as for most tokens
+                return process_outputs(engine_core_outputs, *args, **kwargs)
             alive = {output.request_id for output in said if output.request_id in states}
             result = process_outputs(engine_core_outputs, *args, **kwargs)
             for output in said:
@@ -134,6 +136,9 @@ class Accounting:
             ledger.started.discard(key)
             self._settle(ledger)
 
+    def _says_something(self, output: Any) -> bool:
+        return self._take(output) or _has_failed(output)
+
     def _take(self, output: Any) -> bool:
         """Move the account out of an engine output into the ledger it belongs to; says if there was one."""
         account = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
@@ -155,6 +160,11 @@ class Accounting:
         if finished:
             ledger.finished.add(key)
         self._settle(ledger)
+
+
+def _matters(output: Any) -> bool:
+    """Whether an output may carry an account or end a sequence: a look at two fields, for it comes with every token."""
+    return output.kv_transfer_params is not None or output.finish_reason is not None
 
 
 def _is_last(output: Any) -> bool:

@@ -29,6 +29,8 @@ def watch(processor: Any) -> None:
         return add_request(request, prompt, parent_req, request_index, queue)
 
     def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if not queues:  # as nearly always
+            return process_outputs(engine_core_outputs, *args, **kwargs)
         first = [(output, queues.pop(output.request_id, None)) for output in engine_core_outputs]
         result = process_outputs(engine_core_outputs, *args, **kwargs)
         for output, queue in first:

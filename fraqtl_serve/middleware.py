@@ -85,21 +85,22 @@ class _Response:
         self.stream: StreamDecorator | None = None
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if self.stream is not None:  # first, for it comes with every token
+            given = message.get("body", b"")
+            body = self.stream.feed(given, last=not message.get("more_body", False))
+            await self.forward(message if body is given else {**message, "body": body})
+        elif message["type"] == "http.response.start":
             kind = dict(message["headers"]).get(b"content-type", b"").split(b";")[0]
             if message["status"] == 200 and kind == b"application/json":
                 self.start = message
                 return
             if kind == b"text/event-stream" and self.in_body:
                 self.stream = self._decorator()
-        elif message["type"] == "http.response.body":
-            if self.start is not None:
-                await self._json_body(message)
-                return
-            if self.stream is not None:
-                body = self.stream.feed(message.get("body", b""), last=not message.get("more_body", False))
-                message = {**message, "body": body}
-        await self.forward(message)
+            await self.forward(message)
+        elif message["type"] == "http.response.body" and self.start is not None:
+            await self._json_body(message)
+        else:
+            await self.forward(message)
 
     def _decorator(self) -> StreamDecorator:
         name = LAST_EVENT[self.request.path]

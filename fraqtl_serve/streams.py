@@ -36,16 +36,17 @@ def dump(payload: dict[str, Any]) -> bytes:
 
 
 class StreamDecorator(ABC):
-    """Rewrites one event of a stream; everything else passes byte for byte."""
+    """Rewrites one event of a stream, which begins with `start`; everything else passes byte for byte."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, start: bytes) -> None:
         self.ledger = ledger
+        self.start = start
         self.done = False
         self.rest = b""  # the beginning of an event whose end was not sent yet
 
     def feed(self, data: bytes, *, last: bool) -> bytes:
         """Take what the application sent; returns what goes to the client now."""
-        if self.done and not self.rest:
+        if not self.rest and (self.done or (data.endswith(b"\n\n") and not self.may_matter(data))):
             return data
         *events, self.rest = (self.rest + data).split(b"\n\n")
         out = b"".join(self._event(event) + b"\n\n" for event in events)
@@ -54,7 +55,7 @@ class StreamDecorator(ABC):
         return out
 
     def _event(self, event: bytes) -> bytes:
-        if self.done or not self.is_worth_parsing(event):
+        if self.done or not event.startswith(self.start) or not self.may_matter(event):
             return event
         head, mark, data = event.partition(b"data: ")
         payload = parse(data)
@@ -68,8 +69,8 @@ class StreamDecorator(ABC):
         return head + mark + dump(payload)
 
     @abstractmethod
-    def is_worth_parsing(self, event: bytes) -> bool:
-        """Whether the event's bytes look as if the report might belong on it."""
+    def may_matter(self, data: bytes) -> bool:
+        """Whether there may be an event in `data` that the report belongs on; asked for every chunk, so it is quick."""
 
     @abstractmethod
     def target(self, payload: dict[str, Any]) -> dict[str, Any] | None:
@@ -83,13 +84,13 @@ class ChunkDecorator(StreamDecorator):
     """
 
     def __init__(self, ledger: Ledger, *, usage_chunk: bool) -> None:
-        super().__init__(ledger)
+        super().__init__(ledger, start=b"data: {")
         self.usage_chunk = usage_chunk
         self.finished = 0
 
-    def is_worth_parsing(self, event: bytes) -> bool:
+    def may_matter(self, data: bytes) -> bool:
         # Only a chunk that ends a choice or carries the usage is of interest.
-        return event.startswith(b"data: {") and (b'"finish_reason":"' in event or b'"choices":[]' in event)
+        return b'"finish_reason":"' in data or b'"choices":[]' in data
 
     def target(self, payload: dict[str, Any]) -> dict[str, Any] | None:
         self.finished += sum(choice.get("finish_reason") is not None for choice in payload.get("choices", ()))
@@ -107,11 +108,10 @@ class NamedEventDecorator(StreamDecorator):
     """
 
     def __init__(self, ledger: Ledger, name: bytes) -> None:
-        super().__init__(ledger)
-        self.start = b"event: " + name + b"\ndata: {"
+        super().__init__(ledger, start=b"event: " + name + b"\ndata: {")
 
-    def is_worth_parsing(self, event: bytes) -> bool:
-        return event.startswith(self.start)
+    def may_matter(self, data: bytes) -> bool:
+        return self.start in data
 
     def target(self, payload: dict[str, Any]) -> dict[str, Any] | None:
         inside = payload.get("response", payload)
