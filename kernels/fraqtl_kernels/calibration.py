@@ -1,38 +1,104 @@
 """The constants of a layer from keys, queries and values of a few texts: plain statistics, no search.
 
-Per KV head: the centre is the mean of ordinary keys, the sink centre that of keys far from their median,
-and the exponents even out RoPE pairs. What each of them gives is measured by `fraqtl-bench quantiser`.
+Per KV head: the centre is the mean of ordinary vectors, the sink centre that of keys far from their median, and the
+basis follows from two matrices: S, the covariance of what is stored, and G, which says what an error e costs, e G e^T.
+For keys G is the mean of q^T q over queries, for values the identity. Queries and values are weighted by how much
+their errors matter (`importance.py`). What each of this gives is measured by `fraqtl-bench quantiser`.
+
+**The basis.** In y = x G^½ an error costs its square. Let s_1 >= .. >= s_D be the standard deviations of y along its
+principal axes. D codes of 4 bits, spent evenly, cost in proportion to the mean of s_i²; at best, with more bits where s
+is large, to the geometric mean. Instead of other numbers of bits, axis i is paired with axis D+1-i. Let a >= b be
+their deviations and u, v the two coordinates, each divided by its own. Turned by c = sqrt(b / (a + b)),
+s = sqrt(a / (a + b)),
+
+    z_1 = c u + s v,   z_2 = c v - s u,      error² = ab · ((e_1 - f e_2)² + e_2²),   f = (a - b) / sqrt(ab).
+
+So if z_2 is rounded first and what that leaves, times -f, is added to z_1 before it is rounded too, both errors
+cost ab: the geometric mean of a² and b², with codes of equal size. That is Babai's rounding in the lattice that
+the codes span, and the pairing makes the diagonal of its triangular factor even. All z_1 make the first half of a
+vector, all z_2 the second; each half is rotated (Hadamard), so that no coordinate decides the scale of the vector,
+and -f becomes the matrix F.
+
+**Few tokens.** Covariances are shrunk towards their diagonal (for keys and queries the mean of each RoPE pair, which
+doesn't depend on positions), by as much as their own noise says: Ledoit and Wolf, "A well-conditioned estimator
+for large-dimensional covariance matrices" (2004). Independent channels end at a diagonal basis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import LARGEST_EXPONENT, LayerConstants
+from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
 from fraqtl_kernels.formats import KVFormat, VectorFormat
+from fraqtl_kernels.importance import Importance
+from fraqtl_kernels.rotation import hadamard
 
 SINK_DISTANCE = 3.0  # times the median distance from the median key: no ordinary key is as far
+LARGEST_RATIO = 64.0  # of two paired deviations: more would push codes off the grid
+LEAST_SHRINKAGE = 0.02
+QUERY_FLOOR, VALUE_FLOOR = 0.1, 0.3  # what importance counts at least, in units of its mean
+Find = Callable[[Tensor, Tensor, Tensor], Transform]
+_RIDGE = 1e-5  # of the mean variance, for channels that never move
 _TINY = 1e-6
 
 
-def calibrate(format: KVFormat, key: Tensor, query: Tensor, value: Tensor) -> LayerConstants:
+def calibrate(
+    format: KVFormat,
+    key: Tensor,
+    query: Tensor,
+    value: Tensor,
+    importance: Importance | None = None,
+    *,
+    find: Find | None = None,
+) -> LayerConstants:
     """The constants with which `format` stores the keys and values of a layer.
 
-    key, value: (tokens, KV heads, D). query: (tokens, query heads, D). All as attention receives
-    them, after RoPE, floating point, of at least one token. Returns fp32 and int8 tensors on the device of `key`.
+    key, value: (tokens, KV heads, D). query: (tokens, query heads, D). All as attention receives them, after RoPE,
+    floating point, of at least one token. importance: all queries and values are alike without it. find: in the
+    place of `find_transform`, for comparisons. Returns fp32 and bf16 tensors on the device of `key`.
     """
+    find = find or find_transform
     key, query, value = (x.float() for x in (key, query, value))
-    key_scale = static_scale(key, format.k) if format.k.static else None
-    value_scale = static_scale(value, format.v) if format.v.static else None
-    if not format.k.centred:
-        return LayerConstants(key_scale=key_scale, value_scale=value_scale)
-    is_sink = far_from_the_median(key)
-    centre = mean_of(key, ~is_sink)
-    exponent = pair_exponents((key - centre).masked_fill(is_sink[..., None], 0), query)
-    sink_centre = torch.where(is_sink.any(0)[:, None], mean_of(key, is_sink), centre)
-    has_sinks = bool(is_sink.any())
-    return LayerConstants(centre, exponent, sink_centre if has_sinks else None, key_scale, value_scale)
+    sink_centre = None
+    for_keys = for_values = None
+    if format.k.centred:
+        is_sink = far_from_the_median(key)
+        centre = mean_of(key, (~is_sink).float())
+        spread = covariance(key - centre, (~is_sink).float(), tied=True)
+        for_keys = find(centre, spread, cost_of_queries(query, importance, key.shape[1]))
+        if is_sink.any():
+            sink_centre = torch.where(is_sink.any(0)[:, None], mean_of(key, is_sink.float()), centre)
+    if format.v.centred:
+        weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
+        centre = mean_of(value, weight)
+        spread = covariance(value - centre, weight, tied=False)
+        for_values = find(centre, spread, torch.eye(value.shape[-1]).to(spread).expand_as(spread))
+    return LayerConstants.of(
+        for_keys,
+        for_values,
+        sink_centre,
+        static_scale(key, format.k) if format.k.static else None,
+        static_scale(value, format.v) if format.v.static else None,
+    )
+
+
+def cost_of_queries(query: Tensor, importance: Importance | None, kv_heads: int) -> Tensor:
+    """G: (KV heads, D, D) float64. query: (tokens, query heads, D)."""
+
+    def by_kv_head(x: Tensor) -> Tensor:
+        """(tokens, query heads, ...) -> (tokens x query heads a KV head, KV heads, ...)"""
+        return x.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+    weight = torch.ones_like(query[..., 0]) if importance is None else importance.query
+    return covariance(by_kv_head(query), floored(by_kv_head(weight), QUERY_FLOOR), tied=True)
+
+
+def floored(weight: Tensor, floor: float) -> Tensor:
+    """Weights (tokens, heads) in units of their mean, and some more for all."""
+    return weight / weight.mean(0).clamp_min(_TINY**2) + floor
 
 
 def static_scale(x: Tensor, vector: VectorFormat) -> Tensor:
@@ -46,28 +112,49 @@ def far_from_the_median(key: Tensor) -> Tensor:
     return distance > SINK_DISTANCE * distance.median(0).values
 
 
-def mean_of(key: Tensor, chosen: Tensor) -> Tensor:
-    """Mean over the chosen tokens, (KV heads, D); zero where none is. chosen: (tokens, KV heads) bool."""
-    total = (key * chosen[..., None]).sum(0)
-    return total / chosen.sum(0).clamp_min(1)[:, None]
+def mean_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over tokens, (KV heads, D); zero where all weights are. weight: (tokens, KV heads)."""
+    total = (x * weight[..., None]).sum(0)
+    return total / weight.sum(0).clamp_min(_TINY)[:, None]
 
 
-def pair_exponents(key: Tensor, query: Tensor) -> Tensor:
-    """log2 of the factors that keys are divided by, (KV heads, D) int8, equal within a RoPE pair (i, i + D/2).
+def covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
+    """Weighted mean of x^T x over tokens, shrunk towards a diagonal: (heads, D, D) float64.
 
-    Behind a rotation the error of k / f is spread evenly, so the mean squared error of q·k is in proportion to
-    Σ_i f_i² m_q,i² · Σ_j m_k,j² / f_j², with the root mean squares m of a pair. By Cauchy-Schwarz it is least for
-    f = sqrt(m_k / m_q). A common factor changes nothing, so the geometric mean is made 1 before rounding.
+    x: (tokens, heads, D). weight: (tokens, heads). tied: the diagonal is averaged over each pair (i, i + D/2).
+    With t_ij the target and m_ij = mean of x_i x_j, the share of the target is Σ Var(m_ij) / Σ (m_ij - t_ij)².
     """
-    group = query.shape[1] // key.shape[1]
-    m_k = _pair_mean_square(key)
-    m_q = _pair_mean_square(query).unflatten(0, (-1, group)).mean(1)
-    log_factor = (m_k.clamp_min(_TINY**2) / m_q.clamp_min(_TINY**2)).log2() / 4
-    exponent = (log_factor - log_factor.mean(-1, keepdim=True)).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-    return exponent.repeat(1, 2).to(torch.int8)
+    x, weight = x.double(), weight.double()
+    weight = weight / weight.sum(0).clamp_min(_TINY)
+    mean = torch.einsum("th,thi,thj->hij", weight, x, x)
+    squares = torch.einsum("th,thi,thj->hij", weight, x.square(), x.square())
+    noise = (squares - mean.square()) * weight.square().sum(0)[:, None, None]
+    variance = mean.diagonal(dim1=1, dim2=2)
+    if tied:
+        variance = variance.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
+    target = torch.diag_embed(variance)
+    share = noise.sum((1, 2)) / (mean - target).square().sum((1, 2))
+    share = share.nan_to_num(1.0, posinf=1.0).clamp(LEAST_SHRINKAGE, 1.0)[:, None, None]
+    ridge = _RIDGE * variance.mean(-1)[:, None, None] + _TINY**2
+    return (1 - share) * mean + share * target + ridge * torch.eye(x.shape[-1]).to(mean)
 
 
-def _pair_mean_square(x: Tensor) -> Tensor:
-    """(tokens, heads, D) -> (heads, D/2)"""
-    low, high = x.square().mean(0).chunk(2, -1)
-    return (low + high) / 2
+def find_transform(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
+    """Basis and feedback of the module's docstring. centre: (heads, D). spread, cost: S and G, (heads, D, D)."""
+    half = spread.shape[-1] // 2
+    values, axes = torch.linalg.eigh(cost)
+    root = (axes * values.sqrt()[:, None]) @ axes.mT  # G^½
+    variance, axes = torch.linalg.eigh(root @ spread @ root)
+    variance, axes = variance.flip(-1), axes.flip(-1)
+    deviation = variance.clamp_min(0).sqrt()
+    a = deviation[:, :half]
+    b = torch.maximum(deviation.flip(-1)[:, :half], a / LARGEST_RATIO)
+    u, v = (root @ axes[..., :half] / a[:, None]), (root @ axes.flip(-1)[..., :half] / b[:, None])
+    cosine, sine = (b / (a + b)).sqrt()[:, None], (a / (a + b)).sqrt()[:, None]
+    # A pair's error is worth sqrt(ab): scaling z by its root divides the remaining inequality between range and cost
+    even = (a * b).pow(0.25)[:, None]
+    rotation = hadamard(half).to(spread)
+    basis = torch.cat([(cosine * u + sine * v) * even @ rotation, (cosine * v - sine * u) * even @ rotation], -1)
+    basis = basis / torch.linalg.slogdet(basis).logabsdet.div(2 * half).exp()[:, None, None]
+    feedback = rotation.T @ torch.diag_embed((b - a) / (a * b).sqrt()) @ rotation
+    return make_transform(centre, basis, feedback)

@@ -1,13 +1,14 @@
-"""What calibration fixes for one layer before the first request, and what it does to keys and queries.
+"""What calibration fixes for one layer before the first request, and what it does to keys, values and queries.
 
-With c the centre, e the exponents and H the rotation, a key is stored as z, and seen by a query as
+A vector x of a calibrated format is stored as codes of z, and a query sees z instead of x:
 
-    z = ((k - c) · 2^-e) H        q·k = ((q · 2^e) H)·z + q·c
+    z = (x - c) B,  x ≈ z R + c,  R = B^-1        q·k = (q R^T)·z + q·c        Σ_j p_j v_j = (Σ_j p_j z_j) R + c
 
-- The centre takes away what all keys of a head share, such as a key bias (Qwen2). Softmax is blind to
-  q·c, which is the same for every key, so it is only computed where scores are capped or sinks are learned.
-- The exponents even out the channels, tied over each RoPE pair. Powers of two are exact in every
-  floating dtype, so they cost no accuracy and fold into the matrix of the rotation.
+- The centre c is the mean. Softmax is blind to q·c, which is the same for every key, so it is only computed where
+  scores are capped or sinks are learned; that of the values is added to the output, since weights add up to 1.
+- The basis B says what the 4-bit codes count: any matrix is free at decode, where queries and outputs take one product
+  with a matrix anyway. `calibration.py` chooses it, and the feedback F: the second half of a vector is rounded first,
+  and what rounding left of it, times F, is taken into account when the first half is rounded.
 - A few tokens (attention sinks, mostly the first of a sequence) have huge keys that are much alike in
   every text (Sun et al., "Massive activations in large language models", 2024). They get a centre of their
   own: each key takes the centre that leaves less of it, by the scale it would need. Which one it took is
@@ -23,51 +24,92 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-LARGEST_EXPONENT = 7
+SMALLEST = 2.0**-14  # of the numbers that fp16 holds to as many digits as bf16 does
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How the keys or the values of a layer are stored.
+
+    centre: (KV heads, D) fp32. basis, inverse: (KV heads, D, D), feedback: (KV heads, D/2, D/2), of numbers that both
+    16-bit dtypes hold exactly (see `sixteen_bits`); rows are multiplied from the left.
+    """
+
+    centre: Tensor
+    basis: Tensor
+    inverse: Tensor
+    feedback: Tensor
+
+    def apply(self, x: Tensor, centre: Tensor | None = None) -> Tensor:
+        """(x - c) B. x: (..., KV heads, D), floating point; keeps the dtype. centre: in the place of c."""
+        moved = x - (self.centre if centre is None else centre).to(x)
+        return torch.einsum("...hd,hde->...he", moved, self.basis.to(x))
+
+    def undo(self, z: Tensor) -> Tensor:
+        """z R + c."""
+        return torch.einsum("...hd,hde->...he", z, self.inverse.to(z)) + self.centre.to(z)
 
 
 @dataclass(frozen=True)
 class LayerConstants:
-    """One layer's constants, each (KV heads, D), or None where there is nothing to do.
+    """One layer's constants, None where there is nothing to do: the fields of both `Transform`s, and
 
-    key_centre: fp32, subtracted from keys. key_exponent: int8, keys are divided by 2^e and queries multiplied.
-    sink_centre: fp32, in the place of key_centre for keys nearer to it; comes with a key_centre.
-    key_scale, value_scale: fp32, the steps of static formats.
+    sink_centre: (KV heads, D) fp32, in the place of key_centre for keys nearer to it; comes with a key_centre.
+    key_scale, value_scale: (KV heads, D) fp32, the steps of static formats.
     """
 
     key_centre: Tensor | None = None
-    key_exponent: Tensor | None = None
+    key_basis: Tensor | None = None
+    key_inverse: Tensor | None = None
+    key_feedback: Tensor | None = None
     sink_centre: Tensor | None = None
+    value_centre: Tensor | None = None
+    value_basis: Tensor | None = None
+    value_inverse: Tensor | None = None
+    value_feedback: Tensor | None = None
     key_scale: Tensor | None = None
     value_scale: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        key: Transform | None = None,
+        value: Transform | None = None,
+        sink_centre: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
+    ) -> LayerConstants:
+        """From its parts."""
+        named = {
+            f"{name}_{f.name}": getattr(transform, f.name)
+            for name, transform in (("key", key), ("value", value))
+            for f in fields(Transform)
+            if transform is not None
+        }
+        return cls(**named, sink_centre=sink_centre, key_scale=key_scale, value_scale=value_scale)
+
     @property
-    def smoothing(self) -> Tensor | None:
-        """2^e, (KV heads, D) fp32."""
-        return None if self.key_exponent is None else torch.exp2(self.key_exponent.float())
+    def key(self) -> Transform | None:
+        return _transform(self.key_centre, self.key_basis, self.key_inverse, self.key_feedback)
 
-    def prepare_keys(self, key: Tensor) -> Tensor:
-        """(k - c) · 2^-e. key: (..., KV heads, D), floating point; keeps the dtype."""
-        if self.key_centre is not None:
-            key = key - self.key_centre.to(key)
-        return key if self.smoothing is None else key / self.smoothing.to(key)
+    @property
+    def value(self) -> Transform | None:
+        return _transform(self.value_centre, self.value_basis, self.value_inverse, self.value_feedback)
 
-    def restore_keys(self, key: Tensor, is_sink: Tensor) -> Tensor:
-        """The inverse of `prepare_keys`. is_sink: (..., KV heads) bool, which keys were moved by the sink centre."""
-        if self.smoothing is not None:
-            key = key * self.smoothing.to(key)
-        if self.key_centre is None:
-            return key
-        centre = self.key_centre.to(key)
-        if self.sink_centre is not None:
-            centre = torch.where(is_sink[..., None], self.sink_centre.to(key), centre)
-        return key + centre
+    def restore_keys(self, z: Tensor, is_sink: Tensor) -> Tensor:
+        """z R and the centre that was taken. is_sink: (..., KV heads) bool, which keys took the sink centre."""
+        if self.key is None:
+            return z
+        keys = self.key.undo(z)
+        if self.sink_centre is None:
+            return keys
+        return keys + (self.sink_centre - self.key.centre).to(z) * is_sink[..., None]
 
     def prepare_queries(self, query: Tensor) -> Tensor:
-        """q · 2^e or q · s. query: (..., KV heads, queries, D), the queries of a KV head together."""
-        for factor in (self.smoothing, self.key_scale):
-            query = query if factor is None else query * factor.to(query)[:, None]
-        return query
+        """q R^T or q · s. query: (..., KV heads, queries, D), the queries of a KV head together."""
+        if self.key is not None:
+            query = query @ self.key.inverse.to(query).mT
+        return query if self.key_scale is None else query * self.key_scale.to(query)[:, None]
 
     def to(self, device: torch.device | str) -> LayerConstants:
         """The same on another device."""
@@ -76,3 +118,21 @@ class LayerConstants:
 
 
 IDENTITY = LayerConstants()
+
+
+def _transform(*parts: Tensor | None) -> Transform | None:
+    given = [x for x in parts if x is not None]
+    return Transform(*given) if len(given) == len(parts) else None
+
+
+def sixteen_bits(x: Tensor) -> Tensor:
+    """x rounded to numbers that both 16-bit dtypes hold exactly, as bf16: 8 digits, nothing below 2^-14."""
+    rounded = x.to(torch.bfloat16).clamp(-(2.0**15), 2.0**15)
+    return torch.where(rounded.abs() < SMALLEST, 0, rounded)
+
+
+def make_transform(centre: Tensor, basis: Tensor, feedback: Tensor) -> Transform:
+    """From exact matrices. The inverse belongs to the basis as it was rounded."""
+    rounded = sixteen_bits(basis)
+    inverse = sixteen_bits(torch.linalg.inv(rounded.double()))
+    return Transform(centre.float(), rounded, inverse, sixteen_bits(feedback))

@@ -11,8 +11,8 @@ A key or value vector of head size D is stored in one of three ways:
   scale s_d for each dimension that calibration fixes before the first request.
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
-spreads outliers over all dimensions (see `rotation.py`). `centred` says that calibration may move
-and smooth it before that (see `constants.py`).
+spreads outliers over all dimensions (see `rotation.py`). `centred` says that calibration may subtract a mean and
+choose the matrix (see `constants.py`): codes and scale then follow `reference.quantise_with_feedback`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class KVFormat:
     @property
     def is_calibrated(self) -> bool:
         """Whether constants of the model make this format better."""
-        return self.k.centred or self.needs_calibration
+        return self.k.centred or self.v.centred or self.needs_calibration
 
     @property
     def needs_calibration(self) -> bool:
@@ -115,7 +115,7 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 
 INT8 = VectorFormat(8)
 INT4_KEY = VectorFormat(4, rotated=True, centred=True)
-INT4_VALUE = VectorFormat(4, rotated=True)
+INT4_VALUE = VectorFormat(4, rotated=True, centred=True)
 INT2_VALUE = VectorFormat(2, rotated=True, groups=4)
 INT4_CHANNEL = VectorFormat(4, static=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from fraqtl_kernels.formats import SCALE_DTYPE, VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.rotation import hadamard
 
-_LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
+LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
+SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which is best is mostly a matter of luck
+FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
+FEEDBACK_LIMIT = 2.0
 
 
 def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
@@ -26,11 +29,51 @@ def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
     """
     x = x if x.dtype == torch.float64 else x.float()
     runs = x.unflatten(-1, (vector.groups, -1))
-    scale = (runs.abs().amax(-1) / vector.edge).clamp_max(_LARGEST_SCALE).to(SCALE_DTYPE)
+    scale = (runs.abs().amax(-1) / vector.edge).clamp_max(LARGEST_SCALE).to(SCALE_DTYPE)
     steps = (runs / scale.to(x.dtype).unsqueeze(-1)).flatten(-2) + vector.midpoint
     codes = steps.nan_to_num(0.0).round().clamp(0, vector.levels).to(torch.uint8)
     scale = torch.where(runs.isinf().any(-1), torch.nan, scale)
     return codes, scale.squeeze(-1) if vector.groups == 1 else scale
+
+
+def quantise_with_feedback(
+    z: Tensor, feedback: Tensor, vector: VectorFormat, choices: Sequence[float] = SCALE_CHOICES
+) -> tuple[Tensor, Tensor]:
+    """Codes and scale of calibrated vectors, as `constants.py` means them.
+
+    z: (..., KV heads, D). feedback: (KV heads, D/2, D/2). With each of the scales, the second half is
+    rounded to the nearest codes, and so is the first half plus what that left (in steps) times F. What is left of both,
+    squared and added up, says which scale is taken; the first of equals. Returns codes (..., KV heads, D) uint8 and
+    scale fp16.
+    """
+    z = z if z.dtype == torch.float64 else z.float()
+    largest = z.abs().amax(-1)
+    low, high = z.chunk(2, -1)
+    best = least = None
+    for choice in choices:
+        scale = (largest * (choice / vector.edge)).clamp_max(LARGEST_SCALE).to(SCALE_DTYPE)
+        step = scale.to(z.dtype).unsqueeze(-1)
+        high_codes, left = _round_steps(high / step, vector)
+        left = ((left * FEEDBACK_GRID).round() / FEEDBACK_GRID).clamp(-FEEDBACK_LIMIT, FEEDBACK_LIMIT)
+        fed = low / step + torch.einsum("...hd,hde->...he", left, feedback.to(z))
+        low_codes, low_left = _round_steps(fed, vector)
+        error = (low_left.square().sum(-1) + left.square().sum(-1)) * step.squeeze(-1) * step.squeeze(-1)
+        codes = torch.cat([low_codes, high_codes], -1)
+        if best is None or least is None:
+            best, least = (codes, scale), error
+            continue
+        better = error < least
+        best = torch.where(better[..., None], codes, best[0]), torch.where(better, scale, best[1])
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best[0], torch.where(z.isinf().any(-1), torch.nan, best[1])
+
+
+def _round_steps(steps: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
+    """The nearest codes uint8, and what they leave, in steps."""
+    steps = steps + vector.midpoint
+    codes = steps.nan_to_num(0.0).round().clamp(0, vector.levels)
+    return codes.to(torch.uint8), steps - codes
 
 
 def quantise_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
@@ -56,23 +99,28 @@ def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) ->
     """Codes and scales of keys (..., KV heads, D), by the formula in `constants.py`."""
     if vector.static:
         return quantise_static(key, _required(constants.key_scale), vector), None
-    if not vector.centred:
+    if not vector.centred or constants.key is None:
         return quantise(rotate(key, vector), vector)
-    prepared = constants.prepare_keys(key)
-    codes, scale = quantise(rotate(prepared, vector), vector)
+    z = constants.key.apply(key)
     if constants.sink_centre is None:
-        return codes, scale
-    as_sink = replace(constants, key_centre=constants.sink_centre).prepare_keys(key)
-    sink_codes, sink_scale = quantise(rotate(as_sink, vector), vector)
-    nearer = sink_scale < scale
-    return torch.where(nearer[..., None], sink_codes, codes), torch.where(nearer, -sink_scale, scale)
+        return quantise_with_feedback(z, constants.key.feedback, vector)
+    as_sink = constants.key.apply(key, constants.sink_centre)
+    nearer = _plain_scale(as_sink, vector) < _plain_scale(z, vector)
+    codes, scale = quantise_with_feedback(torch.where(nearer[..., None], as_sink, z), constants.key.feedback, vector)
+    return codes, torch.where(nearer, -scale, scale)
+
+
+def _plain_scale(z: Tensor, vector: VectorFormat) -> Tensor:
+    return (z.abs().amax(-1) / vector.edge).clamp_max(LARGEST_SCALE).to(SCALE_DTYPE)
 
 
 def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of values (..., KV heads, D)."""
     if vector.static:
         return quantise_static(value, _required(constants.value_scale), vector), None
-    return quantise(rotate(value, vector), vector)
+    if not vector.centred or constants.value is None:
+        return quantise(rotate(value, vector), vector)
+    return quantise_with_feedback(constants.value.apply(value), constants.value.feedback, vector)
 
 
 def _required(scale: Tensor | None) -> Tensor:
@@ -115,9 +163,9 @@ def stored_keys(planes: Planes, vector: VectorFormat, constants: LayerConstants 
     codes = unpack(planes.k, vector)
     if planes.k_scale is None:
         return (codes.double() - vector.midpoint) * _required(constants.key_scale).double()[:, None]
-    keys = unrotate(dequantise(codes, planes.k_scale, vector, torch.float64), vector)
-    if not vector.centred:
-        return keys
+    keys = dequantise(codes, planes.k_scale, vector, torch.float64)
+    if not vector.centred or constants.key is None:
+        return unrotate(keys, vector)
     is_sink = planes.k_scale.signbit().transpose(1, 2)
     return constants.restore_keys(keys.transpose(1, 2), is_sink).transpose(1, 2)
 
@@ -129,7 +177,10 @@ def stored_values(planes: Planes, vector: VectorFormat, constants: LayerConstant
     codes = unpack(planes.v, vector)
     if planes.v_scale is None:
         return (codes.double() - vector.midpoint) * _required(constants.value_scale).double()[:, None]
-    return unrotate(dequantise(codes, planes.v_scale, vector, torch.float64), vector)
+    values = dequantise(codes, planes.v_scale, vector, torch.float64)
+    if not vector.centred or constants.value is None:
+        return unrotate(values, vector)
+    return constants.value.undo(values.transpose(1, 2)).transpose(1, 2)
 
 
 def write(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fraqtl_bench import quantiser
 from fraqtl_bench.cli import main
 from fraqtl_bench.quantiser import capture, cases, measure, perplexity
+from fraqtl_bench.quantiser.steps import STEPS, Step
 from fraqtl_bench.quantiser.variants import (
     PLAIN,
     Constants,
@@ -26,10 +27,11 @@ from fraqtl_bench.quantiser.variants import (
     value_variants,
 )
 from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import find_transform
 from fraqtl_kernels.formats import get_format
 from fraqtl_kernels.rotation import hadamard
 
-SHIPPED = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
+POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")  # the best of those with a factor for each channel
 
 
 @pytest.fixture
@@ -83,8 +85,8 @@ def test_edge_scale_rounds_by_at_most_half_a_smaller_step(x: Tensor) -> None:
 
 
 def test_bytes_count_scales_and_minima() -> None:
-    assert SHIPPED.bytes_per_token(128) == get_format("k4v4").bytes_per_token(128) == 132
-    assert SHIPPED.bytes_per_token(64) == get_format("k4v4").bytes_per_token(64) == 68
+    assert POWERS.bytes_per_token(128) == get_format("k4v4").bytes_per_token(128) == 132
+    assert POWERS.bytes_per_token(64) == get_format("k4v4").bytes_per_token(64) == 68
     calibrated = Variant("midpoint", "hadamard", "mse", "mean", "balanced")
     assert calibrated.bytes_per_token(128) == 132
     assert Variant("asymmetric", "none", "absmax").bytes_per_token(128) == 136
@@ -94,7 +96,7 @@ def test_bytes_count_scales_and_minima() -> None:
 def test_every_combination_is_there_once() -> None:
     assert len(set(key_variants())) == 3 * 2 * 4 * 3 * 4
     assert len(set(value_variants())) == 3 * 2 * 4
-    assert {PLAIN, SHIPPED} <= set(key_variants()) and SHIPPED.values in set(value_variants())
+    assert {PLAIN, POWERS} <= set(key_variants()) and POWERS.values in set(value_variants())
 
 
 def test_centring_leaves_softmax_unchanged() -> None:
@@ -167,19 +169,31 @@ def test_causal_mask() -> None:
 def test_stored_as_the_shipped_format_stores_it(times: float) -> None:
     head = cases.synthetic_head(64, cases.outliers(2, 16, hidden=False), times, seed=2)
     key, value = measure.as_shipped(head, get_format("k4v4"))
-    constants = Constants.calibrate(head.calibration.key, head.calibration.query, SHIPPED)
-    assert (constants.sink is not None) == (times > 0)
+    own_key, own_value = measure.through_step(head, Step(find_transform, reference.SCALE_CHOICES))
     # fp32 in both, summed in another order: a value on the edge of two codes may fall to the other side.
-    same = torch.isclose(store(head.measured.key, SHIPPED, constants), key, atol=1e-4, rtol=1e-4).all(-1)
-    assert same.double().mean() > 0.97
-    assert torch.isclose(store(head.measured.value, SHIPPED.values), value, atol=1e-4).all(-1).double().mean() > 0.97
+    assert torch.isclose(own_key, key, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97
+    assert torch.isclose(own_value, value, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97
+
+
+def test_every_step_loses_less_than_the_one_before() -> None:
+    """On keys and values whose dimensions go together, as those of models do."""
+    head = cases.synthetic_head(64, cases.benign, 0, seed=9)
+    mixing = torch.randn(64, 64, generator=torch.Generator().manual_seed(9)) @ torch.diag(torch.logspace(0.7, -0.7, 64))
+
+    def mixed(s: cases.Sample) -> cases.Sample:
+        return replace(s, value=s.value @ mixing.T)
+
+    case = cases.Case("mixed", 64, (cases.Head(mixed(head.calibration), mixed(head.measured)),), "mixed")
+    found = measure.measure_case(case)
+    errors = [found.values[POWERS.values][0], *(found.step_v_errors[name] for name in STEPS), found.shipped_v_error]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.75 * errors[0]
 
 
 def test_the_second_centre_repairs_sinks() -> None:
     head = cases.synthetic_head(64, cases.benign, 30, seed=3)
     errors = {}
     for centring in ("mean", "sinks"):
-        variant = replace(SHIPPED, centring=centring)
+        variant = replace(POWERS, centring=centring)
         constants = Constants.calibrate(head.calibration.key, head.calibration.query, variant)
         stored = store(head.measured.key, variant, constants)
         errors[centring] = (stored - head.measured.key)[: cases.SINKS].norm().item()
@@ -210,7 +224,7 @@ def test_held_out_centring_repairs_a_key_bias() -> None:
     case = cases.Case("bias", 64, (cases.synthetic_head(64, cases.bias, 0, seed=7),), "bias")
     found = measure.measure_case(case)
     plain = found.keys[Variant("midpoint", "hadamard", "edge")]
-    assert found.keys[SHIPPED].output_error == pytest.approx(found.shipped.output_error, rel=0.05)
+    assert found.keys[POWERS].output_error == pytest.approx(found.shipped.output_error, rel=0.15)
     assert found.shipped.output_error < 0.5 * plain.output_error
     assert measure.affordable(found.best(calibrated=True), 64) and not found.best(calibrated=False).is_calibrated
 
@@ -221,7 +235,7 @@ def test_command_writes_every_combination(tmp_path: Path, monkeypatch: pytest.Mo
     model = replace(gaussian, name="model", family="model")
     monkeypatch.setattr(quantiser, "synthetic_cases", lambda sizes, seed: [gaussian])
     monkeypatch.setattr(quantiser, "model_case", lambda path, seed: model)
-    row = {"perplexity": 5.0, "increase": 0.0, "tokens": 9}
+    row = {"perplexity": 5.0, "increase": 0.0, "standard_error": 0.0, "divergence": 0.0, "tokens": 9}
     monkeypatch.setattr(quantiser, "measure_perplexity", lambda path, seed: {"float32": row})
     out = tmp_path / "quantiser.json"
     main(["quantiser", "--threads", str(torch.get_num_threads()), "--out", str(out)])
@@ -231,7 +245,7 @@ def test_command_writes_every_combination(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(case["keys"]) == 288 and len(case["values"]) == 24
     assert len(case["shipped"]) == len(found["columns"]["shipped"])
     assert found["overall"]["k4v4"]["all"] == dict.fromkeys(found["overall"]["k4v4"]["all"], 1.0)
-    assert found["bytes"][SHIPPED.name] == {"64": 68, "128": 132}
+    assert found["bytes"][POWERS.name] == {"64": 68, "128": 132}
 
 
 def test_captured_keys_are_those_of_the_cache() -> None:
@@ -274,13 +288,19 @@ def test_perplexity_of_stored_keys() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
     ids = torch.randint(50, (60,)).tolist()
-    found = perplexity.storages(capture.capture(model, ids))
-    exact = perplexity.log_loss(model, ids, None)
+    prompt = capture.Passes.joined([capture.capture(model, ids)])
+    found = perplexity.storages(prompt, prompt)
+    exact = perplexity.log_probabilities(model, ids, None)
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, :-1]
-    by_hand = -logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
-    assert exact == pytest.approx(by_hand, rel=1e-5)
-    changes = {name: abs(perplexity.log_loss(model, ids, storage) - exact) for name, storage in found.items()}
+    torch.testing.assert_close(exact, logits.log_softmax(-1))
+    losses = {name: perplexity.Losses() for name in ("exact", *found)}
+    losses["exact"].add(ids, exact, exact)
+    for name, storage in found.items():
+        losses[name].add(ids, exact, perplexity.log_probabilities(model, ids, storage))
+    by_hand = -exact.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+    assert losses["exact"].loss == pytest.approx([by_hand], rel=1e-5) and losses["exact"].divergence == [0]
+    changes = {name: rows.divergence[0] for name, rows in losses.items()}
     assert 0 < changes["k8v8"] < changes["k4v4"] < changes["k4v2"]
     assert set(found) >= {"bf16", "k4v4-channel", perplexity.PLAIN_NAME, perplexity.UNCALIBRATED}
     layers: list[int] = []
@@ -290,4 +310,37 @@ def test_perplexity_of_stored_keys() -> None:
         assert key.shape == value.shape == (60, 2, 64)
         return key, value
 
-    assert perplexity.log_loss(model, ids, spy) == pytest.approx(exact, rel=1e-6) and layers == [0, 1]
+    torch.testing.assert_close(perplexity.log_probabilities(model, ids, spy), exact)
+    assert layers == [0, 1]
+
+
+def test_increase_divergence_and_their_error_by_hand() -> None:
+    exact, found = perplexity.Losses([2.0, 6.0], [0.0, 0.0]), perplexity.Losses([2.4, 7.0], [0.5, 1.0])
+    row = found.row(exact, [2, 4])
+    assert row["perplexity"] == pytest.approx(math.exp(9.4 / 6)) and row["tokens"] == 6
+    assert row["increase"] == pytest.approx(math.exp(1.4 / 6) - 1) and row["divergence"] == pytest.approx(0.25)
+    assert row["standard_error"] == pytest.approx(
+        0.025
+    )  # differences of 0.2 and 0.25 a token: their deviation / sqrt(2)
+    p = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    losses = perplexity.Losses()
+    losses.add([0, 1, 0], p.log(), torch.tensor([[0.25, 0.75], [0.25, 0.75]]).log())
+    assert losses.loss == pytest.approx([-math.log(0.75) - math.log(0.25)])
+    assert losses.divergence == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3)])
+
+
+def test_the_prompt_of_servers_is_captured_at_its_positions() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = capture.demo_model()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    found = capture.capture_prompt(model, AutoTokenizer.from_pretrained(path))
+    assert [x.shape for x in found.layers[0]] == [(4, 2048, 64), (2, 2048, 64), (2, 2048, 64)] and found.count == 4
+    joined = capture.Passes.joined([found.layers, found.layers])
+    assert torch.equal(joined.layers[3][1][:, 2048:], found.layers[3][1]) and joined.count == 2
+    sample = capture.calibration_samples(found)[3]  # layer 1, KV head 1
+    assert torch.equal(sample.key, found.layers[1][1][1]) and sample.query.shape == (4096, 64)
+    assert torch.equal(sample.query[2048:], found.layers[1][0][3])
+    key, query, value, importance = sample.by_head
+    assert importance is not None and importance.query.shape == query.shape[:2]
+    assert importance.value.shape == value.shape[:2] == key.shape[:2]

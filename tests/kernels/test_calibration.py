@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
-from fraqtl_kernels.calibration import calibrate, far_from_the_median, pair_exponents, static_scale
+import pytest
+import torch
+from torch import Tensor
+
+from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import calibrate, far_from_the_median, static_scale
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
+from tests.kernels.transforms import random_constants
 
 K4V4 = FORMATS["k4v4"]
 
@@ -18,35 +24,109 @@ def test_a_bias_becomes_the_centre() -> None:
     assert found.sink_centre is None and found.key_scale is None
 
 
-def test_sinks_have_a_centre_of_their_own_and_leave_the_other_alone() -> None:
+def test_sinks_have_a_centre_of_their_own_and_leave_the_rest_alone() -> None:
     key, sink = torch.randn(400, 2, 64), torch.randn(64) * 30
+    query = torch.randn(100, 2, 64)
+    without = calibrate(K4V4, key, query, key)
     key[::100, 1] += sink
-    found = calibrate(K4V4, key, torch.randn(10, 2, 64), key)
-    assert found.sink_centre is not None and found.key_centre is not None and found.key_exponent is not None
+    found = calibrate(K4V4, key, query, key)
+    assert found.sink_centre is not None and found.key is not None and without.key is not None
     assert (found.sink_centre[1] - sink).abs().max() < 2
-    assert torch.equal(found.sink_centre[0], found.key_centre[0])
-    assert found.key_centre.abs().max() < 0.3 and found.key_exponent.abs().max() == 0
+    assert torch.equal(found.sink_centre[0], found.key.centre[0])
+    assert found.key.centre.abs().max() < 0.3
+    assert torch.equal(found.key.basis[0], without.key.basis[0])
     assert far_from_the_median(key).nonzero().tolist() == [[0, 1], [100, 1], [200, 1], [300, 1]]
 
 
-def test_exponents_are_the_balanced_power_of_two() -> None:
-    key, query = torch.randn(2000, 1, 64), torch.randn(2000, 3, 64)
-    key[..., [5, 5 + 32]] *= 16  # sqrt(16) = 2^2
-    query[..., [9, 9 + 32]] /= 64  # sqrt(64) = 2^3
-    found = pair_exponents(key, query)[0]
-    assert found.dtype == torch.int8 and torch.equal(found[:32], found[32:])
-    assert found[5] == 2 and found[9] == 3 and found[[0, 1, 2, 3]].abs().max() == 0
+def planted(tokens: int, size: int, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (tokens, 1, D) with these deviations along random axes, and the axes (D, D), as rows."""
+    axes = torch.linalg.qr(torch.randn(size, size)).Q
+    return ((torch.randn(tokens, size) * deviation) @ axes)[:, None], axes
+
+
+def error_of(x: Tensor, constants: LayerConstants) -> float:
+    """Mean squared error of values (tokens, 1, D), stored and read."""
+    codes, scale = reference.encode_values(x, K4V4.v, constants)
+    z = reference.dequantise(codes, scale, K4V4.v)
+    back = reference.unrotate(z, K4V4.v) if constants.value is None else constants.value.undo(z)
+    return (back - x).square().mean().item()
+
+
+def test_the_error_follows_the_geometric_mean_of_the_deviations() -> None:
+    """Whose square is 0.21 times the mean square here; ranges that feedback widens cost the rest."""
+    deviation = torch.logspace(0.75, -0.75, 64)
+    x, _ = planted(4000, 64, deviation)
+    constants = calibrate(K4V4, x, x, x)
+    gain = error_of(x, constants) / error_of(x, IDENTITY)
+    ideal = (deviation.log().mean().exp() ** 2 / deviation.square().mean()).item()
+    assert ideal < gain < 1.35 * ideal
+
+
+def test_feedback_is_half_of_it() -> None:
+    x, _ = planted(4000, 64, torch.logspace(0.75, -0.75, 64))
+    found = calibrate(K4V4, x, x, x)
+    assert found.value_feedback is not None
+    without = replace(found, value_feedback=torch.zeros_like(found.value_feedback))
+    assert error_of(x, without) > 2 * error_of(x, found)
+
+
+def test_axes_that_queries_ignore_are_stored_coarsely() -> None:
+    axes = torch.linalg.qr(torch.randn(64, 64)).Q
+    key = torch.randn(4000, 1, 64)
+    query = (torch.randn(4000, 1, 64) * torch.tensor([8.0] * 8 + [1 / 8] * 56)) @ axes
+    constants = calibrate(K4V4, key, query, key)
+    assert constants.key is not None
+    codes, scale = reference.encode_keys(key, K4V4.k, constants)
+    error = constants.restore_keys(reference.dequantise(codes, scale, K4V4.k), scale.signbit()) - key
+    seen, unseen = (error @ axes.T).square().mean((0, 1)).split([8, 56])
+    assert unseen.mean() > 8 * seen.mean()
+
+
+def test_independent_channels_keep_their_pairs() -> None:
+    """Noise of few tokens is shrunk away: what is left mixes nothing, so the feedback of equal channels is zero."""
+    x = torch.randn(300, 1, 64)
+    found = calibrate(K4V4, x, torch.randn(300, 2, 64), x)
+    assert found.key_feedback is not None and found.value_feedback is not None
+    assert found.key_feedback.abs().max() < 0.5 and found.value_feedback.abs().max() < 0.5
+    correlated = torch.randn(300, 1, 64)
+    correlated[..., :32] += 3 * correlated[..., 32:]
+    found = calibrate(K4V4, correlated, torch.randn(300, 2, 64), correlated)
+    assert found.key_feedback is not None and found.key_feedback.float().norm(dim=-1).mean() > 1
+
+
+def test_matrices_are_exact_in_both_16_bit_dtypes_and_inverse() -> None:
+    x = torch.randn(500, 2, 64) * torch.logspace(-2, 2, 64) + 3
+    found = calibrate(K4V4, x, x, x)
+    for transform in (found.key, found.value):
+        assert transform is not None
+        for matrix in (transform.basis, transform.inverse, transform.feedback):
+            assert torch.equal(matrix.half().float(), matrix.float()) and matrix.dtype == torch.bfloat16
+        back = transform.undo(transform.apply(x.double()))
+        assert (back - x).norm() / x.norm() < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_few_tokens_and_dead_channels_are_enough(tokens: int) -> None:
+    x = torch.randn(tokens, 2, 64)
+    x[..., 5] = x[..., 37] = 0
+    found = calibrate(K4V4, x, x, x)
+    assert all(t is None or t.isfinite().all() for t in vars(found).values())
+    other = torch.randn(50, 2, 64)
+    codes, scale = reference.encode_values(other, K4V4.v, found)
+    assert found.value is not None
+    assert (found.value.undo(reference.dequantise(codes, scale, K4V4.v)) - other).norm() / other.norm() < 0.5
 
 
 def test_preparing_and_restoring_are_inverse_and_keep_the_products() -> None:
     key, query = torch.randn(30, 2, 64, dtype=torch.float64), torch.randn(2, 3, 64, dtype=torch.float64)
-    constants = LayerConstants(torch.randn(2, 64), torch.randint(-7, 8, (2, 64), dtype=torch.int8), torch.randn(2, 64))
-    prepared, no_sink = constants.prepare_keys(key), torch.zeros(30, 2, dtype=torch.bool)
-    assert torch.allclose(constants.restore_keys(prepared, no_sink), key)
-    scores = torch.einsum("hqd,nhd->hqn", constants.prepare_queries(query), prepared)
-    exact = torch.einsum("hqd,nhd->hqn", query, key - constants.key_centre.double())  # type: ignore[union-attr]
+    constants, _, _ = random_constants(2, 64)
+    assert constants.key is not None and constants.sink_centre is not None
+    z, is_sink = constants.key.apply(key), torch.rand(30, 2) < 0.5
+    moved = (constants.sink_centre - constants.key.centre) * is_sink[..., None]
+    assert torch.allclose(constants.restore_keys(z, is_sink), key + moved)
+    scores = torch.einsum("hqd,nhd->hqn", constants.prepare_queries(query), z)
+    exact = torch.einsum("hqd,nhd->hqn", query, key - constants.key.centre.double())
     assert torch.allclose(scores, exact)
-    assert IDENTITY.prepare_keys(key) is key
 
 
 def test_static_scales_reach_the_largest_value() -> None:

@@ -10,6 +10,7 @@ from fraqtl_kernels.cpu import attention, tiles
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
+from tests.kernels.transforms import random_transform
 
 CALIBRATED = [name for name, f in FORMATS.items() if f.is_calibrated]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -29,7 +30,7 @@ def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | Non
 @pytest.mark.parametrize("name", CALIBRATED)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("soft_cap", [None, 20.0])
-def test_centres_smoothing_and_sinks(name: str, size: int, soft_cap: float | None) -> None:
+def test_calibrated_vectors(name: str, size: int, soft_cap: float | None) -> None:
     batch = make_batch(
         name, head_size=size, lengths=(5, 64, 33, 90), queries=(5, 1, 20, 1), group=4, calibrated=True, padding=48
     )
@@ -191,15 +192,20 @@ def test_bytes_of_a_token_do_not_depend_on_its_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["k8v8", "k4v4", "k4v2"])
-def test_scales_are_rounded_like_torch_rounds(name: str) -> None:
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_scales_are_rounded_like_torch_rounds(name: str, calibrated: bool) -> None:
     """Zero, tiny (subnormal scales), huge (clamped), and broken vectors, next to ordinary ones."""
     layout = PageLayout(FORMATS[name], 64, 16)
     x = torch.randn(16, 1, 64)
     x[1], x[2], x[3], x[4] = 0, x[2] * 3e-6, x[3] * 1e-9, x[4] * 1e7
     x[5, 0, 7], x[6, 0, 7], x[7, 0, 7] = torch.nan, torch.inf, -torch.inf
+    constants = IDENTITY
+    if calibrated:
+        transform, _ = random_transform(1, 64, spread=0, centre=torch.zeros(1, 64))
+        constants = LayerConstants.of(transform, transform)
     ours, theirs = torch.zeros(2, 1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
-    cpu.write(ours, layout, x, x, torch.arange(16))
-    reference.write(theirs, layout, x, x, torch.arange(16))
+    cpu.write(ours, layout, x, x, torch.arange(16), constants)
+    reference.write(theirs, layout, x, x, torch.arange(16), constants)
     for pages in (lambda p: p.k_scale, lambda p: p.v_scale):
         a, b = pages(layout.planes(ours)).float(), pages(layout.planes(theirs)).float()
         assert torch.allclose(a, b, rtol=2**-10, atol=2**-24, equal_nan=True)

@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.importance import attend
+from fraqtl_kernels.prompt import token_rows
 from fraqtl_vllm.calibration import files, prompt
 from fraqtl_vllm.calibration.recorder import Recorder
+from tests.kernels.transforms import random_constants
 
 KEY = "0123456789abcdef" * 4
 
 
 def constants() -> dict[str, LayerConstants]:
-    first = LayerConstants(torch.randn(2, 64), torch.randint(-7, 8, (2, 64), dtype=torch.int8), torch.randn(2, 64))
-    return {"layers.0": first, "layers.1": LayerConstants(torch.randn(2, 64))}
+    return {"layers.0": random_constants(2, 64)[0], "layers.1": LayerConstants(torch.randn(2, 64))}
 
 
 def same(a: dict[str, LayerConstants], b: dict[str, LayerConstants]) -> bool:
@@ -98,19 +101,29 @@ def model_config(**changes: Any) -> Any:
     return SimpleNamespace(**{**config, **changes})
 
 
-def test_the_prompt_covers_the_context() -> None:
-    made = prompt.make_prompt(model_config())
+@pytest.mark.parametrize("longest", [600, 1000, 8192, 131072])
+def test_the_prompt_covers_the_context(longest: int) -> None:
+    made = prompt.make_prompt(model_config(max_model_len=longest))
     positions = made.positions.view(made.sequences, -1)
     assert made.ids.shape == made.positions.shape and made.ids.max() < 97
-    assert (positions.diff(dim=1) == 1).all()
-    assert (positions[::2, 0] == 0).all() and positions.max() == 499
-    assert len({row[0].item() for row in positions[1::2]}) == made.sequences // 2
+    assert (positions[:, :64] == torch.arange(64)).all() and (positions[:, ::64] <= longest - 64).all()
+    assert positions.max() == longest - 1 and (positions[0].diff() == 1).all()
+    starts = positions[:, ::64].flatten().unique()
+    steps = starts.diff()
+    assert (steps[starts[1:] < 900] <= 64).all()  # no gap where most requests are
+    assert (steps <= 64 + starts[:-1] * 0.6).all()
 
 
 def test_the_prompt_fits_short_contexts_and_mrope() -> None:
     made = prompt.make_prompt(model_config(max_model_len=10, uses_mrope=True))
     assert made.ids.shape == (10 * made.sequences,) and made.positions.shape == (3, 10 * made.sequences)
     assert made.positions.max() == 9
+
+
+def test_rows_start_with_other_texts_and_have_one_first_token() -> None:
+    rows = token_rows([[1, 10 + i, 20 + i] for i in range(8)], 9, first_token=1)
+    assert rows[0] == [1, 10, 20, 11, 21, 12, 22, 13, 23] and rows[3] == [1, 16, 26, 17, 27, 10, 20, 11, 21]
+    assert token_rows([[1, 2]] * 4, 5, first_token=None)[2] == [1, 2, 1, 2, 1]
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (3, None), (None, 5.0)])
@@ -121,6 +134,9 @@ def test_the_recorders_attention(window: int | None, soft_cap: float | None) -> 
     out = recorder.attend("a", None, query, key, value, **options)
     shared = recorder.attend("b", "a", query, torch.empty(0), torch.empty(0), **options)
     assert torch.equal(out, shared) and recorder.constants.keys() == {"a"}
+    _, importance = attend(query, key, value, sequences=2, **options)
+    expected_constants = calibrate(FORMATS["k4v4"], key, query, value, importance)
+    assert same({"a": recorder.constants["a"]}, {"a": expected_constants})
     for token in range(14):
         first = max(token - token % 7, token - window + 1 if window else 0)
         for head in range(4):

@@ -23,13 +23,14 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
 from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
 from fraqtl_vllm.backend import FraqtlBackend
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
+from tests.kernels.transforms import only_centre
 from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -147,7 +148,7 @@ def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, centre
     """Attention written out over what the pages hold; `raw`: but over the chunks' own keys and values as given."""
     planes, layout = batch.layout.planes(batch.pool), batch.layout
     stored = [
-        reference.stored_keys(planes, layout.format.k, LayerConstants(key_centre=centre)),
+        reference.stored_keys(planes, layout.format.k, IDENTITY if centre is None else only_centre(centre)),
         reference.stored_values(planes, layout.format.v),
     ]
     flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap)
@@ -208,7 +209,7 @@ def test_log_sums_agree_with_a_key_centre(monkeypatch: pytest.MonkeyPatch) -> No
     layer = make_layer(monkeypatch)
     batch, key, value = mixed_batch()
     centre = torch.randn(KV_HEADS, SIZE) * 4
-    constants = LayerConstants(key_centre=centre)
+    constants = only_centre(centre)
     batch.key += centre.bfloat16()
     key = key + centre.bfloat16()
     for r, n in enumerate(batch.lengths.tolist()):
@@ -218,7 +219,7 @@ def test_log_sums_agree_with_a_key_centre(monkeypatch: pytest.MonkeyPatch) -> No
     layer.use_constants(constants)
     wanted = expected(batch, layer, raw=True, centre=centre)
     assert relative_error(attend(layer, batch, key, value), wanted) < 2e-2
-    layer.bases = replace(layer.bases, key_centre=None)
+    layer.bases = replace(layer.bases, key=replace(layer.bases.key, own_centre=None))
     assert relative_error(attend(layer, batch, key, value), wanted) > 0.1
 
 

@@ -40,8 +40,8 @@ class PackedOnGpu:
         layout = PageLayout(self.format, shape.head_size, inputs.block_size)
         width = self.format.bytes_per_token(shape.head_size)
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8, device=device)
-        sample = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
-        constants = calibrate(self.format, *sample)  # on the CPU, where stored values are read back
+        key, query, value = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
+        constants = calibrate(self.format, key, query, value)  # on the CPU, where stored values are read back
         bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
         for r in range(shape.batch):
             write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r), bases)

@@ -21,7 +21,10 @@ from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import Planes
 
-_OF_STREAM = {"key": ("key_centre", "key_exponent", "sink_centre", "key_scale"), "value": ("value_scale",)}
+_OF_STREAM = {
+    "key": ("key_centre", "key_basis", "key_inverse", "key_feedback", "sink_centre", "key_scale"),
+    "value": ("value_centre", "value_basis", "value_inverse", "value_feedback", "value_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ class ServerStream(Codec):
         return 8 * self._vector.bytes(size)
 
     def constant_bits(self, size: int, constants: Kept) -> int:
-        bits = {"key_exponent": 8}
-        return sum(bits.get(name, 32) * size for name in constants)
+        return sum(8 * x.element_size() * x[0].numel() for x in constants.values())
 
 
 def read_constants(path: Path, layers: int) -> list[dict[str, Kept]]:

@@ -20,12 +20,14 @@ from fraqtl_bench.quantiser.capture import demo_model, model_case
 from fraqtl_bench.quantiser.cases import synthetic_cases
 from fraqtl_bench.quantiser.measure import SHIPPED, CaseResult, Measures, affordable, measure_case, overall, plain
 from fraqtl_bench.quantiser.perplexity import measure_perplexity
+from fraqtl_bench.quantiser.steps import STEPS
 from fraqtl_bench.quantiser.variants import key_variants
 
 HEAD_SIZES = (64, 128)
 COLUMNS = {
     "shipped_first_exact": ["k_error", "output_error", "flips"],
     "shipped": ["k_error", "output_error", "flips", "v_error"],
+    "steps": ["k_error", "output_error", "flips", "v_error"],
     "keys": ["k_error", "output_error", "flips"],
     "values": ["v_error", "output_error"],
     "names": ["grid", "rotation", "scale", "centring", "smoothing"],
@@ -51,8 +53,8 @@ def case_table(found: list[CaseResult]) -> Table:
 def overall_table(summary: dict[str, dict[str, dict[str, float]]], rows: int = 12) -> Table:
     """The variants with the least geometric mean over all cases, and the shipped format."""
     affordable_names = [v.name for v in key_variants() if affordable(v, 128)]
-    ranked = sorted([*affordable_names, SHIPPED], key=lambda n: summary[n]["all"]["against_shipped"])
-    chosen = [n for i, n in enumerate(ranked) if i < rows or n == SHIPPED]
+    ranked = sorted([*affordable_names, *STEPS, SHIPPED], key=lambda n: summary[n]["all"]["against_shipped"])
+    chosen = [n for i, n in enumerate(ranked) if i < rows or n in (*STEPS, SHIPPED)]
     table = Table(title="output error / that of k4v4, geometric mean (at most: / own error on the Gaussian case)")
     for name in ("variant", *summary[SHIPPED]):
         table.add_column(name, justify="left" if name == "variant" else "right")
@@ -64,10 +66,11 @@ def overall_table(summary: dict[str, dict[str, dict[str, float]]], rows: int = 1
 
 def perplexity_table(found: dict[str, dict[str, float]]) -> Table:
     table = Table(title="perplexity with stored keys and values")
-    for name in ("stored as", "perplexity", "increase"):
+    for name in ("stored as", "perplexity", "increase", "standard error", "KL divergence"):
         table.add_column(name, justify="left" if name == "stored as" else "right")
     for name, row in found.items():
-        table.add_row(name, f"{row['perplexity']:.4f}", f"{row['increase']:+.2%}")
+        cells = (f"{row['increase']:+.2%}", f"{row['standard_error']:.2%}", f"{row['divergence']:.5f}")
+        table.add_row(name, f"{row['perplexity']:.4f}", *cells)
     return table
 
 

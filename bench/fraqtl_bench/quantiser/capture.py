@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.demo_model.corpus import FACTS, standard_library_prose
-from fraqtl_bench.quantiser.cases import CALIBRATION_TOKENS, QUERIES, TOKENS, Case, Head, Sample, causal
+from fraqtl_bench.quantiser.cases import QUERIES, TOKENS, Case, Head, Sample, causal
 from fraqtl_bench.recall import make_text
 from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.importance import attend
+from fraqtl_kernels.prompt import positions, texts_in_tokens, token_rows
 
 Layers = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -37,8 +40,11 @@ def token_ids(tokenizer: Any, context: int, seed: str) -> list[int]:
 
 
 @torch.inference_mode()
-def capture(model: Any, ids: list[int]) -> Layers:
-    """Per layer (query heads, T, D), (KV heads, T, D) twice: the queries, keys and values of one forward pass."""
+def capture(model: Any, ids: list[int], places: Tensor | None = None) -> Layers:
+    """Per layer (query heads, T, D), (KV heads, T, D) twice: the queries, keys and values of one forward pass.
+
+    places: (T,) positions of the tokens, 0, 1, .. if not given.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -50,8 +56,30 @@ def capture(model: Any, ids: list[int]) -> Layers:
 
     AttentionInterface.register("fraqtl_capture", attention)
     model.set_attn_implementation("fraqtl_capture")
-    model(torch.tensor([ids]), use_cache=False)
+    model(torch.tensor([ids]), position_ids=None if places is None else places[None], use_cache=False)
     return layers
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Several forward passes of one length: the tokens of all one after another, and how many they were."""
+
+    layers: Layers
+    count: int
+
+    @classmethod
+    def joined(cls, passes: list[Layers]) -> Passes:
+        length = min(layers[0][0].shape[1] for layers in passes)
+        by_layer = (zip(*layer, strict=True) for layer in zip(*passes, strict=True))
+        q, k, v = zip(*([torch.cat([x[:, :length] for x in xs], 1) for xs in layer] for layer in by_layer), strict=True)
+        return cls(list(zip(q, k, v, strict=True)), len(passes))
+
+
+def capture_prompt(model: Any, tokenizer: Any) -> Passes:
+    """What the prompt that servers calibrate with gives."""
+    places = positions(model.config.max_position_embeddings)
+    rows = token_rows(texts_in_tokens(tokenizer), places.shape[1], tokenizer.bos_token_id)
+    return Passes.joined([capture(model, row, own) for row, own in zip(rows, places, strict=True)])
 
 
 def samples(layers: Layers) -> list[Sample]:
@@ -65,16 +93,33 @@ def samples(layers: Layers) -> list[Sample]:
     return found
 
 
+def calibration_samples(prompt: Passes) -> list[Sample]:
+    """One sample per (layer, KV head), with all queries and what each of them and each value is worth."""
+    found = []
+    for layer in prompt.layers:
+        query, key, value = (x.transpose(0, 1) for x in layer)
+        scale = query.shape[-1] ** -0.5
+        _, importance = attend(query, key, value, sequences=prompt.count, scale=scale)
+        group = query.shape[1] // key.shape[1]
+        for h in range(key.shape[1]):
+            own = slice(h * group, (h + 1) * group)
+            queries, worth = query[:, own].transpose(0, 1).flatten(0, 1), importance.query[:, own].T.flatten()
+            seen = torch.empty(0, key.shape[0], dtype=torch.bool)
+            found.append(Sample(key[:, h], value[:, h], queries, seen, worth, importance.value[:, h]))
+    return found
+
+
 def model_case(path: Path, seed: int) -> Case:
-    """All KV heads of the model at `path`, calibrated on one text and measured on another."""
+    """All KV heads of the model at `path`, calibrated as in a server and measured on another text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (path / "config.json").is_file():
         raise ConfigError(f"--model {path}: no config.json there, name a folder with a Hugging Face model")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    texts = (token_ids(tokenizer, n, f"{seed}-{n}") for n in (CALIBRATION_TOKENS, TOKENS))
-    calibration, measured = (samples(capture(model, ids)) for ids in texts)
+    prompt = capture_prompt(model, tokenizer)
+    calibration = calibration_samples(prompt)
+    measured = samples(capture(model, token_ids(tokenizer, TOKENS, f"{seed}-{TOKENS}")))
     heads = tuple(Head(*pair) for pair in zip(calibration, measured, strict=True))
     size = heads[0].measured.key.shape[-1]
     return Case(f"{path.name}, D={size}", size, heads, "model")

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.importance import Importance
+
 CALIBRATION_TOKENS = 512
 TOKENS = 1024
 QUERIES = 256
@@ -31,12 +33,25 @@ BIAS = 20.0
 
 @dataclass(frozen=True)
 class Sample:
-    """Keys and values (T, D) after RoPE, queries (n, D) and which keys each sees (n, T)."""
+    """Keys and values (T, D) after RoPE, queries (n, D) and which keys each sees (n, T).
+
+    query_worth: (n,), value_worth: (T,), see `fraqtl_kernels.importance`; None: all alike.
+    """
 
     key: Tensor
     value: Tensor
     query: Tensor
     seen: Tensor
+    query_worth: Tensor | None = None
+    value_worth: Tensor | None = None
+
+    @property
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor, Importance | None]:
+        """Key, query, value and importance as `fraqtl_kernels.calibration.calibrate` takes them, for one head."""
+        importance = None
+        if self.query_worth is not None and self.value_worth is not None:
+            importance = Importance(self.query_worth[:, None], self.value_worth[:, None])
+        return self.key[:, None], self.query[:, None], self.value[:, None], importance
 
     def scores(self, key: Tensor | None = None) -> Tensor:
         """q·k / sqrt(D), -inf where not seen: (n, T). With `key` in the place of the sample's own."""

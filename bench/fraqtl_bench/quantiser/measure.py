@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quantiser.cases import SINKS, Case, Head, Sample, attended_keys
+from fraqtl_bench.quantiser.steps import STEPS, Step
 from fraqtl_bench.quantiser.stored import through_pages
 from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, key_variants, store, value_variants
 from fraqtl_kernels.calibration import calibrate
@@ -54,8 +55,16 @@ def flips(sample: Sample, key: Tensor) -> float:
 def as_shipped(head: Head, format: KVFormat) -> tuple[Tensor, Tensor]:
     """The measured keys and values (T, D) as the server would read them."""
     calibration, measured = head.calibration, head.measured
-    constants = calibrate(format, *(x[:, None] for x in (calibration.key, calibration.query, calibration.value)))
+    constants = calibrate(format, *calibration.by_head)
     key, value = through_pages(format, measured.key[:, None], measured.value[:, None], constants)
+    return key[:, 0], value[:, 0]
+
+
+def through_step(head: Head, step: Step) -> tuple[Tensor, Tensor]:
+    """The same with an earlier step of the quantiser."""
+    calibration, measured = head.calibration, head.measured
+    constants = step.calibrate(*calibration.by_head)
+    key, value = step.store(measured.key[:, None], measured.value[:, None], constants)
     return key[:, 0], value[:, 0]
 
 
@@ -68,6 +77,8 @@ class CaseResult:
     shipped: Measures
     shipped_v_error: float
     first_exact: Measures  # the shipped format with the first 4 tokens kept as they are
+    steps: dict[str, Measures]  # on the way to the shipped format, see `steps.py`
+    step_v_errors: dict[str, float]
     keys: dict[Variant, Measures]
     values: dict[Variant, tuple[float, float]]  # error of V, error of the output with exact keys
 
@@ -84,6 +95,7 @@ class CaseResult:
             "attended_keys": _round(self.attended_keys),
             "shipped": [*_as_list(self.shipped), _round(self.shipped_v_error)],
             "shipped_first_exact": _as_list(self.first_exact),
+            "steps": {name: [*_as_list(m), _round(self.step_v_errors[name])] for name, m in self.steps.items()},
             "keys": {v.name: _as_list(m) for v, m in self.keys.items()},
             "values": {v.name: [_round(x) for x in pair] for v, pair in self.values.items()},
         }
@@ -136,7 +148,15 @@ def measure_case(case: Case) -> CaseResult:
     v_first = [torch.cat([s.value[:SINKS], x[SINKS:]]) for s, x in zip(measured, v, strict=True)]
     v_error = mean(relative_error(found, s.value) for found, s in zip(v, measured, strict=True))
     spread = mean(attended_keys(s) for s in measured)
-    return CaseResult(case, spread, measures(k, v), v_error, measures(k_first, v_first), keys, values)
+    by_step = {name: [through_step(head, step) for head in case.heads] for name, step in STEPS.items()}
+    steps = {name: measures(*zip(*stored, strict=True)) for name, stored in by_step.items()}
+    step_v_errors = {
+        name: mean(relative_error(v, s.value) for (_, v), s in zip(stored, measured, strict=True))
+        for name, stored in by_step.items()
+    }
+    return CaseResult(
+        case, spread, measures(k, v), v_error, measures(k_first, v_first), steps, step_v_errors, keys, values
+    )
 
 
 def overall(found: list[CaseResult]) -> dict[str, dict[str, dict[str, float]]]:
@@ -147,6 +167,7 @@ def overall(found: list[CaseResult]) -> dict[str, dict[str, dict[str, float]]]:
     case of the same head size (the project's goal for outliers, bias and sinks is at most 2).
     """
     rows = {variant.name: [r.keys[variant].output_error for r in found] for variant in found[0].keys}
+    rows |= {name: [r.steps[name].output_error for r in found] for name in STEPS}
     rows[SHIPPED] = [r.shipped.output_error for r in found]
     benign = {r.case.head_size: i for i, r in enumerate(found) if r.case.family == "gaussian"}
     families = {r.case.family: [i for i, o in enumerate(found) if o.case.family == r.case.family] for r in found}

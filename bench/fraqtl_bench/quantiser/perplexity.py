@@ -1,36 +1,44 @@
 """Perplexity of a model whose attention reads stored keys and values, its own token's included, as the server's does.
 
-Texts are chats with codes to remember between paragraphs of prose, made from the seed; calibration sees another
-one. Every text is one window, teacher forced, and every token but the first counts.
+Texts are chats with codes to remember between paragraphs of prose, made from the seed. Calibration sees the prompt that
+servers calibrate with, and none of them. Every text is one window, teacher forced, and all tokens but the first count.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quantiser.capture import capture, token_ids
-from fraqtl_bench.quantiser.cases import CALIBRATION_TOKENS, TOKENS
+from fraqtl_bench.quantiser.capture import Passes, capture, capture_prompt, token_ids
+from fraqtl_bench.quantiser.cases import TOKENS
+from fraqtl_bench.quantiser.steps import STEPS
 from fraqtl_bench.quantiser.stored import through_pages
-from fraqtl_bench.quantiser.variants import PLAIN, store
+from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, store
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.importance import Importance, attend
 
-TEXTS = 16
+TEXTS = 32
+CHATS = 2  # that the comparison calibrates on
+EXACT = "float32"
 PLAIN_NAME = "plain INT4"
 UNCALIBRATED = "k4v4, not calibrated"
+ON_CHATS = "k4v4, calibrated on chats like these"
+POWERS_NAME = "centred, balanced by powers of 2"
+POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
 
 Storage = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, key, value (T, heads, D) -> as stored
 
 
-def storages(calibration: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Storage]:
-    """Every format of the server, k4v4 without its constants, and plain INT4. calibration: see `capture`."""
+def storages(prompt: Passes, chats: Passes) -> dict[str, Storage]:
+    """Every format of the server, k4v4 without its constants, its earlier steps, and plain INT4. See `capture`."""
 
     def plain(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return store(key, PLAIN), store(value, PLAIN)
@@ -38,19 +46,46 @@ def storages(calibration: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Stor
     def uncalibrated(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return through_pages(FORMATS["k4v4"], key, value, IDENTITY)
 
-    def calibrated(name: str) -> Storage:
-        format = FORMATS[name]
-        rows = [[x.transpose(0, 1) for x in (key, query, value)] for query, key, value in calibration]
-        constants = [calibrate(format, *row) for row in rows]
-        return lambda layer, key, value: through_pages(format, key, value, constants[layer])
+    def calibrated(name: str, layers: Passes) -> Storage:
+        constants = [calibrate(FORMATS[name], *row, seen) for row, seen in by_token(layers)]
+        return lambda layer, key, value: through_pages(FORMATS[name], key, value, constants[layer])
 
-    formats = {name: calibrated(name) for name in FORMATS if name != "fp16"}
-    return {**formats, UNCALIBRATED: uncalibrated, PLAIN_NAME: plain}
+    def step(name: str) -> Storage:
+        constants = [STEPS[name].calibrate(*row, seen) for row, seen in by_token(prompt)]
+        return lambda layer, key, value: STEPS[name].store(key, value, constants[layer])
+
+    formats = {name: calibrated(name, prompt) for name in FORMATS if name != "fp16"}
+    others: dict[str, Storage] = {POWERS_NAME: powers(prompt), UNCALIBRATED: uncalibrated, PLAIN_NAME: plain}
+    return {**formats, ON_CHATS: calibrated("k4v4", chats), **{f"k4v4, {n} only": step(n) for n in STEPS}, **others}
+
+
+def by_token(layers: Passes) -> list[tuple[tuple[Tensor, Tensor, Tensor], Importance]]:
+    """Per layer keys, queries and values, (tokens, heads, D), and their importance."""
+    found = []
+    for layer in layers.layers:
+        query, key, value = (x.transpose(0, 1) for x in layer)
+        scale = query.shape[-1] ** -0.5
+        found.append(((key, query, value), attend(query, key, value, sequences=layers.count, scale=scale)[1]))
+    return found
+
+
+def powers(prompt: Passes) -> Storage:
+    """The best of the variants that a factor for each channel allows, values rotated."""
+    constants = [
+        [Constants.calibrate(key[h], own.flatten(0, 1), POWERS) for h, own in enumerate(query.chunk(len(key)))]
+        for query, key, _ in prompt.layers
+    ]
+
+    def storage(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys = [store(key[:, h], POWERS, found) for h, found in enumerate(constants[layer])]
+        return torch.stack(keys, 1), store(value.flatten(0, 1), POWERS.values).view_as(value)
+
+    return storage
 
 
 @torch.inference_mode()
-def log_loss(model: Any, ids: list[int], storage: Storage | None) -> float:
-    """Sum of -log p over the tokens after the first, with keys and values that `storage` has been given."""
+def log_probabilities(model: Any, ids: list[int], storage: Storage | None) -> Tensor:
+    """(T - 1, vocabulary): of the tokens after the first, with keys and values that `storage` has been given."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -62,27 +97,50 @@ def log_loss(model: Any, ids: list[int], storage: Storage | None) -> float:
 
     AttentionInterface.register("fraqtl_stored", attention)
     model.set_attn_implementation("fraqtl_stored")
-    tokens = torch.tensor([ids])
-    logits = model(tokens, use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+    logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1)
+
+
+@dataclass
+class Losses:
+    """Sums over the tokens of each text: -log p, and the divergence of the exact model's distribution."""
+
+    loss: list[float] = field(default_factory=list)
+    divergence: list[float] = field(default_factory=list)
+
+    def add(self, ids: list[int], exact: Tensor, found: Tensor) -> None:
+        self.loss.append(-found.gather(1, torch.tensor(ids)[1:, None]).sum().item())
+        self.divergence.append((exact.exp() * (exact - found)).sum().item())
+
+    def row(self, exact: Losses, tokens: list[int]) -> dict[str, float]:
+        """The increase is a share of the perplexity; its standard error is over texts, paired with the exact model."""
+        count = sum(tokens)
+        pairs = zip(self.loss, exact.loss, tokens, strict=True)
+        differences = torch.tensor([(a - b) / n for a, b, n in pairs], dtype=torch.float64)
+        return {
+            "perplexity": math.exp(sum(self.loss) / count),
+            "increase": math.expm1((sum(self.loss) - sum(exact.loss)) / count),
+            "standard_error": differences.std().item() / math.sqrt(len(tokens)),
+            "divergence": sum(self.divergence) / count,
+            "tokens": count,
+        }
 
 
 def measure_perplexity(path: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Perplexity by storage, and its increase over the unquantised model's, as a share."""
+    """By storage: perplexity, its increase over the unquantised model's, and the divergence a token in nats."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    found = storages(capture(model, token_ids(tokenizer, CALIBRATION_TOKENS, f"{seed}-{CALIBRATION_TOKENS}")))
-    texts = [token_ids(tokenizer, TOKENS, f"{seed}-perplexity-{i}") for i in range(TEXTS)]
-    count = sum(len(ids) - 1 for ids in texts)
-
-    def perplexity(storage: Storage | None) -> float:
-        return math.exp(sum(log_loss(model, ids, storage) for ids in texts) / count)
-
-    exact = perplexity(None)
-    table = {"float32": {"perplexity": exact, "increase": 0.0, "tokens": count}}
-    for name, storage in found.items():
-        value = perplexity(storage)
-        table[name] = {"perplexity": value, "increase": value / exact - 1, "tokens": count}
-    return table
+    chats = (token_ids(tokenizer, TOKENS, f"{seed}-calibration-{i}") for i in range(CHATS))
+    found = storages(capture_prompt(model, tokenizer), Passes.joined([capture(model, ids) for ids in chats]))
+    losses = {name: Losses() for name in (EXACT, *found)}
+    tokens = []
+    for i in range(TEXTS):
+        ids = token_ids(tokenizer, TOKENS, f"{seed}-perplexity-{i}")
+        exact = log_probabilities(model, ids, None)
+        tokens.append(len(ids) - 1)
+        losses[EXACT].add(ids, exact, exact)
+        for name, storage in found.items():
+            losses[name].add(ids, exact, log_probabilities(model, ids, storage))
+    return {name: losses[name].row(losses[EXACT], tokens) for name in losses}

@@ -14,10 +14,9 @@ from torch import Tensor
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
 from fraqtl_kernels.cpu.prefill import prefill
-from fraqtl_kernels.cpu.queries import prepare_queries
+from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
 from fraqtl_kernels.cpu.tiles import Bucket, attend_tiles
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.reference import unrotate
 
 DECODE_QUERIES = 8  # up to so many query tokens a request take the compiled kernel
 TILE_QUERIES = 1024  # query tokens of one request attended at once
@@ -87,8 +86,6 @@ def attend(
             out = attend_tiles(queries, layout.planes(pool), layout, block_table, bucket, window, soft_cap)
         else:
             out = prefill(queries, layout.planes(pool), layout, block_table, bucket, window)
-        out = unrotate(out, layout.format.v)
-        if layout.format.v.static and constants.value_scale is not None:
-            out = out * constants.value_scale[:, None]
+        out = restore_output(out, layout.format.v, constants)
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
         output[bucket.tokens] = out.to(output.dtype)

@@ -1,8 +1,8 @@
-"""Centre, rotate, quantise, pack and store vectors on the CPU, compiled: one pass, one vector at a time.
+"""Centre, transform, quantise, pack and store vectors on the CPU, compiled: one pass, one vector at a time.
 
-The formulas are those of `reference.encode_keys` and `encode_values`. The rotation H = S ⊗ B of `rotation.py`, with
-S of Sylvester's doubling, takes log2 |S| rounds of sums and differences and |B| products a number, in place
-of D products. A vector's bytes never depend on what else is in its batch.
+The formulas are those of `reference.encode_keys` and `encode_values`. Without calibration the transform is the rotation
+H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: log2 |S| rounds of sums and differences and |B| products a
+number, in place of D products. A vector's bytes never depend on what else is in its batch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import VectorFormat
+from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
 from fraqtl_kernels.rotation import hadamard
 
 PARALLEL_VECTORS = 64  # fewer are done before other threads have woken up
 
 _FAST = {"reassoc", "contract", "nsz"}  # not "nnan": NaN must stay NaN
+_CHOICES = tuple(np.float32(choice) for choice in SCALE_CHOICES)
+_GRID, _LIMIT = np.float32(FEEDBACK_GRID), np.float32(FEEDBACK_LIMIT)
 
 
 @cache
@@ -60,6 +63,16 @@ def _rotate(x, spare, base):
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
+def _add_product(x, matrix, y):
+    """y += x · matrix, four rows at a time: the number of rows is a multiple of four."""
+    for i in range(0, matrix.shape[0], 4):
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        row_a, row_b, row_c, row_d = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
+        for j in range(matrix.shape[1]):
+            y[j] += a * row_a[j] + b * row_b[j] + c * row_c[j] + d * row_d[j]
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
 def _half_bits(x, word, word_bits):
     """The bits of fp16(x), rounded half to even, for 0 <= x <= 65504 or NaN. word: one float32, word_bits its bits."""
     if x != x:
@@ -92,9 +105,74 @@ def _codes_of(x, scale, midpoint, levels, codes):
         codes[d] = np.uint8(step)
 
 
+@njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+def _round_low(fed, low, scale, midpoint, levels, codes):
+    """codes <- the nearest to low / scale + fed; the sum of squares of what they leave."""
+    total = np.float32(0)
+    for d in range(fed.shape[0]):
+        step = low[d] / scale + fed[d] + midpoint
+        code = np.rint(step)
+        code = code if code > np.float32(0) else np.float32(0)  # NaN too
+        code = code if code < levels else levels
+        codes[d] = code
+        total += (step - code) * (step - code)
+    return total
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+def _round_high(high, scale, midpoint, levels, codes, left):
+    """codes <- the nearest to high / scale, left <- what they leave, on its grid; the sum of its squares."""
+    total = np.float32(0)
+    for d in range(high.shape[0]):
+        step = high[d] / scale + midpoint
+        code = np.rint(step)
+        code = code if code > np.float32(0) else np.float32(0)
+        code = code if code < levels else levels
+        rest = np.rint((step - code) * _GRID) * (np.float32(1) / _GRID)
+        rest = rest if rest > -_LIMIT else -_LIMIT
+        rest = rest if rest < _LIMIT else _LIMIT
+        codes[d] = code
+        left[d] = rest
+        total += rest * rest
+    return total
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+def _codes_with_feedback(z, feedback, half, edge, midpoint, levels, codes, spare, word, word_bits):
+    """codes <- those of `reference.quantise_with_feedback`. spare: (3, D or more). Returns the bits of the scale."""
+    size = z.shape[0]
+    width = size // 2
+    low, high = z[:width], z[width:]
+    left, fed, trial = spare[0, :width], spare[1, :width], spare[2, :size]
+    largest, broken = np.float32(0), np.float32(0)
+    for d in range(size):
+        largest = max(largest, abs(z[d]))
+        broken += z[d] * np.float32(0)
+    best, least = np.uint16(0), np.float32(0)
+    for number in range(len(_CHOICES)):
+        bits = _half_bits(min(largest * (_CHOICES[number] / edge), np.float32(65504)), word, word_bits)
+        scale = half[bits]
+        error = _round_high(high, scale, midpoint, levels, trial[width:], left)
+        for d in range(width):
+            fed[d] = np.float32(0)
+        _add_product(left, feedback, fed)
+        error += _round_low(fed, low, scale, midpoint, levels, trial[:width])
+        error = error * scale * scale
+        if number == 0 or error < least:
+            best, least = bits, error
+            for d in range(size):
+                codes[d] = np.uint8(trial[d])
+    return np.uint16(0x7E00) if broken != broken else best
+
+
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _store_vector(source, centre, shrink, shift, base, half, raw, raw16, code_at, scale_at, sizes, numbers, buffers):
-    """One vector. centre, shrink: (D,) or (0,). shift: (D,) what the sink centre adds after the rotation, or (0,)."""
+def _store_vector(
+    source, centre, basis, feedback, shift, base, half, raw, raw16, code_at, scale_at, sizes, numbers, buffers
+):
+    """One vector. centre: (D,), basis: (D, D) and feedback: (D/2, D/2) of the transform, all empty without one.
+
+    shift: (D,) what the sink centre adds behind the transform, or (0,).
+    """
     bits, groups = sizes
     edge, midpoint, levels, factor = numbers
     x, other, spare, codes, word, word_bits = buffers
@@ -103,12 +181,11 @@ def _store_vector(source, centre, shrink, shift, base, half, raw, raw16, code_at
         x[d] = np.float32(source[d])
     if centre.shape[0]:
         for d in range(size):
-            x[d] -= centre[d]
-    if shrink.shape[0]:
-        for d in range(size):
-            x[d] *= shrink[d]
-    if base.shape[0]:
-        _rotate(x, spare, base)
+            other[d] = x[d] - centre[d]
+            x[d] = np.float32(0)
+        _add_product(other, basis, x)
+    elif base.shape[0]:
+        _rotate(x, spare[0], base)
         for d in range(size):
             x[d] *= factor
     sign = np.uint16(0)
@@ -121,11 +198,15 @@ def _store_vector(source, centre, shrink, shift, base, half, raw, raw16, code_at
             sign = np.uint16(0x8000)
             for d in range(size):
                 x[d] = other[d]
-    for group in range(groups):
-        part = x[group * width : (group + 1) * width]
-        scale_bits = _scale_of(part, edge, word, word_bits)
-        raw16[scale_at // 2 + group] = scale_bits | sign
-        _codes_of(part, half[scale_bits], midpoint, levels, codes[group * width : (group + 1) * width])
+    if centre.shape[0]:
+        scale_bits = _codes_with_feedback(x, feedback, half, edge, midpoint, levels, codes, spare, word, word_bits)
+        raw16[scale_at // 2] = scale_bits | sign
+    else:
+        for group in range(groups):
+            part = x[group * width : (group + 1) * width]
+            scale_bits = _scale_of(part, edge, word, word_bits)
+            raw16[scale_at // 2 + group] = scale_bits
+            _codes_of(part, half[scale_bits], midpoint, levels, codes[group * width : (group + 1) * width])
     parts = 8 // bits
     row = size // parts
     target = raw[code_at : code_at + row]
@@ -138,20 +219,21 @@ def _store_vector(source, centre, shrink, shift, base, half, raw, raw16, code_at
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
 def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, places, numbers):
-    heads, size = source.shape[1], source.shape[2]
+    size = source.shape[2]
     block_size, block_stride, head_stride, code_offset, code_bytes, scale_offset, scale_bytes, bits, groups = places
-    centre, shrink, shift = constants
+    centre, basis, feedback, shift = constants
     word_bits = np.empty(1, np.int32)
     buffers = (
         np.empty(size, np.float32),
         np.empty(size, np.float32),
-        np.empty(32, np.float32),
+        np.empty((3, max(32, size)), np.float32),
         np.empty(size, np.uint8),
         word_bits.view(np.float32),
         word_bits,
     )
     for item in range(begin, end):
-        token, head = item // heads, item % heads
+        # Head by head: the matrices of one stay in the cache
+        head, token = item // source.shape[0], item % source.shape[0]
         slot = slots[token]
         if slot < 0:
             continue
@@ -160,7 +242,8 @@ def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, p
         _store_vector(
             source[token, head],
             centre[head],
-            shrink[head],
+            basis[head],
+            feedback[head],
             shift[head],
             base,
             half,
@@ -202,12 +285,13 @@ def store(
     block_size: int,
     code_offset: int,
     scale_offset: int,
-    constants: LayerConstants | None,
+    constants: LayerConstants,
+    which: str,
 ) -> None:
     """Encode x into its slots.
 
     pool: as for `write`. half: the float32 value of every fp16 bit pattern. x: (tokens, KV heads, D) float32. slots:
-    (tokens,) int64. vector: quantised, with scales of its own. constants: what keys are prepared with, or None.
+    (tokens,) int64. vector: quantised, with scales of its own. which: "key" or "value", whose constants are used.
     """
     tokens, heads, size = x.shape
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
@@ -227,9 +311,7 @@ def store(
     arguments = (
         x.contiguous().numpy(),
         slots.contiguous().numpy(),
-        _arrays(constants, heads)
-        if constants is not None and vector.centred
-        else (np.empty((heads, 0), np.float32),) * 3,
+        _arrays(constants, heads)[which] if vector.centred else _nothing(heads),
         base,
         half,
         raw,
@@ -246,18 +328,28 @@ def store(
 _PREPARED: WeakKeyDictionary[LayerConstants, Any] = WeakKeyDictionary()
 
 
+def _nothing(heads: int) -> Any:
+    """The arrays of `_arrays` for vectors without a transform."""
+    return (
+        np.empty((heads, 0), np.float32),
+        np.empty((heads, 0, 0), np.float32),
+        np.empty((heads, 0, 0), np.float32),
+        np.empty((heads, 0), np.float32),
+    )
+
+
 def _arrays(constants: LayerConstants, heads: int) -> Any:
-    """centre, 2^-e and the rotated way from the centre to the sink centre: (KV heads, D); (KV heads, 0) if unused."""
+    """By "key" and "value": centre, basis, feedback, and the way to the sink centre in the basis, (KV heads, ...)."""
     if constants not in _PREPARED:
-        none = torch.empty(heads, 0, dtype=torch.float32)
-        shift, smoothing = none, constants.smoothing
-        if constants.sink_centre is not None:
-            away = constants.prepare_keys(constants.sink_centre.float())
-            shift = away @ hadamard(away.shape[-1]).to(away.dtype)
-        arrays = (
-            none if constants.key_centre is None else constants.key_centre.float(),
-            none if smoothing is None else 1 / smoothing,
-            shift,
-        )
-        _PREPARED[constants] = tuple(a.contiguous().numpy() for a in arrays)
+        found = {}
+        for which, transform in (("key", constants.key), ("value", constants.value)):
+            found[which] = _nothing(heads)
+            if transform is None:
+                continue
+            shift = torch.empty(heads, 0, dtype=torch.float32)
+            if which == "key" and constants.sink_centre is not None:
+                shift = transform.apply(constants.sink_centre.float())
+            arrays = (transform.centre, transform.basis, transform.feedback, shift)
+            found[which] = tuple(a.float().contiguous().numpy() for a in arrays)
+        _PREPARED[constants] = found
     return _PREPARED[constants]

@@ -1,6 +1,6 @@
-"""Queries as the CPU kernels take them: in the basis of the stored keys, with what the keys' centres add to a score.
+"""Queries and outputs of the CPU kernels: in the basis of the stored keys and values, and back.
 
-score = q'·z + base (+ sink, for keys that took the sink centre),  q' = scale · (q · 2^e) H
+score = q'·z + base (+ sink, for keys that took the sink centre),  q' = scale · q R^T, R the inverse of the basis
 base = scale · q·centre,  sink = scale · q·(sink centre - centre) = q'·sink_shift
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import VectorFormat
-from fraqtl_kernels.reference import rotate
+from fraqtl_kernels.reference import rotate, unrotate
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ def prepare_queries(query: Tensor, vector: VectorFormat, constants: LayerConstan
     return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1], shift)
 
 
+def restore_output(out: Tensor, vector: VectorFormat, constants: LayerConstants) -> Tensor:
+    """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored."""
+    if vector.centred and constants.value is not None:
+        return out @ _inverse(constants) + constants.value.centre[:, None]
+    if vector.static and constants.value_scale is not None:
+        return out * constants.value_scale[:, None]
+    return unrotate(out, vector)
+
+
+@lru_cache(maxsize=1024)
+def _inverse(constants: LayerConstants) -> Tensor:
+    assert constants.value is not None
+    return constants.value.inverse.float()
+
+
 @lru_cache(maxsize=1024)  # a layer's constants never change, so this runs once a layer and not once a token
 def _operand(
     heads: int, size: int, vector: VectorFormat, constants: LayerConstants, scale: float
@@ -53,12 +68,15 @@ def _operand(
     columns = torch.eye(size, dtype=torch.float32).expand(heads, size, size)
     base = sink = torch.zeros(heads, size, 1, dtype=torch.float32)
     shift = None
-    if vector.static or vector.centred:
+    transform = constants.key if vector.centred else None
+    if vector.static or transform is not None:
         columns = constants.prepare_queries(columns)
-    columns = rotate(columns, vector)
-    if vector.centred and constants.key_centre is not None:
-        base = constants.key_centre[..., None]
+    if transform is None:
+        columns = rotate(columns, vector)
+    else:
+        base = transform.centre[..., None]
         if constants.sink_centre is not None:
-            shift = rotate(constants.prepare_keys(constants.sink_centre), vector)
-            sink = columns @ shift[..., None]
+            sink = (constants.sink_centre - transform.centre)[..., None]
+            # The vector that the inverse, as rounded, carries back to it
+            shift = torch.linalg.solve(transform.inverse.double().mT, sink.double())[..., 0].float()
     return torch.cat([columns, base, sink], -1) * scale, shift

@@ -31,10 +31,10 @@ def write(
     k, v, planes = layout.format.k, layout.format.v, layout.planes(pool)
     if k.is_scaled:
         at = (layout.block_size, 0, layout.k_scale_offset)
-        store(pool, half_table(), key.float(), slots.long(), k, *at, constants)
+        store(pool, half_table(), key.float(), slots.long(), k, *at, constants, "key")
     if v.is_scaled:
         at = (layout.block_size, layout.v_offset, layout.v_scale_offset)
-        store(pool, half_table(), value.float(), slots.long(), v, *at, None)
+        store(pool, half_table(), value.float(), slots.long(), v, *at, constants, "value")
     if k.is_scaled and v.is_scaled:
         return
     used = slots >= 0

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.combine import combine_kernel
@@ -115,7 +115,9 @@ def _constants(variant: Variant) -> LayerConstants:
         return LayerConstants(key_scale=ones, value_scale=ones)
     if "plain" in variant.options:
         return IDENTITY
-    return LayerConstants(key_centre=ones, key_exponent=ones.to(torch.int8), sink_centre=ones)
+    eye, half = (torch.eye(size).expand(KV_HEADS, size, size) for size in (variant.head_size, variant.head_size // 2))
+    transform = Transform(ones, eye, eye, half)
+    return LayerConstants.of(transform, transform, ones)
 
 
 def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:

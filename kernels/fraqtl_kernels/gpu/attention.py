@@ -249,20 +249,32 @@ def add_sink(sinks, head, high_score, total, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_output(parts, rows, used, head, basis, value_scale, factor, VECTOR: tl.constexpr):
-    """Carry fp32 parts of the attention output back into the model's basis and store them. rows, used: `query_rows`."""
+def store_output(
+    parts, share, rows, used, head, basis, basis_stride_head, centre, value_scale, factor, V: tl.constexpr
+):
+    """Carry fp32 parts of the attention output back into the model's basis and store them.
+
+    share: (rows,) the weights of all keys together, less than 1 with sinks. rows, used: `query_rows`. basis, centre,
+    value_scale: of all heads.
+    """
     DTYPE: tl.constexpr = rows.dtype.element_ty
-    PARTS: tl.constexpr = VECTOR.PARTS
-    if VECTOR.ROTATED:
+    PARTS: tl.constexpr = V.PARTS
+    column, real = part_columns(V)
+    if V.ROTATED:
         rounded = ()
         for part in tl.static_range(PARTS):
             rounded = rounded + (round16(parts[part], DTYPE),)
-        parts = rotate_parts(rounded, basis, factor, VECTOR)
-    if VECTOR.STATIC:
-        column, real = part_columns(VECTOR)
+        parts = rotate_parts(rounded, basis + head * basis_stride_head, factor, V)
+    if V.STATIC:
         scaled = ()
         for part in tl.static_range(PARTS):
-            at = value_scale + (head * PARTS + part) * VECTOR.COLUMNS + column
+            at = value_scale + (head * PARTS + part) * V.COLUMNS + column
             scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
         parts = scaled
-    store_parts(rows, parts, used, DTYPE, VECTOR)
+    if centre is not None:
+        moved = ()
+        for part in tl.static_range(PARTS):
+            at = centre + (head * PARTS + part) * V.COLUMNS + column
+            moved = moved + (parts[part] + share[:, None] * tl.load(at, mask=real, other=0.0),)
+        parts = moved
+    store_parts(rows, parts, used, DTYPE, V)

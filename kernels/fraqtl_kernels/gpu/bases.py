@@ -1,12 +1,13 @@
 """The matrices and vectors that carry queries, keys and values into the stored basis, as kernels take them.
 
-A Hadamard matrix has entries ±1/sqrt(D). Kernels multiply by ±1, which 16-bit numbers hold
-exactly, and apply the factor 1/sqrt(D) in fp32 afterwards: the rotation of a 16-bit vector is then
-as exact as fp32 sums are. Key exponents fold into the matrices, one per KV head then, which stay exact:
+Without calibration the basis is a Hadamard matrix, with entries ±1/sqrt(D). Kernels multiply by ±1, which 16-bit
+numbers hold exactly, and apply the factor 1/sqrt(D) in fp32 afterwards: the rotation of a 16-bit vector is then
+as exact as fp32 sums are. The matrices of calibration, one per KV head, hold 16-bit numbers from the start
+(`constants.sixteen_bits`):
 
-    queries: 2^e · signs      keys: 2^-e · signs      back: signs^T · 2^e
+    queries: R^T      keys, values: B      back: R, the inverse of B
 
-A key centre is subtracted after the rotation, so it is carried there once, here.
+Centres are subtracted in the stored basis, so they are carried there once, here.
 """
 
 from __future__ import annotations
@@ -16,44 +17,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.formats import KVFormat
+from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.rotation import hadamard
 
 
 @dataclass(frozen=True)
-class Bases:
-    """Operands of one layer (layers without constants may share them). None where there is nothing to do.
+class Side:
+    """Operands of the keys or of the values of one layer. None where there is nothing to do.
 
-    query, key, key_inverse: (D, D), or (KV heads, D, D) with key exponents, contiguous in the model's dtype, of rotated
-    keys: stored row = row @ key · factor. value, value_inverse: (D, D), of rotated values.
-    centre, sink_centre: (KV heads, D) fp32 in the stored basis, key_centre, key_sink_centre: in the model's own;
-    sink_shift: sink_centre - centre. key_scale, value_scale: (KV heads, D) fp32, the steps of static formats.
+    query, store, back: (D, D), or (KV heads, D, D) if calibrated, contiguous in the model's dtype:
+    stored row = row @ store · factor. feedback: (KV heads, D/2, D/2), alike.
+    centre, sink_centre: (KV heads, D) fp32 in the stored basis, own_centre, own_sink_centre: in the model's own.
+    query_centre, sink_shift: what a prepared query is multiplied by for q·centre, q·(sink centre - centre).
+    scale: (KV heads, D) fp32, the steps of static formats.
     """
 
-    query: Tensor | None
-    key: Tensor | None
-    key_inverse: Tensor | None
-    value: Tensor | None
-    value_inverse: Tensor | None
-    centre: Tensor | None
-    sink_centre: Tensor | None
-    sink_shift: Tensor | None
-    key_centre: Tensor | None
-    key_sink_centre: Tensor | None
-    key_scale: Tensor | None
-    value_scale: Tensor | None
-    factor: float
+    factor: float = 1.0
+    query: Tensor | None = None
+    store: Tensor | None = None
+    back: Tensor | None = None
+    feedback: Tensor | None = None
+    centre: Tensor | None = None
+    sink_centre: Tensor | None = None
+    own_centre: Tensor | None = None
+    own_sink_centre: Tensor | None = None
+    query_centre: Tensor | None = None
+    sink_shift: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def head_stride(self) -> int:
-        """Numbers between the key bases of two KV heads: 0 where they share one."""
-        return self.key.stride(0) if self.key is not None and self.key.dim() == 3 else 0
+        """Numbers between the matrices of two KV heads: 0 where they share one."""
+        return self.store.stride(0) if self.store is not None and self.store.dim() == 3 else 0
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Operands of one layer (layers without constants may share them)."""
+
+    key: Side
+    value: Side
 
     def check(self, format: KVFormat) -> None:
         """Raises ConfigError if the format has static scales and calibration has given none."""
-        if (format.k.static and self.key_scale is None) or (format.v.static and self.value_scale is None):
+        if (format.k.static and self.key.scale is None) or (format.v.static and self.value.scale is None):
             raise ConfigError(f"the format {format.name} has static scales and needs calibration: leave calibration on")
 
     @classmethod
@@ -66,39 +75,48 @@ class Bases:
         constants: LayerConstants = IDENTITY,
     ) -> Bases:
         """Operands of a format."""
-        k, v = format.k, format.v
-        used = constants if k.centred else IDENTITY
-        signs = hadamard(head_size).sign()
-        smoothing = torch.ones(head_size) if used.smoothing is None else used.smoothing.cpu()
-        smoothing = smoothing.double().unsqueeze(-1)
 
         def matrix(x: Tensor) -> Tensor:
             return x.to(device=device, dtype=dtype).contiguous()
 
-        def centres(centre: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            """A centre as stored and as given."""
-            if centre is None:
-                return None, None
-            stored = (centre.cpu().double().unsqueeze(-1) / smoothing).squeeze(-1) @ hadamard(head_size)
-            return vector(stored), vector(centre)
-
         def vector(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device=device, dtype=torch.float32).contiguous()
 
-        centre, key_centre = centres(used.key_centre)
-        sink_centre, key_sink_centre = centres(used.sink_centre)
+        def rotated(v: VectorFormat, scale: Tensor | None) -> Side:
+            steps = vector(scale) if v.static else None
+            if not v.rotated:
+                return Side(scale=steps)
+            signs = hadamard(head_size).sign()
+            return Side(head_size**-0.5, matrix(signs), matrix(signs), matrix(signs.T), scale=steps)
+
+        def calibrated(t: Transform, sink: Tensor | None) -> Side:
+            basis, inverse = t.basis.double().cpu(), t.inverse.double().cpu()
+            centre = t.centre.double().cpu()
+            sink = None if sink is None else sink.double().cpu()
+
+            def stored(x: Tensor) -> Tensor | None:
+                return vector((x[:, None] @ basis)[:, 0])
+
+            def for_queries(x: Tensor) -> Tensor | None:
+                return vector(torch.linalg.solve(inverse.mT, x))
+
+            return Side(
+                1.0,
+                matrix(inverse.mT),
+                matrix(basis),
+                matrix(inverse),
+                matrix(t.feedback),
+                stored(centre),
+                None if sink is None else stored(sink),
+                vector(centre),
+                vector(sink),
+                for_queries(centre),
+                None if sink is None else for_queries(sink - centre),
+            )
+
+        k = constants.key if format.k.centred else None
+        v = constants.value if format.v.centred else None
         return cls(
-            query=matrix(smoothing * signs) if k.rotated else None,
-            key=matrix(signs / smoothing) if k.rotated else None,
-            key_inverse=matrix(signs.T * smoothing.mT) if k.rotated else None,
-            value=matrix(signs) if v.rotated else None,
-            value_inverse=matrix(signs.T) if v.rotated else None,
-            centre=centre,
-            sink_centre=sink_centre,
-            sink_shift=None if sink_centre is None or centre is None else sink_centre - centre,
-            key_centre=key_centre,
-            key_sink_centre=key_sink_centre,
-            key_scale=vector(constants.key_scale) if k.static else None,
-            value_scale=vector(constants.value_scale) if v.static else None,
-            factor=head_size**-0.5,
+            rotated(format.k, constants.key_scale) if k is None else calibrated(k, constants.sink_centre),
+            rotated(format.v, constants.value_scale) if v is None else calibrated(v, None),
         )

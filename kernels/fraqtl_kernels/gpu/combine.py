@@ -27,7 +27,9 @@ def combine_kernel(
     output,
     output_stride_token,
     output_stride_head,
-    basis,
+    basis,  # this and what follows are fields of `Side`, of the values
+    basis_stride_head,
+    centre,
     value_scale,
     sinks,
     requests,
@@ -75,6 +77,7 @@ def combine_kernel(
         for part in tl.static_range(PARTS):
             new_out = new_out + (out[part] * decay[:, None] + parts[part] * weight[:, None],)
         out = new_out
+    of_keys = total
     if sinks is not None:
         total = add_sink(sinks, head, high_score, total, SHAPE)
     total = tl.where(used, total, 1.0)
@@ -83,4 +86,5 @@ def combine_kernel(
         normalised = normalised + (out[part] / total[:, None],)
     at = output + start.to(tl.int64) * output_stride_token + head * SHAPE.GROUP * output_stride_head
     rows, stored = query_rows(at, output_stride_token, output_stride_head, count, SHAPE)
-    store_output(normalised, rows, stored, head, basis, value_scale, factor, V)
+    share = of_keys / total
+    store_output(normalised, share, rows, stored, head, basis, basis_stride_head, centre, value_scale, factor, V)

@@ -105,7 +105,7 @@ def has_kernels(format: KVFormat) -> bool:
     return (
         k.bits in (4, 8, 16)
         and k.groups == 1
-        and k.rotated >= k.centred
+        and all(x.rotated and x.bits == 4 for x in (k, v) if x.centred)
         and v.bits in (2, 4, 8, 16)
         and v.groups in (1, 8 // v.bits)
     )
@@ -122,8 +122,8 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None) 
         raise UnsupportedError(f"the GPU kernels take float16 and bfloat16 models, not {dtype}")
     if not has_kernels(layout.format):
         raise UnsupportedError(
-            f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, and are rotated"
-            " if centred, values have 2, 4, 8 or 16 bits, and a scale for each code of a byte or for all"
+            f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, values 2,"
+            " 4, 8 or 16 and a scale for each code of a byte or for all; calibrated vectors are rotated and have 4 bits"
         )
     ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
     return PageShape(

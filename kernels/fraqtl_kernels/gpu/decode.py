@@ -50,9 +50,11 @@ def attend_kernel(
     output_stride_head,
     partial,  # see `combine.py`; None: write to output, each program QUERIES tokens of its own
     log_sums,
-    basis_query,  # these and what follows are fields of `Bases`
-    basis_stride_head,
+    basis_query,  # these and what follows are fields of `Side`
+    basis_query_stride_head,
     basis_value,
+    basis_value_stride_head,
+    value_centre,
     key_scale,
     value_scale,
     centre,  # None also where softmax is blind to it
@@ -63,7 +65,8 @@ def attend_kernel(
     window,
     scale,
     soft_cap,
-    factor,
+    key_factor,
+    value_factor,
     PAGE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
@@ -95,7 +98,7 @@ def attend_kernel(
     at = query + token * query_stride_token + head * SHAPE.GROUP * query_stride_head
     rows, used = query_rows(at, query_stride_token, query_stride_head, count, SHAPE)
     q_low, q_high, q_zero, q_constant, q_shift = load_query(
-        rows, used, head, basis_query, basis_stride_head, key_scale, centre, sink_shift, scale, factor, K
+        rows, used, head, basis_query, basis_query_stride_head, key_scale, centre, sink_shift, scale, key_factor, K
     )
     row = tl.arange(0, ROWS)
     position = length - whole + done + tl.minimum(row // SHAPE.GROUP, count - 1)
@@ -122,13 +125,26 @@ def attend_kernel(
     PARTS: tl.constexpr = V.PARTS
     normalised = ()
     if partial is None:
+        of_keys = total
         if sinks is not None:
             total = add_sink(sinks, head, high_score, total, SHAPE)
         for part in tl.static_range(PARTS):
             normalised = normalised + (parts[part] / total[:, None],)
         at = output + token * output_stride_token + head * SHAPE.GROUP * output_stride_head
         rows, used = query_rows(at, output_stride_token, output_stride_head, count, SHAPE)
-        store_output(normalised, rows, used, head, basis_value, value_scale, factor, V)
+        store_output(
+            normalised,
+            of_keys / total,
+            rows,
+            used,
+            head,
+            basis_value,
+            basis_value_stride_head,
+            value_centre,
+            value_scale,
+            value_factor,
+            V,
+        )
     else:
         divisor = tl.where(total > 0, total, 1.0)  # rows that see nothing of the chunk
         for part in tl.static_range(PARTS):
@@ -171,6 +187,7 @@ def launch_attention(
     check_contiguous(query=query, output=output)
     sinks, soft_cap = scoring.get("sinks"), scoring.get("soft_cap") or None
     partial, log_sums = scratch or (None, None)
+    k, v = bases.key, bases.value
     attend_kernel[(lengths.shape[0], pool.shape[1], shares)](
         query,
         query.stride(0),
@@ -187,20 +204,23 @@ def launch_attention(
         output.stride(1),
         partial,
         log_sums,
-        bases.query,
-        bases.head_stride,
-        bases.value_inverse,
-        bases.key_scale,
-        bases.value_scale,
-        None if soft_cap is None and sinks is None else bases.centre,
-        bases.sink_shift,
+        k.query,
+        k.head_stride,
+        v.back,
+        v.head_stride,
+        v.own_centre,
+        k.scale,
+        v.scale,
+        None if soft_cap is None and sinks is None else k.query_centre,
+        k.sink_shift,
         sinks if partial is None else None,
         lengths.shape[0],
         programs,
         scoring.get("window"),
         scoring["scale"],
         soft_cap,
-        bases.factor,
+        k.factor,
+        v.factor,
         PAGE=page,
         SHAPE=shape,
         **tuning.options,
@@ -291,14 +311,16 @@ def decode(
         output,
         output.stride(0),
         output.stride(1),
-        bases.value_inverse,
-        bases.value_scale,
+        bases.value.back,
+        bases.value.head_stride,
+        bases.value.own_centre,
+        bases.value.scale,
         scoring.get("sinks"),
         requests,
         plan.splits,
         plan.programs,
         scoring.get("window"),
-        bases.factor,
+        bases.value.factor,
         PAGE=page_shape(layout, query.dtype, ptx),
         SHAPE=plan.shape,
         num_warps=COMBINE_WARPS,

@@ -3,10 +3,10 @@
 For prefill behind a cached prefix: flash attention then reads the workspace next to the raw keys and
 values of the chunk. Values come back in the model's own basis,
 
-    x = ((code - midpoint) B) · scale / sqrt(D) + centre (keys only),   B = H^T · sqrt(D) · 2^e
+    x = ((code - midpoint) R) · scale · factor + centre
 
-where code - midpoint and B are exact in 16 bits, so the only rounding is the last one. A caller bounds the
-workspace by calling it for a range of tokens of each request at a time.
+where code - midpoint and the matrix R back (see `bases.py`) are exact in 16 bits, so the only rounding is the last one.
+A caller bounds the workspace by calling it for a range of tokens of each request at a time.
 """
 
 from __future__ import annotations
@@ -90,14 +90,17 @@ def workspace_kernel(
     value,
     value_stride_token,
     value_stride_head,
-    basis_key,  # these and what follows are fields of `Bases`
-    basis_stride_head,
+    basis_key,  # these and what follows are fields of `Side`
+    basis_key_stride_head,
     basis_value,
+    basis_value_stride_head,
     key_scale,
     value_scale,
     key_centre,
     key_sink_centre,
-    factor,
+    value_centre,
+    key_factor,
+    value_factor,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -121,11 +124,11 @@ def workspace_kernel(
             slot,
             known,
             key + (start + index) * key_stride_token + head * key_stride_head,
-            None if basis_key is None else basis_key + head * basis_stride_head,
+            None if basis_key is None else basis_key + head * basis_key_stride_head,
             None if key_scale is None else key_scale + vector,
             None if key_centre is None else key_centre + vector,
             None if key_sink_centre is None else key_sink_centre + vector,
-            factor,
+            key_factor,
             K,
         )
     else:
@@ -134,11 +137,11 @@ def workspace_kernel(
             slot,
             known,
             value + (start + index) * value_stride_token + head * value_stride_head,
-            basis_value,
+            None if basis_value is None else basis_value + head * basis_value_stride_head,
             None if value_scale is None else value_scale + vector,
+            None if value_centre is None else value_centre + vector,
             None,
-            None,
-            factor,
+            value_factor,
             V,
         )
 
@@ -164,6 +167,7 @@ def dequantise(
     check_contiguous(key=key, value=value)
     if longest <= 0:
         return
+    k, v = bases.key, bases.value
     workspace_kernel[(triton.cdiv(longest, TILE), first.shape[0], 2 * pool.shape[1])](
         pool,
         pool.stride(0),
@@ -178,14 +182,17 @@ def dequantise(
         value,
         value.stride(0),
         value.stride(1),
-        bases.key_inverse,
-        bases.head_stride,
-        bases.value_inverse,
-        bases.key_scale,
-        bases.value_scale,
-        bases.key_centre,
-        bases.key_sink_centre,
-        bases.factor,
+        k.back,
+        k.head_stride,
+        v.back,
+        v.head_stride,
+        k.scale,
+        v.scale,
+        k.own_centre,
+        k.own_sink_centre,
+        v.own_centre,
+        k.factor,
+        v.factor,
         PAGE=page,
         TILE=TILE,
         num_warps=WARPS,

@@ -1,14 +1,16 @@
-"""Store keys and values into packed pages: rotate, centre, quantise, pack and scatter in one launch.
+"""Store keys and values into packed pages: transform, centre, quantise, pack and scatter in one launch.
 
-For every (token, KV head), with B the basis (2^-e and the rotation) and c the centre in it (keys only):
+For every (token, KV head), with B the basis (a rotation, or what calibration chose) and c the centre in it:
 
     y = x B - c,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
 
-a scale for each group of dimensions: the midpoint grid of `reference.quantise`, rounding half to even as it does. Keys
+a scale for each group of dimensions: the midpoint grid of `reference.quantise`, rounding half to even as it does.
+Calibrated vectors take the steps of `reference.quantise_with_feedback` from there. Keys
 take the sink centre if their scale is smaller with it; the sign bit of the scale says so. Static formats divide by
-their steps instead, see `reference.quantise_static`. Sums of the rotation are
+their steps instead, see `reference.quantise_static`. Sums of products are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
-fp32 rounding of the edge between two codes. A vector that holds NaN or infinity gets a NaN scale.
+fp32 rounding of the edge between two codes, or two scales are equally good. A vector that holds NaN or infinity gets a
+NaN scale.
 """
 
 from __future__ import annotations
@@ -19,11 +21,17 @@ from torch import Tensor
 
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning, check_contiguous, page_shape
-from fraqtl_kernels.gpu.tiles import load_parts, part_columns, rotate_parts, store_parts
+from fraqtl_kernels.gpu.tiles import dot16, load_parts, part_columns, rotate_parts, round16, store_parts
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, LARGEST_SCALE, SCALE_CHOICES
 
 TOKENS = 16  # tokens a program: the M of the rotation's product
-_LARGEST_SCALE = tl.constexpr(65504.0)
+_LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
+_CHOICES = tl.constexpr(len(SCALE_CHOICES))
+_FIRST_CHOICE = tl.constexpr(SCALE_CHOICES[0])
+_BETWEEN_CHOICES = tl.constexpr(SCALE_CHOICES[1] - SCALE_CHOICES[0])
+_GRID = tl.constexpr(float(FEEDBACK_GRID))
+_LIMIT = tl.constexpr(FEEDBACK_LIMIT)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even
 
 
@@ -72,6 +80,12 @@ def scale_of(largest, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def is_negative(scale):
+    """The sign bit of an fp16, that of -0.0 too."""
+    return scale.to(tl.int16, bitcast=True) < 0
+
+
+@triton.jit
 def choose_centre(parts, scales, sink_parts, VECTOR: tl.constexpr):
     """(parts, scales) of the centre that leaves less of each key; the scale's sign bit set where it is the sinks'."""
     PARTS: tl.constexpr = VECTOR.PARTS
@@ -81,6 +95,38 @@ def choose_centre(parts, scales, sink_parts, VECTOR: tl.constexpr):
     for part in tl.static_range(PARTS):
         chosen = chosen + (tl.where(nearer[:, None], sink_parts[part], parts[part]),)
     return chosen, (tl.where(nearer, -sink_scale, scales[0]),)
+
+
+@triton.jit
+def codes_with_feedback(parts, feedback, VECTOR: tl.constexpr):
+    """((low, high) codes int32, scales fp16) by `reference.quantise_with_feedback`. feedback: (D/2, D/2) in memory."""
+    edge: tl.constexpr = 2 ** (VECTOR.BITS - 1)
+    low, high = parts[0], parts[1]
+    column, real = part_columns(VECTOR)
+    row = tl.arange(0, VECTOR.WIDTH)[:, None]
+    matrix = tl.load(feedback + row * VECTOR.COLUMNS + column, mask=(row < VECTOR.COLUMNS) & real, other=0.0)
+    largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    best = tl.zeros(low.shape, tl.int32)  # both codes in one number, for the registers
+    best_scale = tl.zeros(largest.shape, tl.float16)
+    least = largest
+    for number in tl.range(_CHOICES):
+        choice = _FIRST_CHOICE + number * _BETWEEN_CHOICES
+        scale = tl.minimum(largest * (choice / edge), _LARGEST_SCALE).to(tl.float16)
+        step = scale.to(tl.float32)
+        steps = tl.div_rn(high, step[:, None]) + VECTOR.MIDPOINT
+        high_codes = round_codes(steps, 0, VECTOR)
+        left = tl.minimum(tl.maximum(steps - high_codes.to(tl.float32), -_LIMIT), _LIMIT) * _GRID
+        left = tl.where(real, ((left + _ROUND) - _ROUND) / _GRID, 0.0)
+        fed = dot16(round16(left, matrix.dtype), matrix, tl.zeros(low.shape, tl.float32))
+        steps = tl.div_rn(low, step[:, None]) + fed + VECTOR.MIDPOINT
+        low_codes = round_codes(steps, 0, VECTOR)
+        low_left = tl.where(real, steps - low_codes.to(tl.float32), 0.0)
+        error = (tl.sum(low_left * low_left, 1) + tl.sum(left * left, 1)) * step * step
+        better = (error < least) | (number == 0)
+        best = tl.where(better[:, None], low_codes | (high_codes << 4), best)
+        best_scale = tl.where(better, scale, best_scale)
+        least = tl.where(better, error, least)
+    return (best & 15, best >> 4), best_scale
 
 
 @triton.jit
@@ -104,8 +150,9 @@ def store_vectors(
     page,  # (TOKENS,) pointers to pages
     slot,  # (TOKENS,) places within them
     used,  # (TOKENS, 1)
-    basis,
-    static_scale,  # this and the centres: pointers to the vector of the KV head, or None
+    basis,  # this and what follows: pointers to the matrix or vector of the KV head, or None
+    feedback,
+    static_scale,
     centre,
     sink_centre,
     factor,
@@ -139,10 +186,14 @@ def store_vectors(
         scales = scales_of(parts, VECTOR)
         if sink_centre is not None:
             parts, scales = choose_centre(parts, scales, subtract(rotated, sink_centre, VECTOR), VECTOR)
-        for part in tl.static_range(PARTS):
-            scale = tl.abs(scales[part if part < VECTOR.GROUPS else 0]).to(tl.float32)
-            steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
-            codes = codes + (round_codes(steps, 0, VECTOR),)
+        if feedback is not None:
+            codes, best_scale = codes_with_feedback(parts, feedback, VECTOR)
+            scales = (best_scale if sink_centre is None else tl.where(is_negative(scales[0]), -best_scale, best_scale),)
+        else:
+            for part in tl.static_range(PARTS):
+                scale = scales[part if part < VECTOR.GROUPS else 0].to(tl.float32)
+                steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
+                codes = codes + (round_codes(steps, 0, VECTOR),)
         store_codes(row, codes, used, VECTOR)
         GROUPS: tl.constexpr = VECTOR.GROUPS
         for group in tl.static_range(GROUPS):
@@ -168,15 +219,20 @@ def write_kernel(
     pool_stride_block,
     pool_stride_head,
     slot_mapping,
-    basis_key,  # these and what follows are fields of `Bases`
-    basis_stride_head,
+    basis_key,  # these and what follows are fields of `Side`
+    basis_key_stride_head,
     basis_value,
+    basis_value_stride_head,
+    feedback_key,
+    feedback_value,
     key_scale,
     value_scale,
-    centre,
-    sink_centre,
+    key_centre,
+    key_sink_centre,
+    value_centre,
     tokens,
-    factor,
+    key_factor,
+    value_factor,
     PAGE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -190,17 +246,19 @@ def write_kernel(
     page = pool + head.to(tl.int64) * pool_stride_head + (place // PAGE.BLOCK_SIZE).to(tl.int64) * pool_stride_block
     slot = (place % PAGE.BLOCK_SIZE).to(tl.int32)
     vector = head * PAGE.HEAD
+    square = head * (PAGE.HEAD // 2) * (PAGE.HEAD // 2)
     if tl.program_id(2) == 0:
         store_vectors(
             (key + token.to(tl.int64) * key_stride_token + head * key_stride_head)[:, None],
             page,
             slot,
             used[:, None],
-            None if basis_key is None else basis_key + head * basis_stride_head,
+            None if basis_key is None else basis_key + head * basis_key_stride_head,
+            None if feedback_key is None else feedback_key + square,
             None if key_scale is None else key_scale + vector,
-            None if centre is None else centre + vector,
-            None if sink_centre is None else sink_centre + vector,
-            factor,
+            None if key_centre is None else key_centre + vector,
+            None if key_sink_centre is None else key_sink_centre + vector,
+            key_factor,
             K,
         )
     else:
@@ -209,18 +267,19 @@ def write_kernel(
             page,
             slot,
             used[:, None],
-            basis_value,
+            None if basis_value is None else basis_value + head * basis_value_stride_head,
+            None if feedback_value is None else feedback_value + square,
             None if value_scale is None else value_scale + vector,
+            None if value_centre is None else value_centre + vector,
             None,
-            None,
-            factor,
+            value_factor,
             V,
         )
 
 
 def write_tuning(head_size: int) -> Tuning:
-    """Launch shape. Without a cap on registers ptxas spills a few for an occupancy that nobody needs."""
-    return Tuning(TOKENS, 4, 1, registers=128) if head_size <= 128 else Tuning(TOKENS, 8, 1)
+    """Launch shape. With a cap of 128 registers, or none, ptxas spills a few for an occupancy that nobody needs."""
+    return Tuning(TOKENS, 4, 1, registers=168) if head_size <= 128 else Tuning(TOKENS, 8, 1)
 
 
 def write(
@@ -242,6 +301,7 @@ def write(
     tokens = min(slot_mapping.shape[0], key.shape[0])
     if tokens == 0:
         return
+    k, v = bases.key, bases.value
     write_kernel[(triton.cdiv(tokens, TOKENS), key.shape[1], 2)](
         key,
         key.stride(0),
@@ -253,15 +313,20 @@ def write(
         pool.stride(0),
         pool.stride(1),
         slot_mapping,
-        bases.key,
-        bases.head_stride,
-        bases.value,
-        bases.key_scale,
-        bases.value_scale,
-        bases.centre,
-        bases.sink_centre,
+        k.store,
+        k.head_stride,
+        v.store,
+        v.head_stride,
+        k.feedback,
+        v.feedback,
+        k.scale,
+        v.scale,
+        k.centre,
+        k.sink_centre,
+        v.centre,
         tokens,
-        bases.factor,
+        k.factor,
+        v.factor,
         PAGE=page,
         TOKENS=TOKENS,
         **tuning.options,

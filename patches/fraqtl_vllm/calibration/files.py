@@ -23,7 +23,7 @@ from fraqtl_vllm import _vllm
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
-VERSION = 1  # of the procedure: another number makes every old file unknown
+VERSION = 2  # of the procedure: another number makes every old file unknown
 SAMPLES = 64  # numbers of every weight that go into the key
 _FIELDS = [field.name for field in fields(LayerConstants)]
 
@@ -95,5 +95,5 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import KVFormat
+from fraqtl_kernels.importance import attend
 
 
 class Recorder:
@@ -36,19 +36,12 @@ class Recorder:
         query: (tokens, query heads, D), key, value: (tokens, KV heads, D), sequences of equal length one after
         another. shares: the layer whose keys this one uses, if any. Returns float32 like query.
         """
-        if shares is None:
-            self.constants[layer] = calibrate(self.format, key, query, value)
-            self._keys[layer] = key, value
-        else:
+        if shares is not None:
             key, value = self._keys[shares]
-        q, k, v = (x.float().unflatten(0, (self.sequences, -1)).transpose(1, 2) for x in (query, key, value))
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if window is not None:
-            seen = seen.triu(1 - window)
-        out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-        return out.transpose(1, 2).flatten(0, 1)
+        out, importance = attend(
+            query, key, value, sequences=self.sequences, scale=scale, window=window, soft_cap=soft_cap
+        )
+        if shares is None:
+            self.constants[layer] = calibrate(self.format, key, query, value, importance)
+            self._keys[layer] = key, value
+        return out

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu import decode as decode_module
 from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE
+from tests.kernels.transforms import random_constants
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -58,7 +58,8 @@ class Case:
             seed=self.seed,
         )
         sinks = torch.randn(self.kv_heads * self.group) * 2 if self.sinks else None
-        return (biased(batch) if self.calibrated and batch.layout.format.k.centred else batch), sinks
+        centred = batch.layout.format.k.centred or batch.layout.format.v.centred
+        return (biased(batch) if self.calibrated and centred else batch), sinks
 
 
 def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed: int = 3) -> list[Case]:
@@ -100,29 +101,25 @@ def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed:
 
 
 def biased(batch: PagedBatch) -> PagedBatch:
-    """The batch with other keys in its pages: channels of 2^-3 to 2^3, a bias, every seventh token a sink.
+    """The batch with other keys and values in its pages: channels of 2^-3 to 2^3, a bias, every seventh token a sink.
 
     Queries are the larger where keys are small, so that scores stay as they are. The constants are chosen to fit.
     """
     kv_heads, size = batch.key.shape[2:]
-    exponent = torch.randint(-3, 4, (kv_heads, size), dtype=torch.int8)
-    smoothing = torch.exp2(exponent.float())
-    constants = LayerConstants(
-        key_centre=torch.randn(kv_heads, size) * smoothing,
-        key_exponent=exponent,
-        sink_centre=4 * torch.randn(kv_heads, size) * smoothing,
-    )
+    constants, key_factor, value_factor = random_constants(kv_heads, size)
+    assert constants.key is not None and constants.value is not None
     is_sink = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
-    centre = torch.where(is_sink, constants.sink_centre, constants.key_centre)
-    key = (batch.key * smoothing + centre).to(batch.key.dtype)
+    centre = torch.where(is_sink, constants.sink_centre, constants.key.centre)
+    key = (batch.key * key_factor + centre).to(batch.key.dtype)
+    value = (batch.value * value_factor + constants.value.centre).to(batch.key.dtype)
     group = batch.query.shape[1] // kv_heads
-    query = (batch.query / smoothing.repeat_interleave(group, 0)).to(batch.query.dtype)
+    query = (batch.query / key_factor.repeat_interleave(group, 0)).to(batch.query.dtype)
     for r, length in enumerate(batch.lengths.tolist()):
         token = torch.arange(length)
         slots = batch.block_table[r, token // batch.layout.block_size].long() * batch.layout.block_size
         slots += token % batch.layout.block_size
-        reference.write(batch.pool, batch.layout, key[r, :length], batch.value[r, :length], slots, constants)
-    return replace(batch, key=key, query=query, constants=constants)
+        reference.write(batch.pool, batch.layout, key[r, :length], value[r, :length], slots, constants)
+    return replace(batch, key=key, value=value, query=query, constants=constants)
 
 
 def expected(case: Case, batch: PagedBatch, sinks: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,8 @@ MUTATIONS = {
     "the nibbles are swapped": ("unpack.py", "return low, high", "return high, low"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
     "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
-    "exponents are ignored": ("bases.py", "matrix(smoothing * signs)", "matrix(signs)"),
+    "queries are carried into another basis": ("bases.py", "matrix(inverse.mT)", "matrix(basis)"),
+    "the centre of V is left out": ("attention.py", "share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
     "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
 }
 
@@ -59,3 +61,10 @@ def test_a_mutation_is_seen(mutant: ModuleType) -> None:
     error = decode_error(CASE, mutant)
     print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
     assert not error <= 5 * TOLERANCE[CASE.dtype]
+
+
+@pytest.mark.parametrize("mutant", [("combine.py", "of_keys / total", "total / total")], indirect=True)
+def test_the_centre_of_values_must_not_count_for_sinks(mutant: ModuleType) -> None:
+    case = replace(CASE, sinks=True, lengths=(3, 9))  # few keys: sinks take much of the weight
+    assert decode_error(case) <= TOLERANCE[case.dtype]
+    assert not decode_error(case, mutant) <= 5 * TOLERANCE[case.dtype]

@@ -1,0 +1,40 @@
+"""What errors of scores and values do to the output, against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fraqtl_kernels.importance import attend
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (None, 50.0)])
+def test_importance_is_the_mean_square_effect_of_small_errors(window: int | None, soft_cap: float | None) -> None:
+    size, tokens = 64, 10
+    query, key, value = (torch.randn(tokens, heads, size) for heads in (4, 2, 2))
+    options = {"sequences": 1, "scale": 0.1, "window": window, "soft_cap": soft_cap}
+    exact, importance = attend(query, key, value, **options)
+    of_queries, of_values = torch.zeros(tokens, 4), torch.zeros(tokens, 2)
+    for j in range(tokens):
+        for head in range(2):
+            for q in (2 * head, 2 * head + 1):
+                for i in range(tokens):
+                    moved = key.clone()  # so that the score of (i, j) is 0.01 larger
+                    moved[j, head] += 0.01 * query[i, q] / (0.1 * query[i, q].square().sum())
+                    out, _ = attend(query, moved, value, **options)
+                    of_queries[i, q] += ((out - exact)[i, q] / 0.01).square().sum()
+            moved = value.clone()
+            moved[j, head, 0] += 1
+            out, _ = attend(query, key, moved, **options)
+            of_values[j, head] += (out - exact)[:, 2 * head : 2 * head + 2, 0].square().sum()
+    torch.testing.assert_close(importance.value, of_values, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(importance.query, of_queries, rtol=0.1, atol=1e-2)
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    query, key, value = torch.randn(12, 4, 64), torch.randn(12, 2, 64), torch.randn(12, 2, 64)
+    out, importance = attend(query, key, value, sequences=2, scale=0.125)
+    for part in (slice(0, 6), slice(6, 12)):
+        own, its = attend(query[part], key[part], value[part], sequences=1, scale=0.125)
+        assert torch.equal(out[part], own) and torch.equal(importance.query[part], its.query)
+        assert torch.equal(importance.value[part], its.value)
