@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fraqtl_bench import bench_serve, server
@@ -134,6 +135,13 @@ def test_a_server_that_dies_half_way_leaves_a_partial_report_and_can_be_resumed(
     assert diary(tmp_path) == ["start k4v4", "load k4v4 2", "end k4v4", *turn("k4v4")]
     assert len(report_of(tmp_path).runs) == 8 and report_of(tmp_path).ended == "complete"
     assert not (tmp_path / "progress.jsonl").exists()
+
+
+def test_a_server_that_has_stopped_listening_is_given_time_to_end() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3); raise SystemExit(4)"])
+    gone = arms.Target("k4v4", f"http://127.0.0.1:{server.free_port()}", server.Server("", process, Path(os.devnull)))
+    with httpx.Client() as http, pytest.raises(arms.ArmError, match="its server ended with exit status 4"):
+        gone.check_alive(http)
 
 
 def test_resuming_asks_for_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import httpx
@@ -17,6 +18,7 @@ from fraqtl_kernels.formats import FORMATS
 
 STOCK = tuple(f"vllm:{dtype}" for dtype in ("auto", "fp8", "int4_per_token_head", "turboquant_4bit_nc", "nvfp4"))
 OURS = ("fraqtl_serve", "serve")
+ENDING_SECONDS = 10.0
 ERROR_LINE = re.compile(r"(?:^|\s)(?:fraqtl-serve: |[\w.]*(?:Error|Exception): )\S.*")
 SAYS_NOTHING = ("Engine core initialization failed", "EngineDeadError", "JSONDecodeError")
 
@@ -69,16 +71,24 @@ class Target:
 
     def check_alive(self, client: httpx.Client) -> None:
         """Raises ArmError if the server has ended or its engine is dead."""
-        if self.started is not None and (status := self.started.process.poll()) is not None:
-            raise ArmError(f"its server ended with exit status {status}{self.last_words()}")
+        self.check_ended(0)
         try:
             status = client.get(f"{self.url}/health").status_code
         except httpx.TimeoutException:
             return  # busy: only one that refuses is gone
         except httpx.TransportError as error:
+            self.check_ended()
             raise ArmError(f"no server answers at {self.url} any more ({type(error).__name__})") from error
         if status != 200:
             raise ArmError(f"its server answers /health with {status}{self.last_words()}")
+
+    def check_ended(self, seconds: float = ENDING_SECONDS) -> None:
+        """Raises ArmError if the process ends within so many seconds: it stops listening before it does."""
+        if self.started is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            status = self.started.process.wait(seconds)
+            raise ArmError(f"its server ended with exit status {status}{self.last_words()}")
 
     def last_words(self) -> str:
         said = last_error(self.started.log) if self.started else None
