@@ -128,7 +128,7 @@ def _transform(*parts: Tensor | None) -> Transform | None:
 def sixteen_bits(x: Tensor) -> Tensor:
     """x rounded to numbers that both 16-bit dtypes hold exactly, as bf16: 8 digits, nothing below 2^-14."""
     rounded = x.to(torch.bfloat16).clamp(-(2.0**15), 2.0**15)
-    return torch.where(rounded.abs() < SMALLEST, 0, rounded)
+    return torch.where(rounded.abs() < SMALLEST, 0, rounded).contiguous()
 
 
 def make_transform(centre: Tensor, basis: Tensor, feedback: Tensor) -> Transform:
