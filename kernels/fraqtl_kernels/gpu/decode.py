@@ -230,8 +230,11 @@ def launch_attention(
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
     """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
     if rows <= 16 and layout.format.is_quantised:
-        return Tuning(tile=128 if layout.head_size <= 128 and layout.format.v.bits > 2 else 64, warps=4, stages=5)
-    return Tuning(tile=64 if layout.head_size <= 128 and rows <= 32 else 32, warps=4 if rows <= 32 else 8, stages=5)
+        return Tuning(tile=128 if layout.head_size <= 128 and layout.format.v.bits > 2 else 64, warps=4, stages=4)
+    tile = 64 if layout.head_size <= 128 and rows <= 32 else 32
+    if rows > 16 and layout.head_size <= 64:
+        tile = 32
+    return Tuning(tile=tile, warps=4 if rows <= 32 else 8, stages=5)
 
 
 def plan_decode(
