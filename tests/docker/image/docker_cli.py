@@ -104,16 +104,18 @@ class Container:
 
     def wait_until_ready(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
+        while not self._answers():
             if not self.state["Running"]:
                 raise DockerError(f"the container ended with {self.state['ExitCode']}:\n{self.log()[-4000:]}")
+            if time.monotonic() > end:
+                raise DockerError(f"the container was not ready after {seconds:g} s:\n{self.log()[-4000:]}")
             time.sleep(0.5)
-        raise DockerError(f"the container was not ready after {seconds:g} s:\n{self.log()[-4000:]}")
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def wait_for_health(self, wanted: str, seconds: float) -> str:
         """Docker's own verdict, once it is `wanted`, else what it was at the end."""
