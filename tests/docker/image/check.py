@@ -181,9 +181,10 @@ def main() -> None:
 
     def save(rows: list[Found]) -> None:
         # run.sh names the engine that it brought by a folder that is gone afterwards.
-        program = "python -m tests.docker.image.check" if args.docker == "docker" else "tests/docker/image/run.sh"
+        docker_flag = "" if args.docker == "docker" else "--docker FOLDER/docker "
+        command = f"python -m tests.docker.image.check {docker_flag}--out {args.out}"
         failed = sum(not row["passed"] for row in rows)
-        found = {"command": f"{program} --out {args.out}", "docker": engine, "failed": failed, "checks": rows}
+        found = {"command": command, "docker": engine, "failed": failed, "checks": rows}
         results.save(args.out, found)
 
     earlier = json.loads(args.out.read_text())["checks"] if args.out and args.out.exists() else []
