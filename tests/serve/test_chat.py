@@ -143,6 +143,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends() -> None:
         user.press("And now?\n")
         user.wait_for("Hello there.", times=1)
         user.wait_for(SAVING, times=2)
+        user.wait_for("you> ", times=4)  # what is typed before is not read
         user.press(CTRL_D)
         assert user.wait_for_end() == 0
         assert "Traceback" not in user.text

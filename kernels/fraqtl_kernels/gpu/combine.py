@@ -15,7 +15,7 @@ from fraqtl_kernels.gpu.attention import add_sink, query_rows, store_output
 from fraqtl_kernels.gpu.splits import chunk_tokens, oldest_visible
 from fraqtl_kernels.gpu.tiles import load_parts
 
-WARPS = 4
+OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills a few for sm_100
 
 
 @triton.jit(do_not_specialize=["requests", "splits", "programs", "window"])

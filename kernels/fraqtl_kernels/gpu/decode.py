@@ -23,7 +23,7 @@ from torch import Tensor
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.gpu.attention import LOG2E, add_sink, attend_tiles, load_query, query_rows, store_output
 from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.combine import WARPS as COMBINE_WARPS
+from fraqtl_kernels.gpu.combine import OPTIONS as COMBINE_OPTIONS
 from fraqtl_kernels.gpu.combine import combine_kernel
 from fraqtl_kernels.gpu.config import AttentionShape, Tuning, check_contiguous, page_shape, rows_for
 from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
@@ -230,7 +230,9 @@ def launch_attention(
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
     """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
     if rows <= 16 and layout.format.is_quantised:
-        return Tuning(tile=128 if layout.head_size <= 128 and layout.format.v.bits > 2 else 64, warps=4, stages=4)
+        # A cap that two programs leave room for; without one ptxas spills for the sake of a third.
+        tile = 128 if layout.head_size <= 128 and layout.format.v.bits > 2 else 64
+        return Tuning(tile, warps=4, stages=4, registers=255)
     tile = 64 if layout.head_size <= 128 and rows <= 32 else 32
     if rows > 16 and layout.head_size <= 64:
         tile = 32
@@ -326,7 +328,7 @@ def decode(
         bases.value.factor,
         PAGE=page_shape(layout, query.dtype, ptx),
         SHAPE=plan.shape,
-        num_warps=COMBINE_WARPS,
+        **COMBINE_OPTIONS,
     )
 
 
