@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,22 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *root])
         yield browser
         browser.close()
+
+
+@contextmanager
+def file_page(path: Path) -> Iterator[Any]:
+    """A report's page, open; at the end nothing may have gone wrong and nothing may have been asked of a network."""
+    complaints: list[str] = []
+    requests: list[str] = []
+    with chromium() as browser:
+        found = browser.new_page(viewport={"width": 1280, "height": 1000})
+        found.on("console", lambda said: complaints.append(said.text))
+        found.on("pageerror", lambda error: complaints.append(str(error)))
+        found.on("request", lambda request: requests.append(request.url))
+        found.goto(path.as_uri())
+        yield found
+    assert complaints == []
+    assert requests == [path.as_uri()]
 
 
 class Visit:

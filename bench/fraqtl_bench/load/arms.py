@@ -59,6 +59,7 @@ class Arm:
             yield Target(self.name, started.url, started)
         finally:
             server.stop(started)
+        server.remove_log(started)  # not reached if anything went wrong
 
 
 @dataclass(frozen=True)
