@@ -2,8 +2,9 @@
 
 Per KV head: the centre is the mean of ordinary vectors, the sink centre that of keys far from their median, and the
 basis follows from two matrices: S, the covariance of what is stored, and G, which says what an error e costs, e G e^T.
-For keys G is the mean of q^T q over queries, for values the identity. Queries and values are weighted by how much
-their errors matter (`importance.py`). What each of this gives is measured by `fraqtl-bench quantiser`.
+For keys G is the mean of q^T q over queries, for values what the model's output projection makes of e. Queries and
+values are weighted by how much their errors matter (`importance.py`). What each of this gives is measured by
+`fraqtl-bench quantiser`.
 
 **The basis.** In y = x G^½ an error costs its square. Let s_1 >= .. >= s_D be the standard deviations of y along its
 principal axes. D codes of 4 bits, spent evenly, cost in proportion to the mean of s_i²; at best, with more bits where s
@@ -40,6 +41,7 @@ SINK_DISTANCE = 3.0  # times the median distance from the median key: no ordinar
 LARGEST_RATIO = 64.0  # of two paired deviations: more would push codes off the grid
 LEAST_SHRINKAGE = 0.02
 QUERY_FLOOR, VALUE_FLOOR = 0.1, 0.3  # what importance counts at least, in units of its mean
+DIRECTION_FLOOR = 0.1  # and what every direction of a value does
 Find = Callable[[Tensor, Tensor, Tensor], Transform]
 _RIDGE = 1e-5  # of the mean variance, for channels that never move
 _TINY = 1e-6
@@ -75,7 +77,7 @@ def calibrate(
         weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
         centre = mean_of(value, weight)
         spread = covariance(value - centre, weight, tied=False)
-        for_values = find(centre, spread, torch.eye(value.shape[-1]).to(spread).expand_as(spread))
+        for_values = find(centre, spread, cost_of_directions(spread, importance))
     return LayerConstants.of(
         for_keys,
         for_values,
@@ -94,6 +96,16 @@ def cost_of_queries(query: Tensor, importance: Importance | None, kv_heads: int)
 
     weight = torch.ones_like(query[..., 0]) if importance is None else importance.query
     return covariance(by_kv_head(query), floored(by_kv_head(weight), QUERY_FLOOR), tied=True)
+
+
+def cost_of_directions(spread: Tensor, importance: Importance | None) -> Tensor:
+    """G of values, like their covariance `spread`: (KV heads, D, D) float64; the identity where nothing is known."""
+    square = torch.eye(spread.shape[-1]).to(spread).expand_as(spread)
+    if importance is None or importance.direction is None:
+        return square
+    cost = importance.direction.to(spread)
+    mean = cost.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(_TINY**2)[:, None, None]
+    return (1 - DIRECTION_FLOOR) * cost / mean + DIRECTION_FLOOR * square
 
 
 def floored(weight: Tensor, floor: float) -> Tensor:

@@ -5,6 +5,10 @@ an error e_j of the values changes it by Σ_j p_ij e_j. Errors of different keys
 add up with the factors
 
     of the scores of query i:  Σ_j p_ij² |v_j - o_i|²        of value j:  Σ_i p_ij²
+
+The model goes on with the outputs of all heads times a matrix. With W_h the rows of it that head h meets, an error e
+of its output costs |e W_h|² = e W_h W_h^T e^T, and one of the values that times the sum of p_ij², added up over the
+heads that share them.
 """
 
 from __future__ import annotations
@@ -17,10 +21,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Importance:
-    """query: (tokens, query heads). value: (tokens, KV heads). fp32, at least 0, of any unit."""
+    """query: (tokens, query heads). value: (tokens, KV heads). fp32, at least 0, of any unit.
+
+    direction: (KV heads, D, D), an error e of a value costs e G e^T; None: its square.
+    """
 
     query: Tensor
     value: Tensor
+    direction: Tensor | None = None
 
 
 def attend(
@@ -32,24 +40,29 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    projection: Tensor | None = None,
 ) -> tuple[Tensor, Importance]:
     """Attention within every sequence: float32 like query.
 
     query: (tokens, query heads, D), key, value: (tokens, KV heads, D), sequences of equal length one after another.
+    projection: (query heads, D, D), W W^T of every head, if it is known.
     """
     rows = zip(*(x.unflatten(0, (sequences, -1)) for x in (query, key, value)), strict=True)
     # One by one, for the memory that scores of all query heads take
     found = [_sequence(q, k, v, scale, window, soft_cap) for q, k, v in rows]
     out, of_queries, of_values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return out, Importance(of_queries, of_values)
+    by_group = of_values.unflatten(1, (key.shape[1], -1))  # (tokens, KV heads, query heads a KV head)
+    direction = None
+    if projection is not None:
+        direction = torch.einsum("hg,hgij->hij", by_group.sum(0), projection.to(out).unflatten(0, by_group.shape[1:]))
+    return out, Importance(of_queries, by_group.sum(-1), direction)
 
 
 def _sequence(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
-    heads, group = k.shape[0], q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
@@ -62,5 +75,4 @@ def _sequence(
     # |v_j - o_i|² written out, so that no (queries, keys, D) tensor is needed
     of_queries = squares @ v.square().sum(-1, keepdim=True) - 2 * (out * (squares @ v)).sum(-1, keepdim=True)
     of_queries = of_queries.squeeze(-1) + squares.sum(-1) * out.square().sum(-1)
-    of_values = squares.sum(-2).unflatten(0, (heads, group)).sum(1)
-    return out.transpose(0, 1), of_queries.clamp_min(0).T, of_values.T
+    return out.transpose(0, 1), of_queries.clamp_min(0).T, squares.sum(-2).T

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import set_forward_context
     from vllm.logger import init_logger
+    from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms.cpu import CpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
@@ -49,6 +50,7 @@ _HOME = {
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
+    "RowParallelLinear": "vllm.model_executor.layers.linear",
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
@@ -81,6 +83,7 @@ __all__ = [
     "KVCacheLayout",
     "Request",
     "RequestStatus",
+    "RowParallelLinear",
     "Scheduler",
     "VllmConfig",
     "WorkerBase",

@@ -288,7 +288,7 @@ def test_perplexity_of_stored_keys() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
     ids = torch.randint(50, (60,)).tolist()
-    prompt = capture.Passes.joined([capture.capture(model, ids)])
+    prompt = capture.Passes.joined([capture.capture(model, ids)], capture.output_projections(model))
     found = perplexity.storages(prompt, prompt)
     exact = perplexity.log_probabilities(model, ids, None)
     with torch.inference_mode():
@@ -336,7 +336,7 @@ def test_the_prompt_of_servers_is_captured_at_its_positions() -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     found = capture.capture_prompt(model, AutoTokenizer.from_pretrained(path))
     assert [x.shape for x in found.layers[0]] == [(4, 2048, 64), (2, 2048, 64), (2, 2048, 64)] and found.count == 4
-    joined = capture.Passes.joined([found.layers, found.layers])
+    joined = capture.Passes.joined([found.layers, found.layers], found.projections)
     assert torch.equal(joined.layers[3][1][:, 2048:], found.layers[3][1]) and joined.count == 2
     sample = capture.calibration_samples(found)[3]  # layer 1, KV head 1
     assert torch.equal(sample.key, found.layers[1][1][1]) and sample.query.shape == (4096, 64)
@@ -344,3 +344,6 @@ def test_the_prompt_of_servers_is_captured_at_its_positions() -> None:
     key, query, value, importance = sample.by_head
     assert importance is not None and importance.query.shape == query.shape[:2]
     assert importance.value.shape == value.shape[:2] == key.shape[:2]
+    matrix = model.model.layers[1].self_attn.o_proj.weight.detach().T.unflatten(0, (4, 64))
+    torch.testing.assert_close(found.projections[1], matrix @ matrix.mT, rtol=1e-4, atol=1e-4)
+    assert importance.direction is not None and importance.direction.shape == (1, 64, 64)

@@ -12,6 +12,7 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.calibration import calibrate, far_from_the_median, static_scale
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.importance import Importance
 from tests.kernels.transforms import random_constants
 
 K4V4 = FORMATS["k4v4"]
@@ -68,6 +69,23 @@ def test_feedback_is_half_of_it() -> None:
     assert found.value_feedback is not None
     without = replace(found, value_feedback=torch.zeros_like(found.value_feedback))
     assert error_of(x, without) > 2 * error_of(x, found)
+
+
+def test_directions_that_the_model_ignores_are_stored_coarsely() -> None:
+    """A fifth of the cost, though the values themselves lose more."""
+    axes = torch.linalg.qr(torch.randn(64, 64)).Q
+    value = torch.randn(4000, 1, 64)
+    cost = axes.T @ torch.diag(torch.tensor([64.0] * 8 + [1 / 64] * 56)) @ axes
+    even = Importance(torch.ones(4000, 1), torch.ones(4000, 1))
+    known = replace(even, direction=cost[None])
+    lost = {}
+    for name, importance in (("even", even), ("known", known)):
+        constants = calibrate(K4V4, value, value, value, importance)
+        assert constants.value is not None
+        codes, scale = reference.encode_values(value, K4V4.v, constants)
+        error = (constants.value.undo(reference.dequantise(codes, scale, K4V4.v)) - value)[:, 0]
+        lost[name] = (error.square().sum(-1).mean().item(), ((error @ cost) * error).sum(-1).mean().item())
+    assert lost["known"][1] < 0.5 * lost["even"][1] and lost["known"][0] > lost["even"][0]
 
 
 def test_axes_that_queries_ignore_are_stored_coarsely() -> None:

@@ -38,3 +38,29 @@ def test_sequences_do_not_see_each_other() -> None:
         own, its = attend(query[part], key[part], value[part], sequences=1, scale=0.125)
         assert torch.equal(out[part], own) and torch.equal(importance.query[part], its.query)
         assert torch.equal(importance.value[part], its.value)
+
+
+def test_what_a_direction_of_a_values_error_costs() -> None:
+    """The change of all heads' outputs times their matrices, when every value of a KV head moves along u."""
+    tokens, width = 10, 24
+    query, key, value = (torch.randn(tokens, heads, 64) for heads in (4, 2, 2))
+    matrices = torch.randn(4, 64, width)
+    options = {"sequences": 1, "scale": 0.1, "projection": matrices @ matrices.mT}
+    exact, importance = attend(query, key, value, **options)
+    assert importance.direction is not None and importance.direction.shape == (2, 64, 64)
+    direction = torch.randn(64)
+    for head in range(2):
+        change = torch.zeros(())
+        for j in range(tokens):  # one after another, as errors of different values are independent
+            moved = value.clone()
+            moved[j, head] += direction
+            out, _ = attend(query, key, moved, **options)
+            own = (out - exact)[:, 2 * head : 2 * head + 2]  # (tokens, 2, D): what one head adds to the sum of all
+            change += torch.einsum("thd,hdw->thw", own, matrices[2 * head : 2 * head + 2]).square().sum()
+        found = direction @ importance.direction[head] @ direction
+        torch.testing.assert_close(found, change, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_projection_no_direction_is_known() -> None:
+    _, importance = attend(torch.randn(4, 2, 64), torch.randn(4, 1, 64), torch.randn(4, 1, 64), sequences=1, scale=1.0)
+    assert importance.direction is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import attend
 from fraqtl_kernels.prompt import token_rows
+from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files, prompt
+from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.recorder import Recorder
 from tests.kernels.transforms import random_constants
 
@@ -130,11 +133,12 @@ def test_rows_start_with_other_texts_and_have_one_first_token() -> None:
 def test_the_recorders_attention(window: int | None, soft_cap: float | None) -> None:
     """Against every row of every sequence by itself; a layer that shares keys sees those of the other one."""
     query, key, value = torch.randn(14, 4, 64), torch.randn(14, 2, 64), torch.randn(14, 2, 64)
-    recorder, options = Recorder(FORMATS["k4v4"], 2), {"scale": 0.2, "window": window, "soft_cap": soft_cap}
+    options, projection = {"scale": 0.2, "window": window, "soft_cap": soft_cap}, torch.randn(4, 64, 64)
+    recorder = Recorder(FORMATS["k4v4"], 2, {"a": projection @ projection.mT})
     out = recorder.attend("a", None, query, key, value, **options)
     shared = recorder.attend("b", "a", query, torch.empty(0), torch.empty(0), **options)
     assert torch.equal(out, shared) and recorder.constants.keys() == {"a"}
-    _, importance = attend(query, key, value, sequences=2, **options)
+    _, importance = attend(query, key, value, sequences=2, projection=recorder.projections["a"], **options)
     expected_constants = calibrate(FORMATS["k4v4"], key, query, value, importance)
     assert same({"a": recorder.constants["a"]}, {"a": expected_constants})
     for token in range(14):
@@ -144,3 +148,68 @@ def test_the_recorders_attention(window: int | None, soft_cap: float | None) -> 
             scores = scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
             expected = scores.softmax(0) @ value[first : token + 1, head // 2]
             assert torch.allclose(out[token, head], expected, atol=1e-5)
+
+
+class Attention(torch.nn.Module):
+    """As vLLM's layer tells of itself: four query heads of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impl = SimpleNamespace(num_heads=4, head_size=64)
+
+
+class Block(torch.nn.Module):
+    """An attention layer, and linear layers beside it under names that say nothing."""
+
+    def __init__(self, *linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.others = torch.nn.Linear(256, 256)
+        for number, layer in enumerate(linear):
+            self.add_module(f"x{number}", layer)
+
+
+@pytest.fixture
+def row_parallel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Any]]:
+    """Makes vLLM's own linear layers, with random weights and a bias."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor import parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+    def make(inputs: int, outputs: int) -> Any:
+        layer = _vllm.RowParallelLinear(inputs, outputs, disable_tp=True)
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight.data)
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+    with set_current_vllm_config(VllmConfig()):
+        yield make
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_output_projection_is_found_by_what_it_is(row_parallel: Callable[[int, int], Any], wrapped: bool) -> None:
+    linear = row_parallel(256, 96)
+    expected = linear.weight.detach().T.unflatten(0, (4, 64))
+    child = linear
+    if wrapped:  # as LoRA does
+        child = torch.nn.Module()
+        child.base_layer = linear
+    block = Block(row_parallel(192, 96), child)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), block)
+    found = projections(model, {"model.layers.7.self_attn.attn": block.attention}, torch.float32)
+    torch.testing.assert_close(found["model.layers.7.self_attn.attn"], expected @ expected.mT, rtol=1e-4, atol=1e-2)
+
+
+def test_an_output_projection_that_is_not_certain_is_left_out(
+    row_parallel: Callable[[int, int], Any], log: pytest.LogCaptureFixture
+) -> None:
+    infinite = row_parallel(256, 96)
+    infinite.weight.data[3, 5] = torch.inf
+    log.set_level(logging.INFO)
+    for linear in ([], [row_parallel(192, 96)], [row_parallel(256, 96), row_parallel(256, 96)], [infinite]):
+        block = Block(*linear)
+        assert projections(block, {"a": block.attention}, torch.float32) == {}
+    assert log.text.count("The output projection of 1 layers is not known") == 4

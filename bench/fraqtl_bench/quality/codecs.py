@@ -16,15 +16,20 @@ from torch import Tensor
 from fraqtl_bench.quality.bases import basis_bits, fit_basis, matrix
 from fraqtl_bench.quality.grids import FP16_BITS, Grid, Kept
 from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.importance import Importance
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Calibration vectors of one layer: query (query heads, T, D), key and value (KV heads, T, D)."""
+    """Calibration vectors of one layer: query (query heads, T, D), key and value (KV heads, T, D).
+
+    importance: of its queries and values; None: all alike.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    importance: Importance | None = None
 
     def stream(self, name: str) -> Tensor:
         """The vectors of stream "key" or "value"."""

@@ -36,7 +36,7 @@ class ServerStream(Codec):
 
     def fit(self, sample: LayerSample, stream: str) -> Kept:
         key, query, value = (x.transpose(0, 1) for x in (sample.key, sample.query, sample.value))
-        constants = calibrate(self.format, key, query, value)
+        constants = calibrate(self.format, key, query, value, sample.importance)
         found = {f.name: getattr(constants, f.name) for f in fields(constants) if f.name in _OF_STREAM[self.name]}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from fraqtl_bench.projection import output_projection
 from fraqtl_bench.quality.codecs import LayerSample
+from fraqtl_kernels.importance import attend
 
 _NAME = "fraqtl_watch"
 
@@ -22,10 +24,11 @@ _NAME = "fraqtl_watch"
 class Seen:
     """What one layer's attention received.
 
-    query (query heads, T, D), key and value (KV heads, T, D). mask: (T, T), added to the scores. scale: of the
-    scores. soft_cap: of the scores, None for none.
+    module: the attention module. query (query heads, T, D), key and value (KV heads, T, D). mask: (T, T), added to the
+    scores. scale: of the scores. soft_cap: of the scores, None for none. window: of the keys, None for all.
     """
 
+    module: Any
     layer: int
     query: Tensor
     key: Tensor
@@ -33,6 +36,7 @@ class Seen:
     mask: Tensor
     scale: float
     soft_cap: float | None
+    window: int | None
 
     def rows(self, count: int) -> Tensor:
         """At most `count` query positions, spread evenly over the second half and half of the first."""
@@ -49,6 +53,21 @@ class Seen:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         return scores + self.mask[rows].float()
 
+    def sample(self) -> LayerSample:
+        """For calibration, weighted as a server weights it."""
+        query, key, value = (x.transpose(0, 1) for x in (self.query, self.key, self.value))
+        _, importance = attend(
+            query,
+            key,
+            value,
+            sequences=1,
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            projection=output_projection(self.module, query.shape[-1]),
+        )
+        return LayerSample(self.query, self.key, self.value, importance)
+
 
 @contextmanager
 def watching(model: Any, handler: Callable[[Seen], None]) -> Iterator[None]:
@@ -61,7 +80,8 @@ def watching(model: Any, handler: Callable[[Seen], None]) -> Iterator[None]:
         tokens = query.shape[2]
         full = _causal(tokens, query) if mask is None else mask[0, 0, :, : key.shape[2]]
         cap = kwargs.get("softcap")
-        handler(Seen(module.layer_idx, query[0], key[0], value[0], full, scale, cap))
+        window = kwargs.get("sliding_window")
+        handler(Seen(module, module.layer_idx, query[0], key[0], value[0], full, scale, cap, window))
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return eager(module, query, key, value, full[None, None], *args, **kwargs)
 
@@ -84,6 +104,6 @@ def _causal(tokens: int, like: Tensor) -> Tensor:
 def calibration_samples(model: Any, ids: Sequence[int]) -> list[LayerSample]:
     """Queries, keys and values of every layer in one forward pass over the calibration text."""
     samples: list[LayerSample] = []
-    with watching(model, lambda seen: samples.append(LayerSample(seen.query, seen.key, seen.value))):
+    with watching(model, lambda seen: samples.append(seen.sample())):
         model(torch.tensor([list(ids)], device=model.device), use_cache=False)
     return samples

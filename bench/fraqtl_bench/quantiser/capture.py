@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.demo_model.corpus import FACTS, standard_library_prose
+from fraqtl_bench.projection import output_projection
 from fraqtl_bench.quantiser.cases import QUERIES, TOKENS, Case, Head, Sample, causal
 from fraqtl_bench.recall import make_text
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.importance import attend
+from fraqtl_kernels.importance import Importance, attend
 from fraqtl_kernels.prompt import positions, texts_in_tokens, token_rows
 
 Layers = list[tuple[Tensor, Tensor, Tensor]]
+Projections = list[Tensor | None]
 
 
 def demo_model() -> Path:
@@ -62,24 +64,43 @@ def capture(model: Any, ids: list[int], places: Tensor | None = None) -> Layers:
 
 @dataclass(frozen=True)
 class Passes:
-    """Several forward passes of one length: the tokens of all one after another, and how many they were."""
+    """Several forward passes of one length: the tokens of all one after another, and how many they were.
+
+    projections: `output_projection` of every layer.
+    """
 
     layers: Layers
     count: int
+    projections: Projections
 
     @classmethod
-    def joined(cls, passes: list[Layers]) -> Passes:
+    def joined(cls, passes: list[Layers], projections: Projections) -> Passes:
         length = min(layers[0][0].shape[1] for layers in passes)
         by_layer = (zip(*layer, strict=True) for layer in zip(*passes, strict=True))
         q, k, v = zip(*([torch.cat([x[:, :length] for x in xs], 1) for xs in layer] for layer in by_layer), strict=True)
-        return cls(list(zip(q, k, v, strict=True)), len(passes))
+        return cls(list(zip(q, k, v, strict=True)), len(passes), projections)
+
+    def importance(self) -> list[Importance]:
+        """Of every layer."""
+        found = []
+        for layer, projection in zip(self.layers, self.projections, strict=True):
+            query, key, value = (x.transpose(0, 1) for x in layer)
+            scale = query.shape[-1] ** -0.5
+            found.append(attend(query, key, value, sequences=self.count, scale=scale, projection=projection)[1])
+        return found
 
 
 def capture_prompt(model: Any, tokenizer: Any) -> Passes:
     """What the prompt that servers calibrate with gives."""
     places = positions(model.config.max_position_embeddings)
     rows = token_rows(texts_in_tokens(tokenizer), places.shape[1], tokenizer.bos_token_id)
-    return Passes.joined([capture(model, row, own) for row, own in zip(rows, places, strict=True)])
+    found = [capture(model, row, own) for row, own in zip(rows, places, strict=True)]
+    return Passes.joined(found, output_projections(model))
+
+
+def output_projections(model: Any) -> Projections:
+    """Of every layer, in their order."""
+    return [output_projection(module, module.head_dim) for module in model.modules() if hasattr(module, "layer_idx")]
 
 
 def samples(layers: Layers) -> list[Sample]:
@@ -96,16 +117,15 @@ def samples(layers: Layers) -> list[Sample]:
 def calibration_samples(prompt: Passes) -> list[Sample]:
     """One sample per (layer, KV head), with all queries and what each of them and each value is worth."""
     found = []
-    for layer in prompt.layers:
+    for layer, importance in zip(prompt.layers, prompt.importance(), strict=True):
         query, key, value = (x.transpose(0, 1) for x in layer)
-        scale = query.shape[-1] ** -0.5
-        _, importance = attend(query, key, value, sequences=prompt.count, scale=scale)
         group = query.shape[1] // key.shape[1]
         for h in range(key.shape[1]):
             own = slice(h * group, (h + 1) * group)
             queries, worth = query[:, own].transpose(0, 1).flatten(0, 1), importance.query[:, own].T.flatten()
             seen = torch.empty(0, key.shape[0], dtype=torch.bool)
-            found.append(Sample(key[:, h], value[:, h], queries, seen, worth, importance.value[:, h]))
+            of_value = importance.value[:, h], None if importance.direction is None else importance.direction[h]
+            found.append(Sample(key[:, h], value[:, h], queries, seen, worth, *of_value))
     return found
 
 

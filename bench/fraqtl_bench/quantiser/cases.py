@@ -35,7 +35,7 @@ BIAS = 20.0
 class Sample:
     """Keys and values (T, D) after RoPE, queries (n, D) and which keys each sees (n, T).
 
-    query_worth: (n,), value_worth: (T,), see `fraqtl_kernels.importance`; None: all alike.
+    query_worth: (n,), value_worth: (T,), value_direction: (D, D), see `fraqtl_kernels.importance`; None: all alike.
     """
 
     key: Tensor
@@ -44,13 +44,15 @@ class Sample:
     seen: Tensor
     query_worth: Tensor | None = None
     value_worth: Tensor | None = None
+    value_direction: Tensor | None = None
 
     @property
     def by_head(self) -> tuple[Tensor, Tensor, Tensor, Importance | None]:
         """Key, query, value and importance as `fraqtl_kernels.calibration.calibrate` takes them, for one head."""
         importance = None
         if self.query_worth is not None and self.value_worth is not None:
-            importance = Importance(self.query_worth[:, None], self.value_worth[:, None])
+            direction = None if self.value_direction is None else self.value_direction[None]
+            importance = Importance(self.query_worth[:, None], self.value_worth[:, None], direction)
         return self.key[:, None], self.query[:, None], self.value[:, None], importance
 
     def scores(self, key: Tensor | None = None) -> Tensor:

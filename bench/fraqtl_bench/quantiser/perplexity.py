@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quantiser.capture import Passes, capture, capture_prompt, token_ids
+from fraqtl_bench.quantiser.capture import Passes, capture, capture_prompt, output_projections, token_ids
 from fraqtl_bench.quantiser.cases import TOKENS
 from fraqtl_bench.quantiser.steps import STEPS
 from fraqtl_bench.quantiser.stored import through_pages
@@ -23,7 +23,7 @@ from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, store
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.importance import Importance, attend
+from fraqtl_kernels.importance import Importance
 
 TEXTS = 32
 CHATS = 2  # that the comparison calibrates on
@@ -31,6 +31,7 @@ EXACT = "float32"
 PLAIN_NAME = "plain INT4"
 UNCALIBRATED = "k4v4, not calibrated"
 ON_CHATS = "k4v4, calibrated on chats like these"
+UNDIRECTED = "k4v4, output projection ignored"
 POWERS_NAME = "centred, balanced by powers of 2"
 POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
 
@@ -56,16 +57,17 @@ def storages(prompt: Passes, chats: Passes) -> dict[str, Storage]:
 
     formats = {name: calibrated(name, prompt) for name in FORMATS if name != "fp16"}
     others: dict[str, Storage] = {POWERS_NAME: powers(prompt), UNCALIBRATED: uncalibrated, PLAIN_NAME: plain}
-    return {**formats, ON_CHATS: calibrated("k4v4", chats), **{f"k4v4, {n} only": step(n) for n in STEPS}, **others}
+    ignored = replace(prompt, projections=[None] * len(prompt.projections))
+    formats |= {ON_CHATS: calibrated("k4v4", chats), UNDIRECTED: calibrated("k4v4", ignored)}
+    return {**formats, **{f"k4v4, {n} only": step(n) for n in STEPS}, **others}
 
 
 def by_token(layers: Passes) -> list[tuple[tuple[Tensor, Tensor, Tensor], Importance]]:
     """Per layer keys, queries and values, (tokens, heads, D), and their importance."""
     found = []
-    for layer in layers.layers:
+    for layer, importance in zip(layers.layers, layers.importance(), strict=True):
         query, key, value = (x.transpose(0, 1) for x in layer)
-        scale = query.shape[-1] ** -0.5
-        found.append(((key, query, value), attend(query, key, value, sequences=layers.count, scale=scale)[1]))
+        found.append(((key, query, value), importance))
     return found
 
 
@@ -133,7 +135,8 @@ def measure_perplexity(path: Path, seed: int) -> dict[str, dict[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     chats = (token_ids(tokenizer, TOKENS, f"{seed}-calibration-{i}") for i in range(CHATS))
-    found = storages(capture_prompt(model, tokenizer), Passes.joined([capture(model, ids) for ids in chats]))
+    joined = Passes.joined([capture(model, ids) for ids in chats], output_projections(model))
+    found = storages(capture_prompt(model, tokenizer), joined)
     losses = {name: Losses() for name in (EXACT, *found)}
     tokens = []
     for i in range(TEXTS):

@@ -23,7 +23,7 @@ from fraqtl_vllm import _vllm
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
-VERSION = 2  # of the procedure: another number makes every old file unknown
+VERSION = 3  # of the procedure: another number makes every old file unknown
 SAMPLES = 64  # numbers of every weight that go into the key
 _FIELDS = [field.name for field in fields(LayerConstants)]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import Tensor
 
 from fraqtl_kernels.calibration import calibrate
@@ -13,9 +16,13 @@ from fraqtl_kernels.importance import attend
 class Recorder:
     """One calibration run. `constants` has an entry for every layer that has keys of its own, by name."""
 
-    def __init__(self, format: KVFormat, sequences: int) -> None:
+    def __init__(
+        self, format: KVFormat, sequences: int, projections: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there."""
         self.format = format
         self.sequences = sequences
+        self.projections = projections
         self.constants: dict[str, LayerConstants] = {}
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -39,7 +46,14 @@ class Recorder:
         if shares is not None:
             key, value = self._keys[shares]
         out, importance = attend(
-            query, key, value, sequences=self.sequences, scale=scale, window=window, soft_cap=soft_cap
+            query,
+            key,
+            value,
+            sequences=self.sequences,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            projection=self.projections.get(layer),
         )
         if shares is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)

@@ -11,6 +11,7 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files
+from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.recorder import Recorder
 from fraqtl_vllm.config import FraqtlConfig, read_config
@@ -72,9 +73,11 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
 def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig) -> Constants:
     """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded."""
     prompt = make_prompt(config.model_config)
-    recorder = Recorder(ours.format, prompt.sequences)
     device = next(model.parameters()).device
     layers = packed_layers(config)
+    with torch.inference_mode():
+        found = projections(model, layers, config.model_config.dtype)
+    recorder = Recorder(ours.format, prompt.sequences, found)
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:

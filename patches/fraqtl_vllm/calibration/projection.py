@@ -1,0 +1,64 @@
+"""What a model makes of the output of every query head: W W^T, with W the head's rows of the output projection.
+
+No name in a model says which matrix that is. It is the row-parallel linear layer beside the attention layer, in the
+same module, that takes as many inputs as attention gives. And no weight says what a quantised matrix is: unit vectors
+are sent through the layer's own kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fraqtl_vllm import _vllm
+
+logger = _vllm.init_logger("vllm.fraqtl.calibration")
+
+
+def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """(query heads, D, D) float32 for every layer whose projection is found, by name.
+
+    layers: vLLM's attention layers in `model`. dtype: of the model's activations.
+    """
+    names = {id(layer): name for name, layer in layers.items()}
+    found = {}
+    for parent in model.modules():
+        children = list(parent.children())
+        for child in children:
+            if id(child) not in names:
+                continue
+            gram = _of_layer(child, children, dtype)
+            if gram is not None:
+                found[names[id(child)]] = gram
+    missing = len(layers) - len(found)
+    if missing:
+        logger.info("The output projection of %d layers is not known: errors of values count as they are", missing)
+    return found
+
+
+def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -> Tensor | None:
+    heads, size = layer.impl.num_heads, layer.impl.head_size
+    linear = [getattr(child, "base_layer", child) for child in siblings]  # what LoRA wraps
+    linear = [x for x in linear if isinstance(x, _vllm.RowParallelLinear)]
+    matching = [x for x in linear if x.input_size_per_partition == heads * size]
+    if len(matching) != 1:
+        return None
+    try:
+        return torch.stack([_gram(matching[0], head, heads, size, dtype) for head in range(heads)])
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        logger.debug("The output projection can't be probed: %s", error)
+        return None
+
+
+def _gram(linear: Any, head: int, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+    """W W^T of one head: (D, D). Raises ValueError where it isn't finite."""
+    device = next(linear.parameters()).device
+    units = torch.zeros(size, heads * size, dtype=dtype, device=device)
+    units[:, head * size : (head + 1) * size].fill_diagonal_(1)
+    rows = linear.quant_method.apply(linear, units, None).float()
+    gram = rows @ rows.T
+    if not gram.isfinite().all():
+        raise ValueError("its products are not finite")
+    return gram
