@@ -26,7 +26,8 @@ def model(name: str, group: int, factor: float) -> ModelReport:
     rows = [
         Row(
             method=method, family=family, budget=budget, basis="pca" if "@" in method else "identity", side="kv",
-            dims=64, bits_per_dim=bits, vector_bits_per_dim=bits, perplexity=perplexity * factor,
+            dims=64, bits_per_dim=bits, vector_bits_per_dim=budget + 0.02 * (budget < 16),
+            perplexity=perplexity * factor,
             perplexity_delta=(perplexity - 5) * factor, needle_accuracy=0.5, flips=0.01,
         )
         for method, family, budget, bits, perplexity in POINTS
@@ -91,6 +92,24 @@ def test_the_slider_names_the_winner_at_every_budget(page: Any) -> None:
     first = page.get_attribute("#budget-line", "x1")
     slide(page, 8)
     assert page.get_attribute("#budget-line", "x1") != first
+    slide(page, 4.5)
+
+
+def test_constants_count_less_in_a_longer_text(page: Any) -> None:
+    assert page.eval_on_selector_all("#context option", "all => all.map(o => o.value)") == [
+        "64", "1024", "8192", "131072",
+    ]  # fmt: skip
+    slide(page, 4.05)
+    assert winners(page) == ["int2-token"] * 2
+    circle = "#figure circle:has(title:text('k4v4'))"
+    before = float(page.get_attribute(circle, "cx"))
+    page.select_option("#context", "131072")
+    assert winners(page) == ["k4v4"] * 2 and float(page.get_attribute(circle, "cx")) < before
+    page.fill("#search", "rank16")
+    assert column(page, 6) == ["4.021"] * 2  # 4.02 and 1.08 · 64 / 131072
+    page.fill("#search", "")
+    page.select_option("#context", "64")
+    assert winners(page) == ["int2-token"] * 2
     slide(page, 4.5)
 
 
