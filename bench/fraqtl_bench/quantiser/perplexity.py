@@ -25,7 +25,7 @@ from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import Importance
 
-TEXTS = 32
+TEXTS = 96
 CHATS = 2  # that the comparison calibrates on
 EXACT = "float32"
 PLAIN_NAME = "plain INT4"

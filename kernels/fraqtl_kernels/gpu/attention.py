@@ -76,22 +76,31 @@ def load_query(
     scale: softmax scale (and log2(e) without soft-cap). The rest as for `decode.attend_kernel`.
     """
     DTYPE: tl.constexpr = rows.dtype.element_ty
+    PARTS: tl.constexpr = VECTOR.PARTS
     raw = load_parts(rows, used, VECTOR)
     if VECTOR.ROTATED:
-        low, high = rotate_parts(raw, basis + head * basis_stride_head, factor * scale, VECTOR)
+        parts = rotate_parts(raw, basis + head * basis_stride_head, factor * scale, VECTOR)
     else:
-        low, high = raw[0].to(tl.float32) * scale, raw[1].to(tl.float32) * scale
-    vector = head * (VECTOR.PARTS * VECTOR.COLUMNS)
+        parts = ()
+        for part in tl.static_range(PARTS):
+            parts = parts + (raw[part].to(tl.float32) * scale,)
+    vector = head * (PARTS * VECTOR.COLUMNS)
     if VECTOR.STATIC:
         column, real = part_columns(VECTOR)
-        low *= tl.load(key_scale + vector + column, mask=real, other=0.0)
-        high *= tl.load(key_scale + vector + VECTOR.COLUMNS + column, mask=real, other=0.0)
-    constant = dot_vector((low, high), None if centre is None else centre + vector, VECTOR)
-    shift = dot_vector((low, high), None if sink_shift is None else sink_shift + vector, VECTOR)
-    q_low, q_high = round16(low, DTYPE), round16(high, DTYPE)
-    # Of the rounded query, so that the bias cancels exactly
-    zero = tl.sum(q_low.to(tl.float32) * VECTOR.ZEROS[0] + q_high.to(tl.float32) * VECTOR.ZEROS[1], 1)
-    return q_low, q_high, zero, constant, shift
+        scaled = ()
+        for part in tl.static_range(PARTS):
+            at = key_scale + vector + part * VECTOR.COLUMNS + column
+            scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
+        parts = scaled
+    constant = dot_vector(parts, None if centre is None else centre + vector, VECTOR)
+    shift = dot_vector(parts, None if sink_shift is None else sink_shift + vector, VECTOR)
+    rounded = ()
+    zero = tl.zeros([parts[0].shape[0]], tl.float32)
+    for part in tl.static_range(PARTS):
+        rounded = rounded + (round16(parts[part], DTYPE),)
+        # Of the rounded query, so that the bias cancels exactly
+        zero += tl.sum(rounded[part].to(tl.float32), 1) * VECTOR.ZEROS[part]
+    return rounded, zero, constant, shift
 
 
 @triton.jit
@@ -118,8 +127,7 @@ def load_tile_scales(pool_head, block, stride_block, start, last, oldest, PAGE: 
 
 @triton.jit
 def attend_tiles(
-    q_low,
-    q_high,
+    q_parts,
     q_zero,
     q_constant,
     q_shift,
@@ -142,11 +150,12 @@ def attend_tiles(
     The maximum is in units of log2. With DEFERRED, row sums are kept per column of the tile and added up after the
     loop: no reduction across threads inside it, for registers.
     """
-    DTYPE: tl.constexpr = q_low.dtype
+    DTYPE: tl.constexpr = q_parts[0].dtype
     ROWS: tl.constexpr = SHAPE.ROWS
     TILE: tl.constexpr = SHAPE.TILE
     K: tl.constexpr = PAGE.K
     V: tl.constexpr = PAGE.V
+    KEY_PARTS: tl.constexpr = K.PARTS
     PARTS: tl.constexpr = V.PARTS
     WIDTH: tl.constexpr = V.WIDTH
     HAS_ZERO: tl.constexpr = V.ZEROS[0] != 0
@@ -174,10 +183,10 @@ def attend_tiles(
         block = load_blocks(table_row, start, last, PAGE, TILE)
         page = pool_head + block.to(tl.int64) * stride_block
         slot = start % PAGE.BLOCK_SIZE + index if PAGE.BLOCK_SIZE % TILE == 0 else token % PAGE.BLOCK_SIZE
-        k_low, k_high = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
+        k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
         scores = tl.zeros([ROWS, TILE], tl.float32)
-        scores = dot16(q_low, tl.trans(k_low), scores)
-        scores = dot16(q_high, tl.trans(k_high), scores)
+        for part in tl.static_range(KEY_PARTS):
+            scores = dot16(q_parts[part], tl.trans(k_parts[part]), scores)
         if K.BITS < 16:
             scores -= q_zero[:, None]
         if K.GROUPS > 0:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
+from fraqtl_kernels.gpu.config import in_words, word_order
 from fraqtl_kernels.rotation import hadamard
 
 
@@ -28,7 +29,8 @@ class Side:
     """Operands of the keys or of the values of one layer. None where there is nothing to do.
 
     query, store, back: (D, D), or (KV heads, D, D) if calibrated, contiguous in the model's dtype:
-    stored row = row @ store · factor. feedback: (KV heads, D/2, D/2), alike.
+    stored row = row @ store · factor. Prepared queries, what they are multiplied by, and the rows of `back` are in
+    `word_order` where kernels read words. feedback: (KV heads, D/2, D/2), alike.
     centre, sink_centre: (KV heads, D) fp32 in the stored basis, own_centre, own_sink_centre: in the model's own.
     query_centre, sink_shift: what a prepared query is multiplied by for q·centre, q·(sink centre - centre).
     scale: (KV heads, D) fp32, the steps of static formats.
@@ -86,10 +88,14 @@ class Bases:
             steps = vector(scale) if v.static else None
             if not v.rotated:
                 return Side(scale=steps)
-            signs = hadamard(head_size).sign()
-            return Side(head_size**-0.5, matrix(signs), matrix(signs), matrix(signs.T), scale=steps)
+            signs, order = hadamard(head_size).sign(), reading_order(v)
+            return Side(head_size**-0.5, matrix(signs[:, order]), matrix(signs), matrix(signs.T[order]), scale=steps)
 
-        def calibrated(t: Transform, sink: Tensor | None) -> Side:
+        def reading_order(v: VectorFormat) -> Tensor:
+            return word_order(head_size) if in_words(v) else torch.arange(head_size)
+
+        def calibrated(v: VectorFormat, t: Transform, sink: Tensor | None) -> Side:
+            order = reading_order(v)
             basis, inverse = t.basis.double().cpu(), t.inverse.double().cpu()
             centre = t.centre.double().cpu()
             sink = None if sink is None else sink.double().cpu()
@@ -98,13 +104,13 @@ class Bases:
                 return vector((x[:, None] @ basis)[:, 0])
 
             def for_queries(x: Tensor) -> Tensor | None:
-                return vector(torch.linalg.solve(inverse.mT, x))
+                return vector(torch.linalg.solve(inverse.mT, x)[:, order])
 
             return Side(
                 1.0,
-                matrix(inverse.mT),
+                matrix(inverse.mT[..., order]),
                 matrix(basis),
-                matrix(inverse),
+                matrix(inverse[:, order]),
                 matrix(t.feedback),
                 stored(centre),
                 None if sink is None else stored(sink),
@@ -117,6 +123,6 @@ class Bases:
         k = constants.key if format.k.centred else None
         v = constants.value if format.v.centred else None
         return cls(
-            rotated(format.k, constants.key_scale) if k is None else calibrated(k, constants.sink_centre),
-            rotated(format.v, constants.value_scale) if v is None else calibrated(v, None),
+            rotated(format.k, constants.key_scale) if k is None else calibrated(format.k, k, constants.sink_centre),
+            rotated(format.v, constants.value_scale) if v is None else calibrated(format.v, v, None),
         )

@@ -21,7 +21,8 @@ from fraqtl_kernels.gpu.unpack import zero_points
 from fraqtl_kernels.pages import PageLayout
 
 MIN_ROWS = 16  # the smallest M of a tensor-core product
-MIN_WIDTH = 32  # columns of a part: with 16, four warps share two tiles of a product and ptxas spills
+MIN_WIDTH = 16  # columns of a part, the smallest K of a tensor-core product
+MIN_VALUE_WIDTH = 32  # of values: with 16, four warps share two tiles of a product and ptxas spills
 DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
 
 
@@ -44,7 +45,9 @@ class Tuning:
 class VectorShape:
     """A stored key or value. Kernels hold it as PARTS tensors of COLUMNS dimensions each, padded to WIDTH.
 
-    The parts are what one byte holds: 2 halves at 4 bits, 4 quarters at 2 bits. GROUPS: fp16 scales a vector, 0 if it
+    The parts are what one byte holds: 2 halves at 4 bits, 4 quarters at 2 bits. WORDS: 4-bit codes are read as words of
+    16 bits, so that a part is every other dimension of a half (`word_order`): the shared memory of a GPU
+    transposes 16-bit numbers on the way to the tensor cores, but not bytes. GROUPS: fp16 scales a vector, 0 if it
     has none. CODES, SCALES: bytes of the page before its codes and its scales. ZEROS: what the unpacked codes of each
     part hold where the value is zero.
     """
@@ -53,6 +56,7 @@ class VectorShape:
     ROTATED: bool
     STATIC: bool
     GROUPS: int
+    WORDS: bool
     PARTS: int
     COLUMNS: int
     WIDTH: int
@@ -112,10 +116,11 @@ def has_kernels(format: KVFormat) -> bool:
 
 
 @cache
-def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None) -> PageShape:
+def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, *, words: bool = True) -> PageShape:
     """The constants of a layout for a model's dtype (fp16 or bf16).
 
-    ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's interpreter has none.
+    words: read codes as words, if `in_words` allows. ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's
+    interpreter has none.
     Raises UnsupportedError for a dtype or a vector that no kernel takes.
     """
     if dtype not in TL_DTYPES:
@@ -126,34 +131,59 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None) 
             " 4, 8 or 16 and a scale for each code of a byte or for all; calibrated vectors are rotated and have 4 bits"
         )
     ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
+    options = {"ptx": ptx, "words": words}
     return PageShape(
         HEAD=layout.head_size,
         BLOCK_SIZE=layout.block_size,
-        K=_vector(k, layout.head_size, dtype, 0, layout.k_scale_offset, centred=False, ptx=ptx),
-        V=_vector(v, layout.head_size, dtype, layout.v_offset, layout.v_scale_offset, centred=True, ptx=ptx),
+        K=_vector(k, layout.head_size, dtype, 0, layout.k_scale_offset, centred=False, **options),
+        V=_vector(v, layout.head_size, dtype, layout.v_offset, layout.v_scale_offset, centred=True, **options),
         PTX=ptx,
     )
 
 
+def in_words(vector: VectorFormat) -> bool:
+    """Whether attention reads the codes of a vector as words: where a matrix can put its dimensions in their order."""
+    return vector.bits == 4 and vector.rotated
+
+
+def word_order(head_size: int) -> Tensor:
+    """(D,) int64: the dimensions in the order of the parts of words.
+
+    Byte i holds dimensions i and i + D/2 in its nibbles, and word i the bytes 2i and 2i + 1, lower nibbles first.
+    """
+    half = torch.arange(head_size).view(2, -1, 2)  # (nibble of the byte, word, byte of the word)
+    return half.permute(2, 0, 1).flatten()
+
+
 def _vector(
-    vector: VectorFormat, head_size: int, dtype: torch.dtype, codes: int, scales: int, *, centred: bool, ptx: bool
+    vector: VectorFormat,
+    head_size: int,
+    dtype: torch.dtype,
+    codes: int,
+    scales: int,
+    *,
+    centred: bool,
+    ptx: bool,
+    words: bool,
 ) -> VectorShape:
-    parts = 4 if vector.bits == 2 else 2
+    words = words and in_words(vector)
+    parts = 4 if vector.bits == 2 or words else 2
     columns = head_size // parts
     return VectorShape(
         BITS=vector.bits,
         ROTATED=vector.rotated,
         STATIC=vector.static,
         GROUPS=vector.groups if vector.scale_bytes else 0,
+        WORDS=words,
         PARTS=parts,
         COLUMNS=columns,
-        WIDTH=max(MIN_WIDTH, triton.next_power_of_2(columns)),
+        WIDTH=max(MIN_VALUE_WIDTH if centred else MIN_WIDTH, triton.next_power_of_2(columns)),
         ROW_BYTES=vector.code_bytes(head_size),
         CODES=codes,
         SCALES=scales,
         MIDPOINT=0.0 if vector.is_raw else vector.midpoint,
         RAW=TL_DTYPES[vector.raw_dtype or dtype],
-        ZEROS=zero_points(vector, dtype, centred=centred, ptx=ptx),
+        ZEROS=zero_points(vector, dtype, centred=centred, ptx=ptx, words=words),
     )
 
 

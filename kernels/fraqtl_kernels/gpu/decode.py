@@ -97,14 +97,13 @@ def attend_kernel(
     token = (start + done).to(tl.int64)
     at = query + token * query_stride_token + head * SHAPE.GROUP * query_stride_head
     rows, used = query_rows(at, query_stride_token, query_stride_head, count, SHAPE)
-    q_low, q_high, q_zero, q_constant, q_shift = load_query(
+    q_parts, q_zero, q_constant, q_shift = load_query(
         rows, used, head, basis_query, basis_query_stride_head, key_scale, centre, sink_shift, scale, key_factor, K
     )
     row = tl.arange(0, ROWS)
     position = length - whole + done + tl.minimum(row // SHAPE.GROUP, count - 1)
     parts, high_score, total = attend_tiles(
-        q_low,
-        q_high,
+        q_parts,
         q_zero,
         q_constant,
         q_shift,

@@ -1,8 +1,8 @@
 """What all kernels share: 16-bit rounding and products, rotation, and reading a tile of pages.
 
-A vector of head size D is held as 2 or 4 parts, the dimensions that one byte of its codes keeps together: for 4-bit
-vectors the halves in the low and the high nibbles. A part has COLUMNS columns, padded with zeros to WIDTH, a
-power of two: see `config.VectorShape`, of which every VECTOR here is one.
+A vector of head size D is held as 2 or 4 parts, the dimensions that one byte or word of its codes keeps together:
+see `config.VectorShape`, of which every VECTOR here is one. A part has COLUMNS columns, padded with zeros to WIDTH, a
+power of two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.unpack import unpack_bytes, unpack_nibbles, unpack_pairs
+from fraqtl_kernels.gpu.unpack import unpack_bytes, unpack_nibbles, unpack_pairs, unpack_words
 
 # Triton's interpreter multiplies bf16 wrongly and truncates when it converts to bf16: there the
 # products are taken on the same numbers in fp32, and rounding to nearest even is spelled out.
@@ -108,12 +108,15 @@ def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTR
             return low, high
         else:
             return round16(low.to(tl.float32), DTYPE), round16(high.to(tl.float32), DTYPE)
+    elif VECTOR.WORDS:
+        words = load_packed(row.to(tl.pointer_type(tl.uint16))[:, None] + column, real, VECTOR)
+        return unpack_words(words, DTYPE, CENTRED, PTX)
     elif VECTOR.BITS == 8:
-        low = load_bytes(row[:, None] + column, real, VECTOR)
-        high = load_bytes(row[:, None] + VECTOR.COLUMNS + column, real, VECTOR)
+        low = load_packed(row[:, None] + column, real, VECTOR)
+        high = load_packed(row[:, None] + VECTOR.COLUMNS + column, real, VECTOR)
         return unpack_bytes(low, DTYPE, PTX), unpack_bytes(high, DTYPE, PTX)
     else:
-        codes = load_bytes(row[:, None] + column, real, VECTOR)
+        codes = load_packed(row[:, None] + column, real, VECTOR)
         if VECTOR.BITS == 4:
             return unpack_nibbles(codes, DTYPE, CENTRED, PTX)
         else:
@@ -121,8 +124,8 @@ def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTR
 
 
 @triton.jit
-def load_bytes(at, real, VECTOR: tl.constexpr):
-    """A tile of packed bytes, without a mask where no column is padding."""
+def load_packed(at, real, VECTOR: tl.constexpr):
+    """A tile of packed bytes or words, without a mask where no column is padding."""
     if VECTOR.COLUMNS == VECTOR.WIDTH:
         return tl.load(at)
     else:

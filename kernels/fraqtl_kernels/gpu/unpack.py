@@ -11,7 +11,7 @@ permutations, 4 three-input logic operations and the subtractions that keep the 
 adds rounding noise to the sum that it is taken out of, so values (summed over the whole context) are
 centred to c - 8, and keys (summed over D numbers) only where the bias would be 1024.
 
-Inline PTX acts on 4 codes of one 32-bit register; no result depends on how a tile is laid out over threads.
+Inline PTX acts on the codes of one 32-bit register; no result depends on how a tile is laid out over threads.
 """
 
 from __future__ import annotations
@@ -59,6 +59,33 @@ _CENTRE_BF16 = """
     fma.rn.bf16x2 $1, $1, o, m;
     fma.rn.bf16x2 $2, $2, o, m;
     fma.rn.bf16x2 $3, $3, o, m;
+"""
+# Two words of four nibbles, $4 -> halves (word 0, word 1) of nibble 0 in $0, of nibble 1 in $1 and so on.
+_WORDS_FP16 = """{
+    .reg .b32 b, m;
+    shr.u32 b, $4, 8;
+    mov.b32 m, 0x64086408;
+    lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $1, $4, 0x00f000f0, 0x54005400, 0xea;
+    lop3.b32 $2, b, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $3, b, 0x00f000f0, 0x54005400, 0xea;
+    sub.rn.f16x2 $0, $0, m;
+    sub.rn.f16x2 $2, $2, m;
+"""
+_CENTRE_ODD_FP16 = """
+    mov.b32 m, 0x54805480;
+    sub.rn.f16x2 $1, $1, m;
+    sub.rn.f16x2 $3, $3, m;
+"""
+_WORDS_BF16 = """{
+    .reg .b32 a, b, c, m, o;
+    shr.u32 a, $4, 4;
+    shr.u32 b, $4, 8;
+    shr.u32 c, $4, 12;
+    lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $1, a, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $2, b, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $3, c, 0x000f000f, 0x43004300, 0xea;
 """
 # Four 2-bit codes a byte, in fp16: bits 0..1 below 1024, 2..3 below 256, 4..5 below 64, 6..7 below 16.
 _PAIRS_FP16 = """{
@@ -129,16 +156,24 @@ NIBBLES_FP16 = tl.constexpr(_NIBBLES_FP16 + "}")
 NIBBLES_FP16_CENTRED = tl.constexpr(_NIBBLES_FP16 + _CENTRE_HIGH_FP16 + "}")
 NIBBLES_BF16 = tl.constexpr(_NIBBLES_BF16 + "}")
 NIBBLES_BF16_CENTRED = tl.constexpr(_NIBBLES_BF16 + _CENTRE_BF16 + "}")
+WORDS_FP16 = tl.constexpr(_WORDS_FP16 + "}")
+WORDS_FP16_CENTRED = tl.constexpr(_WORDS_FP16 + _CENTRE_ODD_FP16 + "}")
+WORDS_BF16 = tl.constexpr(_WORDS_BF16 + "}")
+WORDS_BF16_CENTRED = tl.constexpr(_WORDS_BF16 + _CENTRE_BF16 + "}")
 PAIRS_FP16 = tl.constexpr(_PAIRS_FP16)
 PAIRS_BF16 = tl.constexpr(_PAIRS_BF16)
 BYTES_FP16 = tl.constexpr(_BYTES_FP16)
+FOUR_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 EIGHT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
 
 
-def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool) -> tuple[float, ...]:
+def zero_points(
+    vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool, words: bool = False
+) -> tuple[float, ...]:
     """What each unpacked part of a vector holds where the value is zero: midpoint + bias.
 
-    dtype: torch.float16 or torch.bfloat16, the type unpacked to. Raw vectors have (0, 0).
+    dtype: torch.float16 or torch.bfloat16, the type unpacked to. words: unpacked by `unpack_words`. Raw vectors have
+    (0, 0).
     """
     half = dtype == torch.float16
     if vector.is_raw:
@@ -153,7 +188,7 @@ def zero_points(vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx:
         biases = [-8] * 2
     else:
         biases = [-8, 64] if half else [128, 128]
-    return tuple(vector.midpoint + bias for bias in biases)
+    return tuple(vector.midpoint + bias for bias in biases) * (2 if words else 1)
 
 
 @triton.jit
@@ -163,17 +198,36 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
         if DTYPE == tl.float16:
             asm: tl.constexpr = NIBBLES_FP16_CENTRED if CENTRED else NIBBLES_FP16
             low, high = tl.inline_asm_elementwise(
-                asm, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+                asm, FOUR_REGISTERS, [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
             asm16: tl.constexpr = NIBBLES_BF16_CENTRED if CENTRED else NIBBLES_BF16
             low, high = tl.inline_asm_elementwise(
-                asm16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+                asm16, FOUR_REGISTERS, [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
     else:
         low = (codes & 15).to(tl.float32).to(DTYPE)
         high = (codes >> 4).to(tl.float32).to(DTYPE)
     return low, high
+
+
+@triton.jit
+def unpack_words(words, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
+    """uint16 tile of any shape -> its four nibbles from low to high in DTYPE, plus the bias of `zero_points`."""
+    if PTX:
+        if DTYPE == tl.float16:
+            asm: tl.constexpr = WORDS_FP16_CENTRED if CENTRED else WORDS_FP16
+            return tl.inline_asm_elementwise(
+                asm, FOUR_REGISTERS, [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            )
+        else:
+            asm16: tl.constexpr = WORDS_BF16_CENTRED if CENTRED else WORDS_BF16
+            return tl.inline_asm_elementwise(
+                asm16, FOUR_REGISTERS, [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+    else:
+        shifted = (words & 15, (words >> 4) & 15, (words >> 8) & 15, words >> 12)
+        return [x.to(tl.float32).to(DTYPE) for x in shifted]
 
 
 @triton.jit

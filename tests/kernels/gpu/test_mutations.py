@@ -25,10 +25,15 @@ MUTATIONS = {
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
     "the mask is off by one": ("attention.py", "<= position[:, None]", "< position[:, None]"),
     "the mask is off by one the other way": ("attention.py", "<= position[:, None]", "<= position[:, None] + 1"),
-    "the nibbles are swapped": ("unpack.py", "return low, high", "return high, low"),
+    "two nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
+    "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
     "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
-    "queries are carried into another basis": ("bases.py", "matrix(inverse.mT)", "matrix(basis)"),
+    "queries are carried into another basis": (
+        "bases.py",
+        "matrix(inverse.mT[..., order])",
+        "matrix(basis[..., order])",
+    ),
     "the centre of V is left out": ("attention.py", "share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
     "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
 }

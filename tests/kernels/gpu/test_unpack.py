@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fraqtl_kernels import reference
 from fraqtl_kernels.formats import FORMATS, VectorFormat
 from fraqtl_kernels.gpu import unpack
+from fraqtl_kernels.gpu.config import word_order
 from tests.kernels.gpu.conftest import DEVICE
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -71,6 +73,27 @@ def test_ptx_nibbles(dtype: torch.dtype, centred: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_ptx_words(dtype: torch.dtype, centred: bool) -> None:
+    name = f"WORDS_{'FP16' if dtype == FP16 else 'BF16'}{'_CENTRED' if centred else ''}"
+    zeros = unpack.zero_points(VectorFormat(4), dtype, centred=centred, ptx=True, words=True)
+    for byte in range(256):
+        words = [byte | ((byte * 7 + 3) % 256 << 8), 255 - byte | ((byte * 31) % 256 << 8)]
+        found = run_ptx(getattr(unpack, name).value, words[0] | (words[1] << 16), 4, dtype)
+        for part, zero in enumerate(zeros):
+            exact = [((w >> (4 * part)) & 15) - 7.5 for w in words]
+            assert [x - zero for x in found[2 * part : 2 * part + 2]] == exact
+
+
+def test_words_hold_the_dimensions_in_their_order() -> None:
+    for size in (64, 80, 96, 128, 256):
+        codes = torch.arange(size, dtype=torch.int32) % 16
+        words = reference.pack(codes.to(torch.uint8), VectorFormat(4)).view(torch.uint16).int()
+        parts = torch.cat([(words >> shift) & 15 for shift in (0, 4, 8, 12)])
+        assert torch.equal(parts, codes[word_order(size)]) and word_order(size).unique().numel() == size
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 def test_ptx_pairs(dtype: torch.dtype) -> None:
     asm = unpack.PAIRS_FP16 if dtype == FP16 else unpack.PAIRS_BF16
     zeros = unpack.zero_points(VectorFormat(2), dtype, centred=True, ptx=True)
@@ -101,6 +124,21 @@ def _unpack_all(codes, low, high, whole, pairs, DTYPE: tl.constexpr):  # noqa: N
     parts = unpack.unpack_pairs(code, DTYPE, False)
     for part in tl.static_range(4):
         tl.store(pairs + part * 256 + at, parts[part])
+
+
+@triton.jit
+def _unpack_words(words, found, DTYPE: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, 256)
+    parts = unpack.unpack_words(tl.load(words + at), DTYPE, True, False)
+    for part in tl.static_range(4):
+        tl.store(found + part * 256 + at, parts[part])
+
+
+def test_portable_words(dtype: torch.dtype) -> None:
+    words = torch.randint(1 << 16, (256,), dtype=torch.int32, device=DEVICE)
+    found = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
+    _unpack_words[(1,)](words.to(torch.uint16), found, tl.float16 if dtype == FP16 else tl.bfloat16)
+    assert torch.equal(found.int(), torch.stack([(words >> shift) & 15 for shift in (0, 4, 8, 12)]))
 
 
 def test_portable(dtype: torch.dtype) -> None:
