@@ -25,7 +25,7 @@ MUTATIONS = {
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
     "the mask is off by one": ("attention.py", "<= position[:, None]", "< position[:, None]"),
     "the mask is off by one the other way": ("attention.py", "<= position[:, None]", "<= position[:, None] + 1"),
-    "two nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
+    "nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
     "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
     "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
