@@ -8,8 +8,11 @@ from typing import Any
 
 
 def fill(package: str, data: Any) -> str:
-    """`page.html` of `package`, with `style.css` for {{style}} and `data` as JSON for {{data}}."""
-    style = files("fraqtl_bench.reporting").joinpath("style.css").read_text(encoding="utf-8")
-    page = files(package).joinpath("page.html").read_text(encoding="utf-8")
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-    return page.replace("{{style}}", style).replace("{{data}}", text)
+    """`page.html` of `package`; {{style}} is `style.css`, {{script}} is `page.js` and {{data}} is `data` as JSON."""
+
+    def read(folder: str, name: str) -> str:
+        return files(folder).joinpath(name).read_text(encoding="utf-8")
+
+    page, here = read(package, "page.html"), "fraqtl_bench.reporting"
+    page = page.replace("{{style}}", read(here, "style.css")).replace("{{script}}", read(here, "page.js"))
+    return page.replace("{{data}}", json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"))

@@ -45,7 +45,7 @@ ARCHITECTURES = (80, 90, 100)
 MAIN_HEAD_SIZES = (64, 128)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the inline unpack: 16-bit floats whose last place is 1, as the PTX's logic operations or permutations take them
-MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x64646464")
+MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x43004300", "0x64646464")
 KV_HEADS, GROUP, REQUESTS, TOKENS = 8, 4, 2, 256
 OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
 

@@ -8,6 +8,9 @@ as exact as fp32 sums are. The matrices of calibration, one per KV head, hold 16
     queries: R^T      keys, values: B      back: R, the inverse of B
 
 Centres are subtracted in the stored basis, so they are carried there once, here.
+
+What attention multiplies by comes in two orders of the stored dimensions: that of bytes, and that of words
+(`config.word_order`).
 """
 
 from __future__ import annotations
@@ -20,39 +23,65 @@ from torch import Tensor
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
-from fraqtl_kernels.gpu.config import in_words, word_order
+from fraqtl_kernels.gpu.config import readable_in_words, word_order
 from fraqtl_kernels.rotation import hadamard
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What attention multiplies by, with the stored dimensions in one order. None where there is nothing to do.
+
+    query, back: (D, D), or (KV heads, D, D) if calibrated, contiguous in the model's dtype: prepared query = query row
+    @ query · factor, output = stored row @ back · factor.
+    query_centre, sink_shift: (KV heads, D) fp32, what a prepared query is multiplied by for q·centre, q·(sink centre -
+    centre).
+    """
+
+    query: Tensor | None = None
+    back: Tensor | None = None
+    query_centre: Tensor | None = None
+    sink_shift: Tensor | None = None
+
+    def reordered(self, order: Tensor) -> Reading:
+        """The same with the stored dimensions in another order. order: (D,) int64."""
+
+        def pick(x: Tensor | None, dim: int) -> Tensor | None:
+            return None if x is None else x.index_select(dim, order.to(x.device)).contiguous()
+
+        return Reading(
+            pick(self.query, -1), pick(self.back, -2), pick(self.query_centre, -1), pick(self.sink_shift, -1)
+        )
 
 
 @dataclass(frozen=True)
 class Side:
     """Operands of the keys or of the values of one layer. None where there is nothing to do.
 
-    query, store, back: (D, D), or (KV heads, D, D) if calibrated, contiguous in the model's dtype:
-    stored row = row @ store · factor. Prepared queries, what they are multiplied by, and the rows of `back` are in
-    `word_order` where kernels read words. feedback: (KV heads, D/2, D/2), alike.
+    store: like the matrices of `Reading`, stored row = row @ store · factor. feedback: (KV heads, D/2, D/2), alike.
     centre, sink_centre: (KV heads, D) fp32 in the stored basis, own_centre, own_sink_centre: in the model's own.
-    query_centre, sink_shift: what a prepared query is multiplied by for q·centre, q·(sink centre - centre).
-    scale: (KV heads, D) fp32, the steps of static formats.
+    scale: (KV heads, D) fp32, the steps of static formats. in_bytes, in_words: what to read with; the same where
+    nothing can be read as words.
     """
 
     factor: float = 1.0
-    query: Tensor | None = None
     store: Tensor | None = None
-    back: Tensor | None = None
     feedback: Tensor | None = None
     centre: Tensor | None = None
     sink_centre: Tensor | None = None
     own_centre: Tensor | None = None
     own_sink_centre: Tensor | None = None
-    query_centre: Tensor | None = None
-    sink_shift: Tensor | None = None
     scale: Tensor | None = None
+    in_bytes: Reading = Reading()
+    in_words: Reading = Reading()
 
     @property
     def head_stride(self) -> int:
         """Numbers between the matrices of two KV heads: 0 where they share one."""
         return self.store.stride(0) if self.store is not None and self.store.dim() == 3 else 0
+
+    def reading(self, words: bool) -> Reading:
+        """For kernels that read words, or bytes."""
+        return self.in_words if words else self.in_bytes
 
 
 @dataclass(frozen=True)
@@ -88,14 +117,14 @@ class Bases:
             steps = vector(scale) if v.static else None
             if not v.rotated:
                 return Side(scale=steps)
-            signs, order = hadamard(head_size).sign(), reading_order(v)
-            return Side(head_size**-0.5, matrix(signs[:, order]), matrix(signs), matrix(signs.T[order]), scale=steps)
+            signs = matrix(hadamard(head_size).sign())
+            reading = Reading(signs, signs.T.contiguous())
+            return Side(head_size**-0.5, signs, scale=steps, in_bytes=reading, in_words=words(v, reading))
 
-        def reading_order(v: VectorFormat) -> Tensor:
-            return word_order(head_size) if in_words(v) else torch.arange(head_size)
+        def words(v: VectorFormat, reading: Reading) -> Reading:
+            return reading.reordered(word_order(head_size)) if readable_in_words(v) else reading
 
         def calibrated(v: VectorFormat, t: Transform, sink: Tensor | None) -> Side:
-            order = reading_order(v)
             basis, inverse = t.basis.double().cpu(), t.inverse.double().cpu()
             centre = t.centre.double().cpu()
             sink = None if sink is None else sink.double().cpu()
@@ -104,20 +133,24 @@ class Bases:
                 return vector((x[:, None] @ basis)[:, 0])
 
             def for_queries(x: Tensor) -> Tensor | None:
-                return vector(torch.linalg.solve(inverse.mT, x)[:, order])
+                return vector(torch.linalg.solve(inverse.mT, x))
 
+            reading = Reading(
+                matrix(inverse.mT),
+                matrix(inverse),
+                for_queries(centre),
+                None if sink is None else for_queries(sink - centre),
+            )
             return Side(
                 1.0,
-                matrix(inverse.mT[..., order]),
                 matrix(basis),
-                matrix(inverse[:, order]),
                 matrix(t.feedback),
                 stored(centre),
                 None if sink is None else stored(sink),
                 vector(centre),
                 vector(sink),
-                for_queries(centre),
-                None if sink is None else for_queries(sink - centre),
+                in_bytes=reading,
+                in_words=words(v, reading),
             )
 
         k = constants.key if format.k.centred else None

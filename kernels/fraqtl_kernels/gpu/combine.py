@@ -27,7 +27,7 @@ def combine_kernel(
     output,
     output_stride_token,
     output_stride_head,
-    basis,  # this and what follows are fields of `Side`, of the values
+    basis,  # this and what follows are fields of `Side` and `Reading`, of the values
     basis_stride_head,
     centre,
     value_scale,

@@ -93,6 +93,11 @@ class AttentionShape:
         return rows_for(self.QUERIES * self.GROUP)
 
     @property
+    def WORDS(self) -> bool:  # noqa: N802
+        """Whether codes are read as words. With more rows Triton gives parts of 32 columns to all warps alike."""
+        return self.ROWS <= MIN_ROWS
+
+    @property
     def DEFERRED(self) -> bool:  # noqa: N802
         """Whether row sums stay in registers until the loop ends."""
         return self.ROWS * self.TILE <= DEFERRED_ELEMENTS
@@ -116,10 +121,10 @@ def has_kernels(format: KVFormat) -> bool:
 
 
 @cache
-def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, *, words: bool = True) -> PageShape:
+def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, *, words: bool = False) -> PageShape:
     """The constants of a layout for a model's dtype (fp16 or bf16).
 
-    words: read codes as words, if `in_words` allows. ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's
+    words: read codes as words where that is possible. ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's
     interpreter has none.
     Raises UnsupportedError for a dtype or a vector that no kernel takes.
     """
@@ -141,8 +146,8 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, 
     )
 
 
-def in_words(vector: VectorFormat) -> bool:
-    """Whether attention reads the codes of a vector as words: where a matrix can put its dimensions in their order."""
+def readable_in_words(vector: VectorFormat) -> bool:
+    """Whether attention can read the codes of a vector as words: a matrix must put its dimensions in their order."""
     return vector.bits == 4 and vector.rotated
 
 
@@ -166,7 +171,7 @@ def _vector(
     ptx: bool,
     words: bool,
 ) -> VectorShape:
-    words = words and in_words(vector)
+    words = words and readable_in_words(vector)
     parts = 4 if vector.bits == 2 or words else 2
     columns = head_size // parts
     return VectorShape(

@@ -50,7 +50,7 @@ def attend_kernel(
     output_stride_head,
     partial,  # see `combine.py`; None: write to output, each program QUERIES tokens of its own
     log_sums,
-    basis_query,  # these and what follows are fields of `Side`
+    basis_query,  # these and what follows are fields of `Side` and `Reading`
     basis_query_stride_head,
     basis_value,
     basis_value_stride_head,
@@ -181,12 +181,13 @@ def launch_attention(
     scoring: Scoring,
 ) -> None:
     """Launch `attend_kernel`, `shares` programs per request and KV head; with scratch they split the context."""
-    page = page_shape(layout, query.dtype, ptx)
+    page = page_shape(layout, query.dtype, ptx, words=shape.WORDS)
     bases.check(layout.format)
     check_contiguous(query=query, output=output)
     sinks, soft_cap = scoring.get("sinks"), scoring.get("soft_cap") or None
     partial, log_sums = scratch or (None, None)
     k, v = bases.key, bases.value
+    of_keys = k.reading(shape.WORDS)
     attend_kernel[(lengths.shape[0], pool.shape[1], shares)](
         query,
         query.stride(0),
@@ -203,15 +204,15 @@ def launch_attention(
         output.stride(1),
         partial,
         log_sums,
-        k.query,
+        of_keys.query,
         k.head_stride,
-        v.back,
+        v.reading(shape.WORDS).back,
         v.head_stride,
         v.own_centre,
         k.scale,
         v.scale,
-        None if soft_cap is None and sinks is None else k.query_centre,
-        k.sink_shift,
+        None if soft_cap is None and sinks is None else of_keys.query_centre,
+        of_keys.sink_shift,
         sinks if partial is None else None,
         lengths.shape[0],
         programs,
@@ -315,7 +316,7 @@ def decode(
         output,
         output.stride(0),
         output.stride(1),
-        bases.value.back,
+        bases.value.reading(plan.shape.WORDS).back,
         bases.value.head_stride,
         bases.value.own_centre,
         bases.value.scale,
@@ -325,7 +326,7 @@ def decode(
         plan.programs,
         scoring.get("window"),
         bases.value.factor,
-        PAGE=page_shape(layout, query.dtype, ptx),
+        PAGE=page_shape(layout, query.dtype, ptx, words=plan.shape.WORDS),
         SHAPE=plan.shape,
         **COMBINE_OPTIONS,
     )

@@ -90,7 +90,7 @@ def workspace_kernel(
     value,
     value_stride_token,
     value_stride_head,
-    basis_key,  # these and what follows are fields of `Side`
+    basis_key,  # these and what follows are fields of `Side` and `Reading`
     basis_key_stride_head,
     basis_value,
     basis_value_stride_head,
@@ -182,9 +182,9 @@ def dequantise(
         value,
         value.stride(0),
         value.stride(1),
-        k.back,
+        k.in_bytes.back,
         k.head_stride,
-        v.back,
+        v.in_bytes.back,
         v.head_stride,
         k.scale,
         v.scale,

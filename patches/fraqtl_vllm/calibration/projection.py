@@ -40,8 +40,7 @@ def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dty
 
 def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -> Tensor | None:
     heads, size = layer.impl.num_heads, layer.impl.head_size
-    linear = [getattr(child, "base_layer", child) for child in siblings]  # what LoRA wraps
-    linear = [x for x in linear if isinstance(x, _vllm.RowParallelLinear)]
+    linear = [x for x in siblings if isinstance(x, _vllm.RowParallelLinear)]
     matching = [x for x in linear if x.input_size_per_partition == heads * size]
     if len(matching) != 1:
         return None

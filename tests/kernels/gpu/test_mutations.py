@@ -29,11 +29,7 @@ MUTATIONS = {
     "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
     "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
-    "queries are carried into another basis": (
-        "bases.py",
-        "matrix(inverse.mT[..., order])",
-        "matrix(basis[..., order])",
-    ),
+    "queries are carried into another basis": ("bases.py", "matrix(inverse.mT)", "matrix(basis)"),
     "the centre of V is left out": ("attention.py", "share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
     "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
 }
