@@ -132,6 +132,11 @@ def test_columns_sort_both_ways(page: Any) -> None:
     assert column(page, 3) == sorted(column(page, 3))
 
 
+def test_columns_without_a_measurement_are_left_out(page: Any) -> None:
+    titles = [node.text_content() for node in page.query_selector_all("#head button")]
+    assert "needle" in titles and "last word" not in titles and "KL" not in titles
+
+
 def test_filters_leave_what_they_name(page: Any) -> None:
     page.select_option("#model", "two")
     assert set(column(page, 1)) == {"two"} and page.text_content("#count") == f"{len(POINTS)} of {2 * len(POINTS)}"
