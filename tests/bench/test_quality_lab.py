@@ -72,6 +72,24 @@ def test_one_pass_attends_what_decoding_token_by_token_would(kind: str) -> None:
     assert off < 1e-5 and (whole - exact).norm() / exact.norm() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_calibration_weighs_as_the_models_own_attention_does(kind: str) -> None:
+    """Windows, soft-caps and scales included; and the output projection, which every kind keeps in its own way."""
+    model, seen = random_model(kind), []
+    with watching(model, seen.append), torch.inference_mode():
+        model(torch.tensor([token_ids(64)]), use_cache=False)
+    for layer in seen:
+        importance = layer.sample().importance
+        heads, size = layer.key.shape[0], layer.key.shape[-1]
+        weights = layer.scores(torch.arange(64)).softmax(-1).unflatten(0, (heads, -1))  # (KV heads, group, T, T)
+        squares = weights.square().sum(2)
+        torch.testing.assert_close(importance.value, squares.sum(1).T, rtol=1e-4, atol=1e-5)
+        matrix = layer.module.c_proj.weight if kind == "gpt2" else layer.module.o_proj.weight.T
+        rows = matrix.detach().unflatten(0, (heads, -1, size))
+        expected = torch.einsum("hg,hgim,hgjm->hij", squares.sum(-1), rows, rows)
+        torch.testing.assert_close(importance.direction, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["mla", "mamba", "jamba", "t5"])
 def test_models_without_a_standard_cache_are_refused_in_a_sentence(kind: str) -> None:
     name = {"mla": "deepseek_v3"}.get(kind, kind)
