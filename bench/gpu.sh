@@ -10,7 +10,7 @@
 
 set -uo pipefail
 
-STEPS=(machine tests memcheck racecheck grid rivals errors texts_packed texts_raw itl_demo itl_8b)
+STEPS=(machine tests memcheck racecheck grid writes rivals errors texts_packed texts_raw itl_demo itl_8b)
 PYTHON=${PYTHON:-python3}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -86,6 +86,9 @@ print(\"FlashAttention 3:\", flash.FA3_AVAILABLE)'; git rev-parse HEAD 2>/dev/nu
     racecheck) sanitize racecheck 150 racecheck ;;
     grid)
         bench grid 300 kernels --device cuda --arms fa3-bf16 flashinfer-bf16 bf16 k8v8 k8v4 k4v4 k4v2 k4v4-channel --out "$out/grid.json"
+        ;;
+    writes)
+        bench writes 60 kernels --device cuda --write --out "$out/writes.json"
         ;;
     rivals) # in a process of their own: whatever they do to the device ends with it
         bench rivals 180 kernels --device cuda --out "$out/rivals.json" \

@@ -103,7 +103,7 @@ class Broken:
 
 
 def run(arms: list[Arm]) -> dict[str, Any]:
-    args = argparse.Namespace(device="cpu", block_size=16, seed=0, max_sets=2, working_set=1)
+    args = argparse.Namespace(device="cpu", block_size=16, seed=0, max_sets=2, working_set=1, write=False)
     return sweep.measure([TINY], arms, CpuTimer(), 1e9, 3, args)[str(TINY)]
 
 
@@ -136,7 +136,7 @@ def test_speed_is_against_the_fastest_baseline() -> None:
         "k4v4": {"median_ms": 0.5},
         "gone": {"skipped": "x"},
     }
-    sweep._compare(found)
+    sweep._compare(found, sweep.BF16_BASELINES)
     assert found["k4v4"] == {"median_ms": 0.5, "baseline": "flashinfer-bf16", "speed_against_baseline": 2.0}
     assert found["fa3-bf16"]["speed_against_baseline"] == 0.5
     assert found["gone"] == {"skipped": "x"}
@@ -159,6 +159,34 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
         assert arm["share_of_copy_bandwidth"] == pytest.approx(arm["gb_per_s"] * 1e9 / found["copy_bytes_per_s"])
         assert arm["kernel_error"] < 1e-2 and arm["baseline"] == "sdpa-bf16"
     assert "sdpa-bf16" in capsys.readouterr().out
+
+
+def test_a_run_times_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "writes.json"
+    main(["kernels", "--write", "--grid", "2x64x4x2x64", "--repeats", "2", "--max-sets", "2", "--out", str(out)])
+    found = json.loads(out.read_text())["writes"]["2x64x4x2x64"]
+    assert found.pop("sdpa-bf16") == {"skipped": "its write can't be called by itself"}
+    assert list(found) == list(FORMATS)
+    for name, arm in found.items():
+        assert arm["bytes"] == 2 * 64 * 2 * (256 + FORMATS[name].bytes_per_token(64))
+        assert arm["ns_per_vector"] == pytest.approx(arm["median_ms"] * 1e6 / (2 * 2 * 64 * 2))
+        assert arm["baseline"] == "bf16" and arm["kernel_error"] < 1e-2
+    assert "ns a vector" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arm", [PackedOnGpu(FORMATS["k4v4"]), arms_for("cpu")["k4v4"]], ids=["gpu", "cpu"])
+@pytest.mark.skipif(DEVICE != "cpu", reason="in Triton's interpreter")
+def test_a_timed_write_stores_everything(arm: Arm) -> None:
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    prepared = arm.prepare(inputs)
+    prepared.call()
+    before = prepared.output.clone()
+    inputs.key.zero_()
+    inputs.value.fill_(3.0)
+    prepared.writing(inputs).call()
+    prepared.call()
+    assert not torch.equal(before, prepared.output)
+    assert (prepared.output.float().mean() - 3).abs() < 0.3  # in a basis made for other values
 
 
 def test_errors_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 Every arm gets several sets of fresh random inputs in rotation, together larger than the caches of the
 machine, interleaved with the other arms; the median of many calls counts. On a GPU calls are replayed from CUDA
-graphs, with the L2 cache overwritten before each. `--errors` compares with float64 and times nothing.
+graphs, with the L2 cache overwritten before each. `--errors` compares with float64 and times nothing; `--write` times
+storing all tokens of a shape instead of attending over them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ DEFAULT_GRID = {
         "64x32768x32x8x128",
     ),
 }
+WRITE_GRID = ("1x2048x4x2x64", "1x2048x32x8x128", "1x8192x32x8x128")
 ERROR_CONTEXTS = (1024, 8192, 65536, 131072)
 REPEATS = {"cpu": 30, "cuda": 100}
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.errors:
         grid = args.grid or [Shape(1, n, 32, 8, 128) for n in ERROR_CONTEXTS]
     else:
-        grid = args.grid or [Shape.parse(text) for text in DEFAULT_GRID[args.device]]
+        grid = args.grid or [Shape.parse(text) for text in (WRITE_GRID if args.write else DEFAULT_GRID[args.device])]
     for shape in grid:
         shape.check()
     found: dict[str, Any] = {"device": args.device, "block_size": args.block_size}
@@ -57,8 +59,10 @@ def run(args: argparse.Namespace) -> None:
         ceiling = copy_ceiling(args.device)
         found |= {"copy_bytes_per_s": ceiling, "torch_threads": torch.get_num_threads()}
         found["repeats"] = args.repeats or REPEATS[args.device]
-        found["kernels"] = measure(grid, arms, make_timer(args.device), ceiling, found["repeats"], args)
-        print_times(found["kernels"], ceiling)
+        found["writes" if args.write else "kernels"] = times = measure(
+            grid, arms, make_timer(args.device), ceiling, found["repeats"], args
+        )
+        print_times(times, ceiling)
     if args.out:
         results.save(args.out, found)
 
@@ -74,7 +78,9 @@ def add_command(commands: Any) -> None:
         help="batch x context x query heads x KV heads x head size (default: a grid for the device)",
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="what to compare (default: all of the device)")
-    parser.add_argument("--errors", action="store_true", help="errors against float64 by context, no times")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--errors", action="store_true", help="errors against float64 by context, no times")
+    what.add_argument("--write", action="store_true", help="time storing the tokens, not attention")
     parser.add_argument("--repeats", type=int, help="calls of each arm (default: 30 on the CPU, 100 on a GPU)")
     parser.add_argument("--working-set", type=int, default=256, help="MiB of cache an arm rotates over (default: 256)")
     parser.add_argument("--max-sets", type=int, default=16)

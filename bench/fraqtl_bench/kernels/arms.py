@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Prepared:
     call: attends, into `output`, (batch, query heads, D). bytes: what a call must read of the cache. stored: what the
     cache of the first request holds, (key, value), (tokens, KV heads, D), or None where nobody can tell.
     refresh: to be called before each call, untimed; for what an engine computes once a step for all layers.
+    write: stores all keys and values once more.
     """
 
     call: Callable[[], object]
@@ -30,6 +31,14 @@ class Prepared:
     bytes: int
     stored: Callable[[], tuple[Tensor, Tensor]] | None
     refresh: Callable[[], object] | None = None
+    write: Callable[[], object] | None = None
+
+    def writing(self, inputs: Inputs) -> Prepared:
+        """The same with its write in the place of its attention. Raises UnavailableError if it doesn't tell."""
+        if self.write is None:
+            raise UnavailableError("its write can't be called by itself")
+        read = inputs.key.nbytes + inputs.value.nbytes
+        return replace(self, call=self.write, bytes=read + self.bytes, refresh=None)
 
 
 class Arm(Protocol):

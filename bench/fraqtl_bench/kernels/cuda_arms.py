@@ -43,8 +43,13 @@ class PackedOnGpu:
         key, query, value = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
         constants = calibrate(self.format, key, query, value)  # on the CPU, where stored values are read back
         bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
-        for r in range(shape.batch):
-            write(pool, layout, inputs.key[r], inputs.value[r], inputs.slots(r), bases)
+        slots = [inputs.slots(r) for r in range(shape.batch)]
+
+        def write_all() -> None:
+            for key, value, own in zip(inputs.key, inputs.value, slots, strict=True):
+                write(pool, layout, key, value, own, bases)
+
+        write_all()
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         plan = plan_decode(
             layout,
@@ -75,7 +80,13 @@ class PackedOnGpu:
                 scale=inputs.scale,
             )
 
-        return Prepared(call, output, shape.bytes_read(width), lambda: stored_values(pool, layout, inputs, constants))
+        return Prepared(
+            call,
+            output,
+            shape.bytes_read(width),
+            lambda: stored_values(pool, layout, inputs, constants),
+            write=write_all,
+        )
 
 
 def cuda_arms() -> Iterator[Arm]:

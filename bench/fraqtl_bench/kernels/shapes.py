@@ -41,6 +41,11 @@ class Shape:
         """Bytes that one call must read of the cache; bytes_per_token: per (token, KV head), key and value."""
         return int(self.batch * self.context * self.kv_heads * bytes_per_token)
 
+    @property
+    def vectors(self) -> int:
+        """Keys and values of all tokens."""
+        return 2 * self.batch * self.context * self.kv_heads
+
     def __str__(self) -> str:
         return f"{self.batch}x{self.context}x{self.query_heads}x{self.kv_heads}x{self.head_size}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fraqtl_bench.kernels.shapes import Inputs, Shape
 from fraqtl_bench.kernels.timing import Timer
 
 BF16_BASELINES = ("sdpa-bf16", "fa3-bf16", "flashinfer-bf16")
+WRITE_BASELINES = ("bf16",)
 
 Found = dict[str, dict[str, Any]]
 
@@ -70,9 +72,10 @@ def _measure_shape(
         for arm in wanting:
             try:
                 prepared = prepare(arm, inputs)
+                called = prepared.writing(inputs) if args.write else prepared
                 if number == 0:
-                    found[arm.name] = {"bytes": prepared.bytes, **errors_of(prepared, inputs)}
-                ready.setdefault(arm.name, []).append(timer.ready(prepared))
+                    found[arm.name] = {"bytes": called.bytes, **errors_of(prepared, inputs)}
+                ready.setdefault(arm.name, []).append(timer.ready(called))
             except UnavailableError as reason:
                 found[arm.name] = {"skipped": str(reason)}
                 ready.pop(arm.name, None)
@@ -87,7 +90,9 @@ def _measure_shape(
             timed[name].append(timer.time(sets[i % len(sets)]))
     for name, calls in timed.items():
         found[name] |= _summary(timer.seconds(calls), found[name]["bytes"], ceiling) | {"input_sets": len(ready[name])}
-    _compare(found)
+        if args.write:
+            found[name]["ns_per_vector"] = found[name]["median_ms"] * 1e6 / shape.vectors
+    _compare(found, WRITE_BASELINES if args.write else BF16_BASELINES)
     return found
 
 
@@ -103,9 +108,9 @@ def _summary(seconds: list[float], size: int, ceiling: float) -> dict[str, Any]:
     }
 
 
-def _compare(found: Found) -> None:
-    """Speed against the fastest bf16 baseline that ran."""
-    times = {name: found[name]["median_ms"] for name in BF16_BASELINES if "median_ms" in found.get(name, {})}
+def _compare(found: Found, baselines: Sequence[str]) -> None:
+    """Speed against the fastest baseline that ran."""
+    times = {name: found[name]["median_ms"] for name in baselines if "median_ms" in found.get(name, {})}
     if not times:
         return
     best = min(times, key=lambda name: times[name])
@@ -119,7 +124,8 @@ def print_times(measured: dict[str, Found], ceiling: float) -> None:
     console = Console()
     for shape, found in measured.items():
         table = Table(title=f"{shape} (a copy runs at {ceiling / 1e9:.0f} GB/s)")
-        for column in ("arm", "ms", "speed", "GB/s", "of copy", "kernel error"):
+        writes = any("ns_per_vector" in entry for entry in found.values())
+        for column in ("arm", "ms", "speed", "GB/s", "of copy", "ns a vector" if writes else "kernel error"):
             table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
         for name, entry in found.items():
             if "median_ms" in entry:
@@ -131,13 +137,13 @@ def print_times(measured: dict[str, Found], ceiling: float) -> None:
 
 
 def _time_cells(entry: dict[str, Any]) -> list[str]:
-    speed, error = entry.get("speed_against_baseline"), entry["kernel_error"]
+    speed, error, vector = entry.get("speed_against_baseline"), entry["kernel_error"], entry.get("ns_per_vector")
     return [
         f"{entry['median_ms']:.3f}",
         "-" if speed is None else f"{speed:.2f}x",
         f"{entry['gb_per_s']:.1f}",
         f"{entry['share_of_copy_bandwidth']:.0%}",
-        "-" if error is None else f"{error:.1e}",
+        f"{vector:.0f}" if vector is not None else "-" if error is None else f"{error:.1e}",
     ]
 
 
