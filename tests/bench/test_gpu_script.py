@@ -63,4 +63,4 @@ def test_arms_and_commands_exist() -> None:
     assert len(named) > 10 and [arm for arm in named if arm not in known] == []
     commands = {module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in COMMANDS}
     used = re.findall(r"^\s+bench \w+ \d+ ([\w-]+) ", text, re.MULTILINE)
-    assert len(used) == 7 and set(used) <= commands
+    assert len(used) == 8 and set(used) <= commands

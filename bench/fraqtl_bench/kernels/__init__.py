@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("--device cuda: torch finds no GPU here, choose cpu")
     arms = choose(args.device, args.arms)
+    if args.write and args.arms is None:
+        arms = [arm for arm in arms if not arm.foreign]  # others can't write by themselves
     if args.errors:
         grid = args.grid or [Shape(1, n, 32, 8, 128) for n in ERROR_CONTEXTS]
     else:

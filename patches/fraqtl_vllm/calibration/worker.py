@@ -75,7 +75,7 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
     prompt = make_prompt(config.model_config)
     device = next(model.parameters()).device
     layers = packed_layers(config)
-    with torch.inference_mode():
+    with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         found = projections(model, layers, config.model_config.dtype)
     recorder = Recorder(ours.format, prompt.sequences, found)
     for layer in layers.values():
