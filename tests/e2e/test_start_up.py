@@ -112,15 +112,16 @@ def generate_slowly(server: Server) -> None:
 def test_a_stop_lets_running_requests_finish_and_refuses_others() -> None:
     """With a time to drain. One sequence at a time: the second request waits in the engine, and is let finish, too."""
     with running("--shutdown-timeout", "60", "--max-num-seqs", "1") as server:
-        body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 300, "ignore_eos": True}
+        body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 1000, "ignore_eos": True}
         with ThreadPoolExecutor() as clients:
             both = [clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120) for _ in range(2)]
-            wait_for_running(server)
+            wait_for(server, "running")
+            wait_for(server, "waiting")  # or the second may come too late to be let finish
             server.process.send_signal(signal.SIGTERM)
             late = until_refused(server, body)
             answers = [one.result() for one in both]
         assert late.status_code == 503 and "shutting down" in late.json()["error"]["message"]
-        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [300, 300]
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [1000, 1000]
         assert server.process.wait(60) == 0
 
 
@@ -130,7 +131,7 @@ def test_a_stop_without_a_time_to_drain_fails_what_waits() -> None:
         body = {"model": "fraqtl-demo", "prompt": "The farmer", "max_tokens": 4000, "ignore_eos": True}
         with ThreadPoolExecutor() as clients:
             first = clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120)
-            wait_for_running(server)
+            wait_for(server, "running")
             waiting = clients.submit(httpx.post, server.url + COMPLETIONS, json=body, timeout=120)
             streamed = clients.submit(httpx.post, server.url + COMPLETIONS, json={**body, "stream": True}, timeout=120)
             while metric(server.url, "vllm:num_requests_waiting") < 2:
@@ -147,8 +148,9 @@ def test_a_stop_without_a_time_to_drain_fails_what_waits() -> None:
         assert [event["error"]["code"] for event in events] == [503]
 
 
-def wait_for_running(server: Server) -> None:
-    while metric(server.url, "vllm:num_requests_running") < 1:
+def wait_for(server: Server, state: str) -> None:
+    """Until a request is "running" or "waiting"."""
+    while metric(server.url, f"vllm:num_requests_{state}") < 1:
         time.sleep(0.1)
 
 
