@@ -12,12 +12,13 @@ A key or value vector of head size D is stored in one of three ways:
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
 spreads outliers over all dimensions (see `rotation.py`). `centred` says that calibration may subtract a mean and
-choose the matrix (see `constants.py`): codes and scale then follow `reference.quantise_with_feedback`.
+choose the matrix (see `constants.py`): codes and scale then follow `reference.quantise_with_feedback`. `refined` says
+that the newest tokens of a block leave what rounding left of them in its free slots (see `refinement.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +39,7 @@ class VectorFormat:
     groups: int = 1
     static: bool = False
     centred: bool = False
+    refined: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -98,6 +100,16 @@ class KVFormat:
         return not (self.k.is_raw and self.v.is_raw)
 
     @property
+    def is_refined(self) -> bool:
+        """Whether the newest tokens are read more finely than the others."""
+        return self.k.refined or self.v.refined
+
+    @property
+    def unrefined(self) -> KVFormat:
+        """The same format without that; its bytes are the same."""
+        return replace(self, k=replace(self.k, refined=False), v=replace(self.v, refined=False))
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether constants of the model make this format better."""
         return self.k.centred or self.v.centred or self.needs_calibration
@@ -114,9 +126,9 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 
 
 INT8 = VectorFormat(8)
-INT4_KEY = VectorFormat(4, rotated=True, centred=True)
-INT4_VALUE = VectorFormat(4, rotated=True, centred=True)
-INT2_VALUE = VectorFormat(2, rotated=True, groups=4)
+INT4_KEY = VectorFormat(4, rotated=True, centred=True, refined=True)
+INT4_VALUE = VectorFormat(4, rotated=True, centred=True, refined=True)
+INT2_VALUE = VectorFormat(2, rotated=True, groups=4, refined=True)
 INT4_CHANNEL = VectorFormat(4, static=True)
 
 FORMATS: dict[str, KVFormat] = {

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import SCALE_DTYPE, VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
+from fraqtl_kernels.refinement import DISTANCE, is_refined, newest
 from fraqtl_kernels.rotation import hadamard
 
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
@@ -123,6 +124,38 @@ def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants
     return quantise_with_feedback(constants.value.apply(value), constants.value.feedback, vector)
 
 
+def refine_keys(
+    key: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of what `encode_keys`, which gave `codes` and `scale`, left of keys (..., KV heads, D)."""
+    if not vector.centred or constants.key is None:
+        return _refine(rotate(key, vector), codes, scale, vector)
+    z = constants.key.apply(key)
+    if constants.sink_centre is not None:
+        z = torch.where(scale.signbit()[..., None], constants.key.apply(key, constants.sink_centre), z)
+    return _refine(z, codes, scale, vector)
+
+
+def refine_values(
+    value: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
+) -> tuple[Tensor, Tensor]:
+    """The same of values and `encode_values`."""
+    if not vector.centred or constants.value is None:
+        return _refine(rotate(value, vector), codes, scale, vector)
+    return _refine(constants.value.apply(value), codes, scale, vector)
+
+
+def _refine(z: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
+    return quantise(z - dequantise(codes, scale, vector, z.dtype), vector)
+
+
+def restore_refinement(z: Tensor, vector: VectorFormat, transform: Transform | None) -> Tensor:
+    """Refinements (..., KV heads, D), dequantised, in the model's own basis. No centre: they are differences."""
+    if not vector.centred or transform is None:
+        return unrotate(z, vector)
+    return torch.einsum("...hd,hde->...he", z, transform.inverse.to(z))
+
+
 def _required(scale: Tensor | None) -> Tensor:
     if scale is None:
         raise ConfigError("a format with static scales needs calibration: leave calibration on")
@@ -193,23 +226,32 @@ def write(
 ) -> None:
     """Quantise tokens one by one and put them into their slots; slot -1 writes nothing.
 
-    key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset.
+    key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset. A token of a refined format also
+    leaves its refinement, as `refinement.py` says; tokens of a sequence must come in their order.
     """
     k, v, planes = layout.format.k, layout.format.v, layout.planes(pool)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot < 0:
             continue
-        place = slot // layout.block_size, slice(None), slot % layout.block_size
+        block, offset = divmod(slot, layout.block_size)
+        place, behind = (block, slice(None), offset), (block, slice(None), offset + DISTANCE)
+        has_room = offset + DISTANCE < layout.block_size
         if k.is_raw:
             planes.k[place] = key[token].to(planes.k.dtype)
         else:
             codes, scale = encode_keys(key[token].double(), k, constants)
             _store(planes.k, planes.k_scale, place, pack(codes, k), scale)
+            if k.refined and has_room and scale is not None:
+                codes, scale = refine_keys(key[token].double(), codes, scale, k, constants)
+                _store(planes.k, planes.k_scale, behind, pack(codes, k), scale)
         if v.is_raw:
             planes.v[place] = value[token].to(planes.v.dtype)
         else:
             codes, scale = encode_values(value[token].double(), v, constants)
             _store(planes.v, planes.v_scale, place, pack(codes, v), scale)
+            if v.refined and has_room and scale is not None:
+                codes, scale = refine_values(value[token].double(), codes, scale, v, constants)
+                _store(planes.v, planes.v_scale, behind, pack(codes, v), scale)
 
 
 def _store(plane: Tensor, scales: Tensor | None, place: Any, packed: Tensor, scale: Tensor | None) -> None:
@@ -231,6 +273,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     constants: LayerConstants = IDENTITY,
+    refinements: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Causal attention of every request over its pages, in float64.
 
@@ -241,7 +284,9 @@ def paged_attention(
     query: (tokens, query heads, D), requests one after another, the last token of a request at
     position length - 1. block_table: (requests, blocks). query_start: (requests + 1,).
     lengths: (requests,) tokens in the cache, the queries' own included. sinks: (query heads,).
-    constants: those that the pages were written with. Returns float64 like query.
+    constants: those that the pages were written with. refinements: of each request, what is added to the keys and
+    values (length, KV heads, D) that a query reads refined, see `written_refinements` and `page_refinements`; None: no
+    query does. Returns float64 like query.
     """
     planes = layout.planes(pool)
     keys = stored_keys(planes, layout.format.k, constants)
@@ -258,7 +303,13 @@ def paged_attention(
         seen = slots <= position
         if window is not None:
             seen &= slots > position - window
-        scores = torch.einsum("qhd,khd->hqk", query[first:last].double(), k) * scale
+        q = query[first:last].double()
+        scores = torch.einsum("qhd,khd->hqk", q, k)
+        if refinements is not None:
+            near = is_refined(position, slots, layout.block_size)
+            finer_k, finer_v = (x.repeat_interleave(group, 1) for x in refinements[r])
+            scores += torch.einsum("qhd,khd->hqk", q, finer_k).masked_fill(~near, 0)
+        scores = scores * scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         scores = scores.masked_fill(~seen, float("-inf"))
@@ -266,4 +317,46 @@ def paged_attention(
             scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
         weights = scores.softmax(-1)[..., :length]
         output[first:last] = torch.einsum("hqk,khd->qhd", weights, v)
+        if refinements is not None:
+            output[first:last] += torch.einsum("hqk,khd->qhd", weights.masked_fill(~near, 0), finer_v)
     return output
+
+
+def written_refinements(
+    key: Tensor, value: Tensor, layout: PageLayout, constants: LayerConstants = IDENTITY
+) -> tuple[Tensor, Tensor]:
+    """What the refinements of tokens (tokens, KV heads, D) add to them: float64 like key and value, zero if nothing."""
+    k, v = layout.format.k, layout.format.v
+    finer_k, finer_v = torch.zeros(2, *key.shape, dtype=torch.float64).unbind()
+    if k.refined:
+        codes, scale = encode_keys(key.double(), k, constants)
+        assert scale is not None
+        finer = dequantise(*refine_keys(key.double(), codes, scale, k, constants), k, torch.float64)
+        finer_k = restore_refinement(finer, k, constants.key)
+    if v.refined:
+        codes, scale = encode_values(value.double(), v, constants)
+        assert scale is not None
+        finer = dequantise(*refine_values(value.double(), codes, scale, v, constants), v, torch.float64)
+        finer_v = restore_refinement(finer, v, constants.value)
+    return finer_k, finer_v
+
+
+def page_refinements(
+    pool: Tensor, layout: PageLayout, block_table: Tensor, length: int, constants: LayerConstants = IDENTITY
+) -> tuple[Tensor, Tensor]:
+    """What the pages of a request add to the tokens that the last of `length` tokens reads refined.
+
+    block_table: (blocks,). Returns (length, KV heads, D) float64 twice, zero for all other tokens.
+    """
+    planes, size = layout.planes(pool), layout.block_size
+    finer = torch.zeros(2, length, pool.shape[1], layout.head_size, dtype=torch.float64)
+    position = newest(length, size)
+    place = block_table[position // size].long(), slice(None), position % size + DISTANCE
+    for which, plane, scales, vector, transform in (
+        (0, planes.k, planes.k_scale, layout.format.k, constants.key),
+        (1, planes.v, planes.v_scale, layout.format.v, constants.value),
+    ):
+        if vector.refined and scales is not None:
+            z = dequantise(unpack(plane[place], vector), scales[place], vector, torch.float64)
+            finer[which, position] = restore_refinement(z, vector, transform)
+    return finer[0], finer[1]

@@ -17,7 +17,7 @@ from fraqtl_kernels.errors import UnsupportedError
 if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
     from vllm.distributed.parallel_state import get_tp_group
-    from vllm.forward_context import set_forward_context
+    from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms.cpu import CpuPlatform
@@ -58,6 +58,7 @@ _HOME = {
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_current_vllm_config": "vllm.config",
+    "get_forward_context": "vllm.forward_context",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
@@ -92,6 +93,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "get_current_vllm_config",
     "get_flash_attn_version",
+    "get_forward_context",
     "get_tp_group",
     "init_logger",
     "merge_attn_states",

@@ -34,6 +34,9 @@ class FraqtlConfig(BaseModel):
     calibration_cache: str | None = None
     """The folder in which they are kept; by default one in the user's cache folder."""
 
+    refinement: bool = True
+    """Whether the newest tokens are read refined (see `fraqtl_kernels.refinement`) where the format has that."""
+
     @field_validator("kv_format")
     @classmethod
     def _known_format(cls, name: str) -> str:
@@ -47,7 +50,8 @@ class FraqtlConfig(BaseModel):
 
     @property
     def format(self) -> KVFormat:
-        return get_format(self.kv_format)
+        found = get_format(self.kv_format)
+        return found if self.refinement else found.unrefined
 
 
 def read_config(additional_config: Any) -> FraqtlConfig:

@@ -1,7 +1,7 @@
 """The CPU half of the backend: compiled kernels over the pages, for prefill and decode alike.
 
-The keys of the running chunk are read back from their pages like all others, so that chunking, prefix
-hits and preemption can't change what is attended.
+The keys of the running chunk are read back from their pages like all others, and its refinements are what the pages
+would hold, so that chunking, prefix hits and preemption can't change what is attended.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm._vllm import get_current_vllm_config
+from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.layer import FraqtlImpl
+
+_SHARED: set[str] = set()  # names of layers whose pages other layers read, too
 
 
 @dataclass
@@ -50,12 +52,25 @@ class Impl(FraqtlImpl[Metadata]):
         if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         cpu.warm_up()
+        self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
+        if self.kv_sharing_target_layer_name is not None:
+            _SHARED.add(self.kv_sharing_target_layer_name)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if kv_cache.numel():
-            cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
+            layout = self.layout(kv_cache)
+            self.refinements = cpu.write(kv_cache, layout, key, value, slot_mapping, self.constants)
+
+    def _take_refinements(self, layer: Any) -> cpu.Refinements | None:
+        """What this layer's pages were last given, or those that it shares; forgotten where no other layer asks."""
+        if self.kv_sharing_target_layer_name is not None:
+            layer = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name]
+        found: cpu.Refinements | None = layer.impl.refinements
+        if layer.layer_name not in _SHARED:
+            layer.impl.refinements = None
+        return found
 
     def forward(
         self,
@@ -82,5 +97,6 @@ class Impl(FraqtlImpl[Metadata]):
             window=self.sliding_window,
             soft_cap=self.soft_cap,
             constants=self.constants,
+            refinements=self._take_refinements(layer),
         )
         return output

@@ -143,6 +143,9 @@ class Impl(FraqtlImpl[Metadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
+        packed = read_config(config.additional_config).prefill_keys == "packed"
+        if packed:  # what a chunk would have to read refined, the pages don't hold
+            self.kv_format = self.kv_format.unrefined
         self.dtype = config.model_config.dtype
         self.device = torch.device(config.device_config.device)
         capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
@@ -154,10 +157,7 @@ class Impl(FraqtlImpl[Metadata]):
         check_format(self.kv_format)
         self.use_constants(self._before_calibration())
         # A layer that reads another one's cache is given no keys that are in it.
-        self.packed = (
-            read_config(config.additional_config).prefill_keys == "packed"
-            or self.kv_sharing_target_layer_name is not None
-        )
+        self.packed = packed or self.kv_sharing_target_layer_name is not None
         if not self.packed:
             self.flash = cuda_prefill.flash_attention(self.head_size, self.scale, self.sliding_window, self.soft_cap)
             tokens = cuda_prefill.workspace_tokens(

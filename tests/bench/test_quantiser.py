@@ -15,6 +15,7 @@ from fraqtl_bench import quantiser
 from fraqtl_bench.cli import main
 from fraqtl_bench.quantiser import capture, cases, measure, perplexity
 from fraqtl_bench.quantiser.steps import STEPS, Step
+from fraqtl_bench.quantiser.stored import Stored
 from fraqtl_bench.quantiser.variants import (
     PLAIN,
     Constants,
@@ -302,13 +303,14 @@ def test_perplexity_of_stored_keys() -> None:
     assert losses["exact"].loss == pytest.approx([by_hand], rel=1e-5) and losses["exact"].divergence == [0]
     changes = {name: rows.divergence[0] for name, rows in losses.items()}
     assert 0 < changes["k8v8"] < changes["k4v4"] < changes["k4v2"]
+    assert changes["k4v4"] < changes[perplexity.UNREFINED]
     assert set(found) >= {"bf16", "k4v4-channel", perplexity.PLAIN_NAME, perplexity.UNCALIBRATED}
     layers: list[int] = []
 
-    def spy(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def spy(layer: int, key: Tensor, value: Tensor) -> Stored:
         layers.append(layer)
         assert key.shape == value.shape == (60, 2, 64)
-        return key, value
+        return Stored(key, value)
 
     torch.testing.assert_close(perplexity.log_probabilities(model, ids, spy), exact)
     assert layers == [0, 1]

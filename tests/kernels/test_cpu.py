@@ -9,6 +9,7 @@ from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu import attention, tiles
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.refinement import DISTANCE
 from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
 from tests.kernels.transforms import random_transform
 
@@ -17,14 +18,61 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | None = None) -> float:
+    """Of attention in the step that writes the queries' own tokens."""
     options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
+    running, finer = write_chunks(batch)
     expected = reference.paged_attention(
-        batch.query, batch.pool, batch.layout, batch.block_table, batch.query_start, batch.lengths, **options
+        batch.query,
+        batch.pool,
+        batch.layout,
+        batch.block_table,
+        batch.query_start,
+        batch.lengths,
+        refinements=finer,
+        **options,
     )
     output = torch.full_like(batch.query, float("nan"))
     plan = cpu.plan_attention(batch.query_start.tolist(), batch.lengths.tolist())
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, refinements=running, **options)
     return relative_error(output, expected)
+
+
+def write_chunks(batch: PagedBatch) -> tuple[cpu.Refinements | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """What `cpu.write` returns for the tokens of the queries, and what they and those before them add, by request."""
+    layout, lengths, counts = batch.layout, batch.lengths.tolist(), batch.query_start.diff().tolist()
+    finer, keys, values, slots = [], [], [], []
+    for r, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table, token = batch.block_table[r], torch.arange(length)
+        slot = table[token // layout.block_size].long() * layout.block_size + token % layout.block_size
+        done = length - count  # what earlier steps have written: their refinements stand in the pages again
+        earlier = batch.key[r, :done], batch.value[r, :done], slot[:done]
+        reference.write(batch.pool, layout, *earlier, batch.constants)
+        found = reference.page_refinements(batch.pool, layout, table, done, batch.constants)
+        finer.append([torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in found])
+        keys.append(batch.key[r, done:length])
+        values.append(batch.value[r, done:length])
+        slots.append(slot[done:])
+    chunk = torch.cat(keys), torch.cat(values), torch.cat(slots)
+    running = cpu.write(batch.pool, layout, *chunk, batch.constants)
+    for r, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table, first = batch.block_table[r], int(batch.query_start[r])
+        if count == 1:
+            finer[r] = list(reference.page_refinements(batch.pool, layout, table, length, batch.constants))
+        elif running is not None:
+            sides = (
+                (running.key, layout.format.k, batch.constants.key, 0),
+                (
+                    running.value,
+                    layout.format.v,
+                    batch.constants.value,
+                    1,
+                ),
+            )
+            for rows, vector, transform, which in sides:
+                if rows is not None:
+                    z = rows.tokens[first : first + count].double()
+                    finer[r][which][length - count :] = reference.restore_refinement(z, vector, transform)
+    return running, [(key, value) for key, value in finer]
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -112,16 +160,24 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
     if calibrated or layout.format.needs_calibration:
         key[::9] += 50 * key[0]
         constants = calibrate(layout.format, key, torch.randn(8, 2 * heads, 96), value)
-    slots = torch.randperm(6 * 32)[:tokens]
+    # A block's begin, single tokens, a run over the edge of two blocks, and tokens that are padding
+    slots = torch.tensor([*range(64, 76), 3, 170, 130, *range(23, 49)])
     slots[[3, 17, 40]] = -1
     ours, theirs = (make_pool(layout, 6, heads, padding=64) for _ in range(2))
     cpu.write(ours, layout, key, value, slots, constants)
     reference.write(theirs, layout, key, value, slots, constants)
-    untouched = torch.ones(6 * 32, dtype=torch.bool)
-    untouched[slots[slots >= 0]] = False
+    used = slots[slots >= 0]
+    behind = used[used % 32 + DISTANCE < 32] + DISTANCE
+    behind = behind[~torch.isin(behind, used)]
     for get in (lambda p: (p.k, p.k_scale, layout.format.k), lambda p: (p.v, p.v_scale, layout.format.v)):
         (a, a_scale, vector), (b, b_scale, _) = (get(layout.planes(pool)) for pool in (ours, theirs))
-        a, b = (x.transpose(1, 2).flatten(0, 1)[~untouched] for x in (a, b))  # (slots, heads, bytes)
+        a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))  # (slots, heads, bytes)
+        if vector.refined:
+            # Codes of what codes left: alike where the first ones are equal
+            equal = (a[behind - DISTANCE] == b[behind - DISTANCE]).all(-1)
+            fine = [reference.unpack(x[behind][equal], vector).int() for x in (a, b)]
+            assert equal.float().mean() > 0.5 and (fine[0] - fine[1]).abs().max() <= 1
+        a, b = a[used], b[used]
         if vector.is_raw:
             assert torch.equal(a, b)
             continue
@@ -129,11 +185,12 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
         steps = (reference.unpack(a, vector).int() - reference.unpack(b, vector).int()).abs()
         assert steps.max() <= 1 and steps.float().mean() < 5e-3  # bf16 numbers often lie on an edge
         if a_scale is not None:
-            a_scale, b_scale = (x.transpose(1, 2).flatten(0, 1)[~untouched].float() for x in (a_scale, b_scale))
+            a_scale, b_scale = (x.transpose(1, 2).flatten(0, 1)[used].float() for x in (a_scale, b_scale))
             assert torch.allclose(a_scale, b_scale, rtol=2**-10, atol=0)
-    shape = (6, heads, layout.page_bytes)
-    pages = ours.as_strided(shape, (ours.stride(0), ours.stride(1), 1))
-    assert untouched.any() and (pages == 0xFF).any()
+    rows = layout.planes(ours).k.view(torch.uint8).transpose(1, 2).flatten(0, 1)
+    untouched = torch.ones(len(rows), dtype=torch.bool)
+    untouched[torch.cat([used, behind]) if layout.format.k.refined else used] = False
+    assert (rows[untouched] == 0xFF).all()
 
 
 def test_only_given_slots_are_written(format_name: str) -> None:
@@ -147,7 +204,8 @@ def test_only_given_slots_are_written(format_name: str) -> None:
     cpu.write(pool, layout, key, key, torch.tensor([-1, 16 + 5]), constants)
     changed = layout.planes((pool != before).to(torch.uint8))
     rows = (changed.k.view(torch.uint8) != 0).any(-1).nonzero()
-    assert set(map(tuple, rows.tolist())) == {(1, 0, 5), (1, 1, 5)}
+    wanted = {5, 5 + DISTANCE} if layout.format.k.refined else {5}
+    assert set(map(tuple, rows.tolist())) == {(1, head, slot) for head in range(2) for slot in wanted}
 
 
 def test_the_default_dtype_does_not_matter(format_name: str) -> None:

@@ -147,8 +147,9 @@ def mixed_batch(format_name: str = "k4v4", **options: Any) -> tuple[PagedBatch, 
 def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, centre: Tensor | None = None) -> Tensor:
     """Attention written out over what the pages hold; `raw`: but over the chunks' own keys and values as given."""
     planes, layout = batch.layout.planes(batch.pool), batch.layout
+    constants = IDENTITY if centre is None else only_centre(centre)
     stored = [
-        reference.stored_keys(planes, layout.format.k, IDENTITY if centre is None else only_centre(centre)),
+        reference.stored_keys(planes, layout.format.k, constants),
         reference.stored_values(planes, layout.format.v),
     ]
     flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap)
@@ -157,6 +158,9 @@ def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, centre
         a, b = batch.query_start[r : r + 2].tolist()
         token = torch.arange(n)
         key, value = (x[batch.block_table[r, token // 16].long(), :, token % 16] for x in stored)
+        if b - a == 1 and layer.kv_format.is_refined:
+            finer = reference.page_refinements(batch.pool, layout, batch.block_table[r], n, constants)
+            key, value = key + finer[0], value + finer[1]
         if raw and b - a > 1:
             key[n - (b - a) :] = batch.key[r, n - (b - a) : n].double()
             value[n - (b - a) :] = batch.value[r, n - (b - a) : n].double()
@@ -199,6 +203,7 @@ def test_mixed_batch(monkeypatch: pytest.MonkeyPatch, format_name: str, options:
 def test_mixed_batch_over_packed_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     layer = make_layer(monkeypatch, settings={"prefill_keys": "packed"}, **options)
     assert not hasattr(layer, "workspace")
+    assert not layer.kv_format.is_refined  # a chunk's own refinements are not to be had there
     batch, key, value = mixed_batch()
     out = attend(layer, batch, key.fill_(torch.nan), value.fill_(torch.nan))
     assert relative_error(out, expected(batch, layer, raw=False)) < 1e-2

@@ -53,11 +53,11 @@ def flips(sample: Sample, key: Tensor) -> float:
 
 
 def as_shipped(head: Head, format: KVFormat) -> tuple[Tensor, Tensor]:
-    """The measured keys and values (T, D) as the server would read them."""
+    """The measured keys and values (T, D) as the server would read them, none of them refined."""
     calibration, measured = head.calibration, head.measured
     constants = calibrate(format, *calibration.by_head)
-    key, value = through_pages(format, measured.key[:, None], measured.value[:, None], constants)
-    return key[:, 0], value[:, 0]
+    stored = through_pages(format, measured.key[:, None], measured.value[:, None], constants)
+    return stored.key[:, 0], stored.value[:, 0]
 
 
 def through_step(head: Head, step: Step) -> tuple[Tensor, Tensor]:

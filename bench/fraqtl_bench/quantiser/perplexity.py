@@ -18,12 +18,13 @@ from torch import Tensor
 from fraqtl_bench.quantiser.capture import Passes, capture, capture_prompt, output_projections, token_ids
 from fraqtl_bench.quantiser.cases import TOKENS
 from fraqtl_bench.quantiser.steps import STEPS
-from fraqtl_bench.quantiser.stored import through_pages
+from fraqtl_bench.quantiser.stored import BLOCK_SIZE, Stored, through_pages
 from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, store
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import Importance
+from fraqtl_kernels.refinement import is_refined
 
 TEXTS = 96
 CHATS = 2  # that the comparison calibrates on
@@ -31,20 +32,21 @@ EXACT = "float32"
 PLAIN_NAME = "plain INT4"
 UNCALIBRATED = "k4v4, not calibrated"
 ON_CHATS = "k4v4, calibrated on chats like these"
+UNREFINED = "k4v4, not refined"
 UNDIRECTED = "k4v4, output projection ignored"
 POWERS_NAME = "centred, balanced by powers of 2"
 POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
 
-Storage = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, key, value (T, heads, D) -> as stored
+Storage = Callable[[int, Tensor, Tensor], Stored]  # layer, key, value (T, heads, D)
 
 
 def storages(prompt: Passes, chats: Passes) -> dict[str, Storage]:
-    """Every format of the server, k4v4 without its constants, its earlier steps, and plain INT4. See `capture`."""
+    """Every format of the server, k4v4 without what makes it good, its earlier steps, and plain INT4. See `capture`."""
 
-    def plain(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return store(key, PLAIN), store(value, PLAIN)
+    def plain(layer: int, key: Tensor, value: Tensor) -> Stored:
+        return Stored(store(key, PLAIN), store(value, PLAIN))
 
-    def uncalibrated(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def uncalibrated(layer: int, key: Tensor, value: Tensor) -> Stored:
         return through_pages(FORMATS["k4v4"], key, value, IDENTITY)
 
     def calibrated(name: str, layers: Passes) -> Storage:
@@ -53,10 +55,18 @@ def storages(prompt: Passes, chats: Passes) -> dict[str, Storage]:
 
     def step(name: str) -> Storage:
         constants = [STEPS[name].calibrate(*row, seen) for row, seen in by_token(prompt)]
-        return lambda layer, key, value: STEPS[name].store(key, value, constants[layer])
+        return lambda layer, key, value: Stored(*STEPS[name].store(key, value, constants[layer]))
+
+    def unrefined(layer: int, key: Tensor, value: Tensor) -> Stored:
+        return replace(formats["k4v4"](layer, key, value), finer_key=None, finer_value=None)
 
     formats = {name: calibrated(name, prompt) for name in FORMATS if name != "fp16"}
-    others: dict[str, Storage] = {POWERS_NAME: powers(prompt), UNCALIBRATED: uncalibrated, PLAIN_NAME: plain}
+    others: dict[str, Storage] = {
+        UNREFINED: unrefined,
+        POWERS_NAME: powers(prompt),
+        UNCALIBRATED: uncalibrated,
+        PLAIN_NAME: plain,
+    }
     ignored = replace(prompt, projections=[None] * len(prompt.projections))
     formats |= {ON_CHATS: calibrated("k4v4", chats), UNDIRECTED: calibrated("k4v4", ignored)}
     return {**formats, **{f"k4v4, {n} only": step(n) for n in STEPS}, **others}
@@ -78,9 +88,9 @@ def powers(prompt: Passes) -> Storage:
         for query, key, _ in prompt.layers
     ]
 
-    def storage(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def storage(layer: int, key: Tensor, value: Tensor) -> Stored:
         keys = [store(key[:, h], POWERS, found) for h, found in enumerate(constants[layer])]
-        return torch.stack(keys, 1), store(value.flatten(0, 1), POWERS.values).view_as(value)
+        return Stored(torch.stack(keys, 1), store(value.flatten(0, 1), POWERS.values).view_as(value))
 
     return storage
 
@@ -94,13 +104,29 @@ def log_probabilities(model: Any, ids: list[int], storage: Storage | None) -> Te
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if storage is not None:
             stored = storage(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
-            key, value = (x.transpose(0, 1)[None] for x in stored)
+            if stored.finer_key is not None:
+                return refined_attention(query[0], stored, module.scaling).transpose(0, 1)[None], None
+            key, value = (x.transpose(0, 1)[None] for x in (stored.key, stored.value))
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("fraqtl_stored", attention)
     model.set_attn_implementation("fraqtl_stored")
     logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
     return logits.log_softmax(-1)
+
+
+def refined_attention(query: Tensor, stored: Stored, scale: float) -> Tensor:
+    """Causal attention (query heads, T, D) of one sequence. query: like the output; stored: with what is added."""
+    tensors = stored.key, stored.value, stored.finer_key, stored.finer_value
+    group = query.shape[0] // stored.key.shape[1]
+    key, value, finer_key, finer_value = (
+        x.transpose(0, 1).repeat_interleave(group, 0) for x in tensors if x is not None
+    )
+    position = torch.arange(query.shape[1])
+    near = is_refined(position[:, None], position, BLOCK_SIZE)
+    scores = query @ key.mT + (query @ finer_key.mT).masked_fill(~near, 0)
+    weights = (scores * scale).masked_fill(position > position[:, None], -torch.inf).softmax(-1)
+    return weights @ value + weights.masked_fill(~near, 0) @ finer_value
 
 
 @dataclass

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fraqtl_kernels import cpu, reference
-from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.formats import KVFormat
+from fraqtl_kernels.constants import LayerConstants, Transform
+from fraqtl_kernels.cpu.refinements import Finer
+from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
 
+BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
 
-def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: LayerConstants) -> tuple[Tensor, Tensor]:
-    """key, value: (tokens, KV heads, D) floating point, as attention receives them. Returns what it reads instead."""
+
+@dataclass(frozen=True)
+class Stored:
+    """key, value: (tokens, KV heads, D), what attention reads instead of the exact ones. finer_key, finer_value: the
+    same shape, what it adds to those that a query reads refined; None: nothing."""
+
+    key: Tensor
+    value: Tensor
+    finer_key: Tensor | None = None
+    finer_value: Tensor | None = None
+
+
+def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: LayerConstants) -> Stored:
+    """key, value: (tokens, KV heads, D) floating point, as attention receives them."""
     tokens, heads, size = key.shape
-    layout = PageLayout(format, size, BLOCK_SIZE_MULTIPLE)
+    layout = PageLayout(format, size, BLOCK_SIZE)
     blocks = -(-tokens // layout.block_size)
     pool = torch.zeros(blocks, heads, layout.block_size, format.bytes_per_token(size), dtype=torch.uint8)
-    cpu.write(pool, layout, key, value, torch.arange(tokens), constants)
+    finer = cpu.write(pool, layout, key, value, torch.arange(tokens), constants)
     planes = layout.planes(pool)
     stored = reference.stored_keys(planes, format.k, constants), reference.stored_values(planes, format.v, constants)
-    k, v = (x.transpose(1, 2).flatten(0, 1)[:tokens] for x in stored)
-    return k.to(key.dtype), v.to(value.dtype)
+    k, v = (x.transpose(1, 2).flatten(0, 1)[:tokens].to(key.dtype) for x in stored)
+    if finer is None:
+        return Stored(k, v)
+    return Stored(
+        k, v, _added(finer.key, key, format.k, constants.key), _added(finer.value, value, format.v, constants.value)
+    )
+
+
+def _added(finer: Finer | None, like: Tensor, vector: VectorFormat, transform: Transform | None) -> Tensor:
+    if finer is None:
+        return torch.zeros_like(like)
+    return reference.restore_refinement(finer.tokens, vector, transform).to(like.dtype)

@@ -2,9 +2,10 @@
 
 from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
 from fraqtl_kernels.cpu.decode import warm_up_decode
+from fraqtl_kernels.cpu.refinements import Refinements
 from fraqtl_kernels.cpu.write import warm_up_write, write
 
-__all__ = ["AttentionPlan", "attend", "plan_attention", "warm_up", "write"]
+__all__ = ["AttentionPlan", "Refinements", "attend", "plan_attention", "warm_up", "write"]
 
 
 def warm_up() -> None:

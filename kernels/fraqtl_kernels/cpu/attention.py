@@ -1,7 +1,7 @@
 """CPU attention over packed pages: prefill, chunked prefill, decode and mixed batches.
 
-A batch is sorted into buckets once a step. Requests with few query tokens take the compiled
-kernel of `decode.py`; prompts take `prefill.py`, or `tiles.py` where scores are soft-capped.
+A batch is sorted into buckets once a step. Requests with few query tokens (of refined formats: with one) take the
+compiled kernel of `decode.py`; prompts take `prefill.py`, or `tiles.py` where scores are soft-capped, and `nearest.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
+from fraqtl_kernels.cpu.nearest import attend_nearest, join
 from fraqtl_kernels.cpu.prefill import prefill
 from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
+from fraqtl_kernels.cpu.refinements import Refinements
 from fraqtl_kernels.cpu.tiles import Bucket, attend_tiles
 from fraqtl_kernels.pages import PageLayout
 
@@ -67,25 +69,31 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     constants: LayerConstants = IDENTITY,
+    refinements: Refinements | None = None,
 ) -> None:
     """Write causal attention over the packed pages to `output`.
 
     query, output: (tokens, query heads, D) in any floating dtype; pool as for `write`;
-    block_table: (requests, blocks) int; constants as for `write`. Same result as `reference.paged_attention`.
+    block_table: (requests, blocks) int; constants as for `write`. refinements: what `write` returned for this batch;
+    without them requests with more than one query token read nothing refined. Same result as
+    `reference.paged_attention`.
     """
-    heads = pool.shape[1]
+    heads, planes = pool.shape[1], layout.planes(pool)
     for bucket in plan.buckets:
         q = query[bucket.tokens].to(torch.float32)
         rows, count, query_heads, size = q.shape
         # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
         q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
         queries = prepare_queries(q, layout.format.k, constants, scale)
-        if count <= DECODE_QUERIES:
+        if count == 1 or (refinements is None and count <= DECODE_QUERIES):
             out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
-        elif soft_cap:
-            out = attend_tiles(queries, layout.planes(pool), layout, block_table, bucket, window, soft_cap)
         else:
-            out = prefill(queries, layout.planes(pool), layout, block_table, bucket, window)
+            over = attend_tiles if soft_cap else prefill
+            apart = refinements is not None
+            out, total = over(queries, planes, layout, block_table, bucket, window, soft_cap, apart)
+            if refinements is not None:
+                near = attend_nearest(queries, planes, layout, block_table, bucket, refinements, window, soft_cap)
+                out = join(out, total, *near)
         out = restore_output(out, layout.format.v, constants)
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
         output[bucket.tokens] = out.to(output.dtype)

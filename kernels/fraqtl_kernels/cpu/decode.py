@@ -22,6 +22,7 @@ from fraqtl_kernels.cpu.queries import Queries, prepare_queries
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.refinement import DISTANCE
 
 RUN_TOKENS = 512  # no run is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
@@ -230,9 +231,13 @@ def _decode(
     """See `decode`. runs: (runs, 3) request of the bucket, its first block and the one after its last.
 
     q_terms: (3, R, KV heads, M), sum(q), base and sink of `Queries`.
-    sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets.
+    sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
+    slots from tokens to their refinements (of K and V, 0 if they have none).
     """
-    block_size, k_bits, v_bits, k_groups, v_groups, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes
+    block_size, k_bits, v_bits, k_groups, v_groups, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes[
+        :10
+    ]
+    k_distance, v_distance = sizes[10:]
     heads, queries, size = q.shape[1], q.shape[2], q.shape[3]
     for item in prange(runs.shape[0] * heads):
         run, head = item // heads, item % heads
@@ -255,10 +260,11 @@ def _decode(
             base = block * block_size
             begin = max(0, oldest - window + 1 - base) if window > 0 else 0
             end = min(block_size, newest + 1 - base)
-            _load_codes(raw, raw16, half, page, end, size, k_bits, tile, tile_bits)
-            _score(q[request, head], tile, begin, end, size, scores)
+            reach = min(block_size, end + k_distance)  # refinements included; beyond `end` in the newest block only
+            _load_codes(raw, raw16, half, page, reach, size, k_bits, tile, tile_bits)
+            _score(q[request, head], tile, begin, reach, size, scores)
             if k_groups == 1:
-                _load_scales(raw16, page + ks_offset, end, power_bits, power, k_scales)
+                _load_scales(raw16, page + ks_offset, reach, power_bits, power, k_scales)
                 signs = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + end]
                 for n in range(end):
                     sinks[n] = np.float32(signs[n] >> 15)
@@ -267,11 +273,14 @@ def _decode(
                     zero = midpoints[0] * q_terms[0, request, head, m]
                     offset, sink = q_terms[1, request, head, m], q_terms[2, request, head, m]
                     _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
-            _load_codes(raw, raw16, half, page + v_offset, end, size, v_bits, tile, tile_bits)
+                    for n in range(max(end, k_distance), reach):
+                        scores[m, n - k_distance] += (scores[m, n] - zero) * k_scales[n]
+            reach = min(block_size, end + v_distance)
+            _load_codes(raw, raw16, half, page + v_offset, reach, size, v_bits, tile, tile_bits)
             if v_groups == 1:
-                _load_scales(raw16, page + vs_offset, end, power_bits, power, v_scales)
+                _load_scales(raw16, page + vs_offset, reach, power_bits, power, v_scales)
             elif v_groups > 1:
-                _scale_groups(raw16, half, page + vs_offset, end, size, v_groups, midpoints[1], tile)
+                _scale_groups(raw16, half, page + vs_offset, reach, size, v_groups, midpoints[1], tile)
             for m in range(queries):
                 position = positions[request, m % positions.shape[1]]
                 last = min(end, position + 1 - base)
@@ -291,6 +300,12 @@ def _decode(
                     for d in range(size):
                         value[d] *= decay
                 _add_values(weights, tile, first, last, size, value)
+                for n in range(max(end, first + v_distance), reach):
+                    weight = np.exp(row[n - v_distance] - top) * v_scales[n]
+                    scaled_sums[m] += weight
+                    finer = tile[n]
+                    for d in range(size):
+                        value[d] += weight * finer[d]
         for m in range(queries):
             value = values[m]
             for d in range(size if v_groups <= 1 else 0):
@@ -327,7 +342,9 @@ def decode(
     k, v = layout.format.k, layout.format.v
     offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
     groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
-    sizes = (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets)
+    # A position's refinements stand in the pages only until the next one comes.
+    distances = tuple(DISTANCE if x.refined and positions.shape[1] == 1 else 0 for x in (k, v))
+    sizes = (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets, *distances)
     midpoints = (0.0 if k.is_raw else k.midpoint, 0.0 if v.is_raw else v.midpoint)
     _decode(
         q.numpy(),

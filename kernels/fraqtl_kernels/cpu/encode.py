@@ -1,4 +1,4 @@
-"""Centre, transform, quantise, pack and store vectors on the CPU, compiled: one pass, one vector at a time.
+"""Centre, transform, quantise, refine, pack and store vectors on the CPU, compiled: one pass, one vector at a time.
 
 The formulas are those of `reference.encode_keys` and `encode_values`. Without calibration the transform is the rotation
 H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: log2 |S| rounds of sums and differences and |B| products a
@@ -19,6 +19,7 @@ from torch import Tensor
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
+from fraqtl_kernels.refinement import DISTANCE
 from fraqtl_kernels.rotation import hadamard
 
 PARALLEL_VECTORS = 64  # fewer are done before other threads have woken up
@@ -166,12 +167,56 @@ def _codes_with_feedback(z, feedback, half, edge, midpoint, levels, codes, spare
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
+def _pack(codes, bits, target):
+    """target <- the codes as `reference.pack` packs them."""
+    row = target.shape[0]
+    for i in range(row):
+        packed = codes[i]
+        for j in range(1, 8 // bits):
+            packed |= codes[j * row + i] << np.uint8(j * bits)
+        target[i] = packed
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _subtract_codes(x, codes, scale, midpoint):
+    """x <- what the codes leave of it."""
+    for d in range(x.shape[0]):
+        x[d] -= (np.float32(codes[d]) - midpoint) * scale
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _refine_vector(x, half, codes, raw, raw16, code_at, scale_at, sizes, numbers, buffers, finer):
+    """Store the refinement of a vector, unless code_at < 0, and write it to `finer`, unless that is empty.
+
+    x: what the vector's codes left of it. codes: (D,) uint8, overwritten. finer: (D,) float32 or (0,).
+    """
+    bits, groups = sizes
+    edge, midpoint, levels, _ = numbers
+    word, word_bits = buffers
+    width = x.shape[0] // groups
+    for group in range(groups):
+        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        scale_bits = _scale_of(part, edge, word, word_bits)
+        scale = half[scale_bits]
+        _codes_of(part, scale, midpoint, levels, its)
+        if code_at >= 0:
+            raw16[scale_at // 2 + group] = scale_bits
+        if finer.shape[0]:
+            target = finer[group * width : (group + 1) * width]
+            for d in range(width):
+                target[d] = (np.float32(its[d]) - midpoint) * scale
+    if code_at >= 0:
+        _pack(codes, bits, raw[code_at : code_at + x.shape[0] * bits // 8])
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
 def _store_vector(
     source, centre, basis, feedback, shift, base, half, raw, raw16, code_at, scale_at, sizes, numbers, buffers
 ):
     """One vector. centre: (D,), basis: (D, D) and feedback: (D/2, D/2) of the transform, all empty without one.
 
     shift: (D,) what the sink centre adds behind the transform, or (0,).
+    What its codes leave of it remains in buffers[0].
     """
     bits, groups = sizes
     edge, midpoint, levels, factor = numbers
@@ -201,39 +246,38 @@ def _store_vector(
     if centre.shape[0]:
         scale_bits = _codes_with_feedback(x, feedback, half, edge, midpoint, levels, codes, spare, word, word_bits)
         raw16[scale_at // 2] = scale_bits | sign
-    else:
-        for group in range(groups):
-            part = x[group * width : (group + 1) * width]
-            scale_bits = _scale_of(part, edge, word, word_bits)
-            raw16[scale_at // 2 + group] = scale_bits
-            _codes_of(part, half[scale_bits], midpoint, levels, codes[group * width : (group + 1) * width])
-    parts = 8 // bits
-    row = size // parts
-    target = raw[code_at : code_at + row]
-    for i in range(row):
-        packed = codes[i]
-        for j in range(1, parts):
-            packed |= codes[j * row + i] << np.uint8(j * bits)
-        target[i] = packed
+        _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
+        _subtract_codes(x, codes, half[scale_bits], midpoint)
+        return
+    for group in range(groups):
+        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        scale_bits = _scale_of(part, edge, word, word_bits)
+        raw16[scale_at // 2 + group] = scale_bits
+        _codes_of(part, half[scale_bits], midpoint, levels, its)
+        _subtract_codes(part, its, half[scale_bits], midpoint)
+    _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, places, numbers):
-    size = source.shape[2]
-    block_size, block_stride, head_stride, code_offset, code_bytes, scale_offset, scale_bytes, bits, groups = places
+def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, places, numbers, finer):
+    """Vectors begin .. end - 1, head by head. finer: see `store`."""
+    tokens, _, size = source.shape
+    block_size, block_stride, head_stride, code_offset, code_bytes, scale_offset, scale_bytes = places[:7]
+    bits, groups, distance = places[7:]
     centre, basis, feedback, shift = constants
     word_bits = np.empty(1, np.int32)
+    word = word_bits.view(np.float32)
     buffers = (
         np.empty(size, np.float32),
         np.empty(size, np.float32),
         np.empty((3, max(32, size)), np.float32),
         np.empty(size, np.uint8),
-        word_bits.view(np.float32),
+        word,
         word_bits,
     )
     for item in range(begin, end):
         # Head by head: the matrices of one stay in the cache
-        head, token = item // source.shape[0], item % source.shape[0]
+        head, token = item // tokens, item % tokens
         slot = slots[token]
         if slot < 0:
             continue
@@ -255,10 +299,30 @@ def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, p
             numbers,
             buffers,
         )
+        if distance == 0 or offset + distance >= block_size:
+            continue
+        offset += distance
+        code_at, scale_at = page + code_offset + offset * code_bytes, page + scale_offset + offset * scale_bytes
+        if token + distance < tokens and slots[token + distance] == slot + distance:
+            code_at = -1  # a token of this batch goes there
+        if code_at >= 0 or finer.shape[2]:
+            _refine_vector(
+                buffers[0],
+                half,
+                buffers[3],
+                raw,
+                raw16,
+                code_at,
+                scale_at,
+                (bits, groups),
+                numbers,
+                (word, word_bits),
+                finer[token, head],
+            )
 
 
 @njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
-def _store_parallel(count, source, slots, constants, base, half, raw, raw16, places, numbers):
+def _store_parallel(count, source, slots, constants, base, half, raw, raw16, places, numbers, finer):
     step = 32
     for part in prange((count + step - 1) // step):
         _store_range(
@@ -273,6 +337,7 @@ def _store_parallel(count, source, slots, constants, base, half, raw, raw16, pla
             raw16,
             places,
             numbers,
+            finer,
         )
 
 
@@ -287,11 +352,14 @@ def store(
     scale_offset: int,
     constants: LayerConstants,
     which: str,
+    finer: Tensor,
 ) -> None:
-    """Encode x into its slots.
+    """Encode x into its slots, and refinements into those behind them.
 
     pool: as for `write`. half: the float32 value of every fp16 bit pattern. x: (tokens, KV heads, D) float32. slots:
     (tokens,) int64. vector: quantised, with scales of its own. which: "key" or "value", whose constants are used.
+    finer: (tokens, KV heads, D) float32, where refined tokens leave what their refinement stands for; or
+    (tokens, KV heads, 0).
     """
     tokens, heads, size = x.shape
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
@@ -305,6 +373,7 @@ def store(
         vector.scale_bytes,
         vector.bits,
         vector.groups,
+        DISTANCE if vector.refined else 0,
     )
     numbers = tuple(np.float32(n) for n in (vector.edge, vector.midpoint, vector.levels, size**-0.5))
     base = _rotation_base(size) if vector.rotated else np.empty((0, 0), np.float32)
@@ -318,6 +387,7 @@ def store(
         raw.view(np.uint16),
         places,
         numbers,
+        finer.numpy(),
     )
     if tokens * heads < PARALLEL_VECTORS:
         _store_range(0, tokens * heads, *arguments)

@@ -13,16 +13,28 @@ from torch import Tensor
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
 from fraqtl_kernels.pages import PageLayout, Planes
+from fraqtl_kernels.refinement import is_refined
 
 # The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def prefill(
-    queries: Queries, planes: Planes, layout: PageLayout, block_table: Tensor, bucket: Bucket, window: int | None
-) -> Tensor:
-    """Attention of one request. Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is
-    stored. The centre of the keys is left out: softmax is blind to it."""
+    queries: Queries,
+    planes: Planes,
+    layout: PageLayout,
+    block_table: Tensor,
+    bucket: Bucket,
+    window: int | None,
+    soft_cap: float | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one request; no soft cap. apart: without the tokens that queries read refined.
+
+    Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored, and the logarithms
+    (1, KV heads, M, 1) of the softmax sums. The centre of the keys is left out: softmax is blind to it.
+    """
+    assert not soft_cap
     _, heads, rows, size = queries.q.shape
     count = bucket.positions.shape[1]
     group = rows // count
@@ -33,6 +45,10 @@ def prefill(
         seen = position <= bucket.positions[0, :, None]
         if window is not None:
             seen &= position > bucket.positions[0, :, None] - window
+        if apart:
+            seen &= ~is_refined(bucket.positions[0, :, None], position, layout.block_size)
+            if not bool(seen.any()):
+                continue
         used = int(seen.any(0).nonzero().max()) + 1  # what lies behind the last key may be anything, even NaN
         key = _keys(queries, planes, layout, blocks)[:, :, :used]
         value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)[:, :, :used]
@@ -49,7 +65,7 @@ def prefill(
         weight = (lse - joined).exp().masked_fill(blind, 0)
         out = out * (total - joined).exp().nan_to_num(0.0) + part.masked_fill(blind, 0) * weight
         total = joined
-    return out.view(1, heads, rows, size)
+    return out.view(1, heads, rows, size), total.view(1, heads, rows, 1)
 
 
 def _keys(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:

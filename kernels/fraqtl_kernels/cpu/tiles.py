@@ -23,6 +23,7 @@ from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.reference import dequantise, unpack
+from fraqtl_kernels.refinement import is_refined
 
 TILE_TOKENS = 4096  # keys gathered at once
 
@@ -48,8 +49,10 @@ def attend_tiles(
     bucket: Bucket,
     window: int | None,
     soft_cap: float | None,
-) -> Tensor:
-    """Returns (R, KV heads, M, D) float32 like the queries, in the basis in which V is stored."""
+    apart: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """apart: without the tokens that queries read refined. Returns (R, KV heads, M, D) float32 like the queries, in the
+    basis in which V is stored, and the logarithms (R, KV heads, M, 1) of the softmax sums."""
     q = queries.q
     highest = q.new_full((*q.shape[:3], 1), -torch.inf)
     total = torch.zeros_like(highest)
@@ -62,6 +65,8 @@ def attend_tiles(
         hidden = position[:, None] > bucket.positions[:, :, None]  # (R, Q, keys)
         if window is not None:
             hidden |= position[:, None] <= bucket.positions[:, :, None] - window
+        if apart:
+            hidden |= is_refined(bucket.positions[:, :, None], position[:, None], layout.block_size)
         scores = scores.masked_fill_(hidden.repeat(1, repeat, 1)[:, None], -torch.inf)
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         reference = new_highest.clamp_min(torch.finfo(q.dtype).min)  # a row that sees no key yet has -inf
@@ -70,7 +75,8 @@ def attend_tiles(
         total = total * decay + weights.sum(-1, keepdim=True)
         out = out * decay + _weighted_values(weights, planes, layout, blocks, hidden.all(1))
         highest = new_highest
-    return out / total
+    empty = total == 0
+    return out / total.masked_fill(empty, 1), (highest + total.log()).masked_fill(empty, -torch.inf)
 
 
 def key_tiles(

@@ -31,8 +31,11 @@ from fraqtl_kernels.gpu.tiles import (
     round16,
     store_parts,
 )
+from fraqtl_kernels.refinement import DISTANCE
 
 LOG2E = tl.constexpr(1.4426950408889634)
+_DISTANCE = tl.constexpr(DISTANCE)
+_NEWEST = tl.constexpr(16)  # keys of a tile that holds the newest tokens: the least that a product takes
 
 
 @triton.jit
@@ -126,6 +129,121 @@ def load_tile_scales(pool_head, block, stride_block, start, last, oldest, PAGE: 
 
 
 @triton.jit
+def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Products with dequantised keys as scores in units of log2: centres added, capped."""
+    if HAS_CENTRE:
+        scores += q_constant[:, None]
+    if HAS_SHIFT:
+        is_sink = tl.where(k_scale.to(tl.int16, bitcast=True) < 0, 1.0, 0.0)
+        scores += is_sink[None, :] * q_shift[:, None]
+    if soft_cap is not None:
+        # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
+        scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
+    return scores
+
+
+@triton.jit
+def score_codes(q_parts, q_zero, k_parts, k_scale, K: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """(ROWS, keys) products of queries with codes, dequantised."""
+    KEY_PARTS: tl.constexpr = K.PARTS
+    scores = tl.zeros([q_parts[0].shape[0], k_scale.shape[0]], tl.float32)
+    for part in tl.static_range(KEY_PARTS):
+        scores = dot16(q_parts[part], tl.trans(k_parts[part]), scores)
+    if K.BITS < 16:
+        scores -= q_zero[:, None]
+    if K.GROUPS > 0:
+        scores *= (tl.abs(k_scale) if HAS_SHIFT else k_scale).to(tl.float32)[None, :]
+    return scores
+
+
+@triton.jit
+def add_values(weights, page, slot, known, out, sums, V: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """out and sums plus those of the values in some slots of a page, as the loop of `attend_tiles` adds a tile's."""
+    PARTS: tl.constexpr = V.PARTS
+    values = load_codes(page + V.CODES + slot * V.ROW_BYTES, known, DTYPE, V, True, PTX)
+    scales = load_scales(page, slot, known, V)
+    scaled = ()
+    new_out = ()
+    new_sums = ()
+    for part in tl.static_range(PARTS):
+        if part < V.GROUPS:
+            scaled = scaled + (round16(weights * scales[part].to(tl.float32)[None, :], DTYPE),)
+        elif part == 0:
+            scaled = (round16(weights, DTYPE),)
+        weights16 = scaled[part if part < V.GROUPS else 0]
+        if part < V.GROUPS or part == 0:
+            new_sums = new_sums + (sums[part] + tl.sum(weights16.to(tl.float32), 1),)
+        new_out = new_out + (dot16(weights16, values[part], out[part]),)
+    return new_out, new_sums
+
+
+@triton.jit
+def newest_before(position, BLOCK_SIZE: tl.constexpr):
+    """How many tokens before the one at `position` stand among the DISTANCE newest of its block."""
+    return tl.minimum(_DISTANCE - 1, position % BLOCK_SIZE)
+
+
+@triton.jit
+def attend_newest(
+    q_parts,
+    q_zero,
+    q_constant,
+    q_shift,
+    position,  # of the one query token
+    table_row,
+    pool_head,
+    stride_block,
+    window,
+    soft_cap,
+    HAS_CENTRE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    PAGE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Attention over the newest tokens of the query's block, refined where they are: what `attend_tiles` starts from.
+
+    Returns parts of the output (ROWS, WIDTH), maximum and sum (ROWS,), and the sums of rounded weights.
+    """
+    DTYPE: tl.constexpr = q_parts[0].dtype
+    ROWS: tl.constexpr = SHAPE.ROWS
+    K: tl.constexpr = PAGE.K
+    V: tl.constexpr = PAGE.V
+    PARTS: tl.constexpr = V.PARTS
+    WIDTH: tl.constexpr = V.WIDTH
+    page = pool_head + tl.load(table_row + position // PAGE.BLOCK_SIZE).to(tl.int64) * stride_block
+    index = tl.arange(0, _NEWEST)
+    before = newest_before(position, PAGE.BLOCK_SIZE)
+    known = index <= before
+    slot = tl.where(known, position % PAGE.BLOCK_SIZE - before + index, 0)
+    finer = known & (slot + _DISTANCE < PAGE.BLOCK_SIZE)
+    behind = tl.where(finer, slot + _DISTANCE, 0)
+    k_scale = load_scales(page, slot, known, K)[0]
+    k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
+    scores = score_codes(q_parts, q_zero, k_parts, k_scale, K, HAS_SHIFT)
+    if K.REFINED:
+        k_parts = load_codes(page + K.CODES + behind * K.ROW_BYTES, finer, DTYPE, K, False, PAGE.PTX)
+        finer_scale = load_scales(page, behind, finer, K)[0]
+        scores += score_codes(q_parts, q_zero, k_parts, finer_scale, K, False)
+    scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE, HAS_SHIFT)
+    seen = known
+    if window is not None:
+        seen = seen & (before - index < window)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    high_score = tl.max(scores, 1)
+    weights = tl.exp2(scores - high_score[:, None])
+    out = ()
+    sums = ()
+    for part in tl.static_range(PARTS):
+        out = out + (tl.zeros([ROWS, WIDTH], tl.float32),)
+        if part < V.GROUPS or part == 0:
+            sums = sums + (tl.zeros([ROWS], tl.float32),)
+    out, sums = add_values(weights, page, slot, known, out, sums, V, DTYPE, PAGE.PTX)
+    if V.REFINED:
+        out, sums = add_values(weights, page, behind, finer, out, sums, V, DTYPE, PAGE.PTX)
+    return out, high_score, tl.sum(weights, 1), sums
+
+
+@triton.jit
 def attend_tiles(
     q_parts,
     q_zero,
@@ -135,6 +253,7 @@ def attend_tiles(
     first,  # first token, a multiple of TILE
     last,  # one past the last token
     oldest,  # tokens before it are seen by no row, and their blocks may be freed
+    length,  # of the request
     table_row,  # block numbers of the request
     pool_head,  # pointer to the page of block 0 and this KV head
     stride_block,
@@ -147,6 +266,7 @@ def attend_tiles(
 ):
     """Attention of the rows over tokens [first, last): (parts of the output, maximum, sum), not normalised.
 
+    Where the newest tokens are read refined, the program that has the last token takes them first (`attend_newest`).
     The maximum is in units of log2. With DEFERRED, row sums are kept per column of the tile and added up after the
     loop: no reduction across threads inside it, for registers.
     """
@@ -155,7 +275,6 @@ def attend_tiles(
     TILE: tl.constexpr = SHAPE.TILE
     K: tl.constexpr = PAGE.K
     V: tl.constexpr = PAGE.V
-    KEY_PARTS: tl.constexpr = K.PARTS
     PARTS: tl.constexpr = V.PARTS
     WIDTH: tl.constexpr = V.WIDTH
     HAS_ZERO: tl.constexpr = V.ZEROS[0] != 0
@@ -168,6 +287,33 @@ def attend_tiles(
         out = out + (tl.zeros([ROWS, WIDTH], tl.float32),)
         if part < V.GROUPS or part == 0:
             weight_sums = weight_sums + (total,)
+    bound = position + 1  # every row sees what is before it
+    if SHAPE.REFINED and (K.REFINED or V.REFINED):
+        bound = length - 1 - newest_before(length - 1, PAGE.BLOCK_SIZE)
+        if last == length:
+            out, high_score, added, sums = attend_newest(
+                q_parts,
+                q_zero,
+                q_constant,
+                q_shift,
+                length - 1,
+                table_row,
+                pool_head,
+                stride_block,
+                window,
+                soft_cap,
+                HAS_CENTRE,
+                HAS_SHIFT,
+                PAGE,
+                SHAPE,
+            )
+            total = in_first_column(added, SHAPE)
+            weight_sums = ()
+            for part in tl.static_range(PARTS):
+                if part < V.GROUPS or part == 0:
+                    weight_sums = weight_sums + (in_first_column(sums[part], SHAPE),)
+        last = tl.minimum(last, bound)
+        bound += tl.zeros([ROWS], tl.int32)
     # Triton pipelines the codes and their block numbers (STAGES apart over two levels of loads), but no loads of
     # 2 bytes: the scales of a tile are loaded one tile ahead by hand, from block numbers loaded two tiles ahead.
     block = load_blocks(table_row, first, last, PAGE, TILE)
@@ -184,22 +330,9 @@ def attend_tiles(
         page = pool_head + block.to(tl.int64) * stride_block
         slot = start % PAGE.BLOCK_SIZE + index if PAGE.BLOCK_SIZE % TILE == 0 else token % PAGE.BLOCK_SIZE
         k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
-        scores = tl.zeros([ROWS, TILE], tl.float32)
-        for part in tl.static_range(KEY_PARTS):
-            scores = dot16(q_parts[part], tl.trans(k_parts[part]), scores)
-        if K.BITS < 16:
-            scores -= q_zero[:, None]
-        if K.GROUPS > 0:
-            scores *= (tl.abs(k_scale) if HAS_SHIFT else k_scale).to(tl.float32)[None, :]
-        if HAS_CENTRE:
-            scores += q_constant[:, None]
-        if HAS_SHIFT:
-            is_sink = tl.where(k_scale.to(tl.int16, bitcast=True) < 0, 1.0, 0.0)
-            scores += is_sink[None, :] * q_shift[:, None]
-        if soft_cap is not None:
-            # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
-            scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
-        seen = token[None, :] <= position[:, None]
+        scores = score_codes(q_parts, q_zero, k_parts, k_scale, K, HAS_SHIFT)
+        scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE, HAS_SHIFT)
+        seen = token[None, :] < bound[:, None]
         if window is not None:
             seen = seen & (token[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
@@ -238,6 +371,15 @@ def attend_tiles(
         else:
             finished = finished + (out[part],)
     return finished, high_score, total
+
+
+@triton.jit
+def in_first_column(x, SHAPE: tl.constexpr):
+    """(ROWS,) sums as `add_weights` keeps them."""
+    if SHAPE.DEFERRED:
+        return tl.where(tl.arange(0, SHAPE.TILE)[None, :] == 0, x[:, None], 0.0)
+    else:
+        return x
 
 
 @triton.jit

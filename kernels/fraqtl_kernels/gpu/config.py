@@ -49,7 +49,7 @@ class VectorShape:
     16 bits, so that a part is every other dimension of a half (`word_order`): the shared memory of a GPU
     transposes 16-bit numbers on the way to the tensor cores, but not bytes. GROUPS: fp16 scales a vector, 0 if it
     has none. CODES, SCALES: bytes of the page before its codes and its scales. ZEROS: what the unpacked codes of each
-    part hold where the value is zero.
+    part hold where the value is zero. REFINED: the newest tokens of a block have refinements behind it.
     """
 
     BITS: int
@@ -66,6 +66,7 @@ class VectorShape:
     MIDPOINT: float
     RAW: tl.dtype
     ZEROS: tuple[float, ...]
+    REFINED: bool
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,16 @@ class PageShape:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time."""
+    """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time.
+
+    REFINED: whether the newest tokens are read refined. Pages hold what the one query of a decode step needs for that.
+    """
 
     QUERIES: int
     GROUP: int
     TILE: int
     STAGES: int
+    REFINED: bool = False
 
     @property
     def ROWS(self) -> int:  # noqa: N802
@@ -189,6 +194,7 @@ def _vector(
         MIDPOINT=0.0 if vector.is_raw else vector.midpoint,
         RAW=TL_DTYPES[vector.raw_dtype or dtype],
         ZEROS=zero_points(vector, dtype, centred=centred, ptx=ptx, words=words),
+        REFINED=vector.refined,
     )
 
 

@@ -111,6 +111,7 @@ def attend_kernel(
         first,
         last,
         oldest,
+        length,
         block_table + request.to(tl.int64) * table_stride,
         pool + head.to(tl.int64) * pool_stride_head,
         pool_stride_block,

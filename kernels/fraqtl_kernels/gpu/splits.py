@@ -47,7 +47,7 @@ class DecodePlan:
 
     @property
     def shape(self) -> AttentionShape:
-        return AttentionShape(self.queries, self.group, self.tuning.tile, self.tuning.stages)
+        return AttentionShape(self.queries, self.group, self.tuning.tile, self.tuning.stages, self.queries == 1)
 
     def scratch_floats(self, head_size: int) -> int:
         """fp32 numbers of scratch that `decode` needs: a partial output and a log-sum per split and query row."""

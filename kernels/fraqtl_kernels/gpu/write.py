@@ -1,4 +1,4 @@
-"""Store keys and values into packed pages: transform, centre, quantise, pack and scatter in one launch.
+"""Store keys and values into packed pages: transform, centre, quantise, refine, pack and scatter in one launch.
 
 For every (token, KV head), with B the basis (a rotation, or what calibration chose) and c the centre in it:
 
@@ -10,7 +10,7 @@ take the sink centre if their scale is smaller with it; the sign bit of the scal
 their steps instead, see `reference.quantise_static`. Sums of products are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
 fp32 rounding of the edge between two codes, or two scales are equally good. A vector that holds NaN or infinity gets a
-NaN scale.
+NaN scale. Tokens of refined formats leave their refinement in a free slot, see `refinement.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from fraqtl_kernels.gpu.config import Tuning, check_contiguous, page_shape
 from fraqtl_kernels.gpu.tiles import dot16, load_parts, part_columns, rotate_parts, round16, store_parts
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, LARGEST_SCALE, SCALE_CHOICES
+from fraqtl_kernels.refinement import DISTANCE
 
+_DISTANCE = tl.constexpr(DISTANCE)
 TOKENS = 16  # tokens a program: the M of the rotation's product
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 _CHOICES = tl.constexpr(len(SCALE_CHOICES))
@@ -145,11 +147,55 @@ def store_codes(row, codes, mask, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def store_quantised(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
+    """Codes and scales of `parts`, which say whether a vector is broken. mask: (TOKENS, 1)."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    GROUPS: tl.constexpr = VECTOR.GROUPS
+    store_codes((page + VECTOR.CODES + slot * VECTOR.ROW_BYTES)[:, None], codes, mask, VECTOR)
+    for group in tl.static_range(GROUPS):
+        # x · 0 is NaN for NaN and infinity: one sum finds both
+        broken = tl.sum(parts[group] * 0.0, 1)
+        if GROUPS == 1:
+            for part in tl.static_range(1, PARTS):
+                broken += tl.sum(parts[part] * 0.0, 1)
+        stored = tl.where(broken == 0.0, scales[group], float("nan")).to(tl.float16)
+        at = page + VECTOR.SCALES + slot * (2 * GROUPS) + 2 * group
+        tl.store(at[:, None].to(tl.pointer_type(tl.float16)), stored[:, None], mask=mask)
+
+
+@triton.jit
+def plain_codes(parts, scales, VECTOR: tl.constexpr):
+    """Int32 codes of the parts, each rounded to the nearest."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    codes = ()
+    for part in tl.static_range(PARTS):
+        scale = scales[part if part < VECTOR.GROUPS else 0].to(tl.float32)
+        steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
+        codes = codes + (round_codes(steps, 0, VECTOR),)
+    return codes
+
+
+@triton.jit
+def store_refinements(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
+    """What codes and scales leave of the parts, coded like an ordinary vector. See `refinement.py`."""
+    PARTS: tl.constexpr = VECTOR.PARTS
+    _, real = part_columns(VECTOR)
+    left = ()
+    for part in tl.static_range(PARTS):
+        scale = tl.abs(scales[part if part < VECTOR.GROUPS else 0]).to(tl.float32)
+        rest = parts[part] - (codes[part].to(tl.float32) - VECTOR.MIDPOINT) * scale[:, None]
+        left = left + (tl.where(real, rest, 0.0),)
+    finer = scales_of(left, VECTOR)
+    store_quantised(page, slot, plain_codes(left, finer, VECTOR), finer, left, mask, VECTOR)
+
+
+@triton.jit
 def store_vectors(
     source,  # (TOKENS, 1) pointers to vectors
     page,  # (TOKENS,) pointers to pages
     slot,  # (TOKENS,) places within them
     used,  # (TOKENS, 1)
+    behind,  # (TOKENS, 1) whether refinements go DISTANCE slots behind
     basis,  # this and what follows: pointers to the matrix or vector of the KV head, or None
     feedback,
     static_scale,
@@ -190,21 +236,10 @@ def store_vectors(
             codes, best_scale = codes_with_feedback(parts, feedback, VECTOR)
             scales = (best_scale if sink_centre is None else tl.where(is_negative(scales[0]), -best_scale, best_scale),)
         else:
-            for part in tl.static_range(PARTS):
-                scale = scales[part if part < VECTOR.GROUPS else 0].to(tl.float32)
-                steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
-                codes = codes + (round_codes(steps, 0, VECTOR),)
-        store_codes(row, codes, used, VECTOR)
-        GROUPS: tl.constexpr = VECTOR.GROUPS
-        for group in tl.static_range(GROUPS):
-            # x · 0 is NaN for NaN and infinity: one sum finds both
-            broken = tl.sum(parts[group] * 0.0, 1)
-            if GROUPS == 1:
-                for part in tl.static_range(1, PARTS):
-                    broken += tl.sum(parts[part] * 0.0, 1)
-            stored = tl.where(broken == 0.0, scales[group], float("nan")).to(tl.float16)
-            at = page + VECTOR.SCALES + slot * (2 * GROUPS) + 2 * group
-            tl.store(at[:, None].to(tl.pointer_type(tl.float16)), stored[:, None], mask=used)
+            codes = plain_codes(parts, scales, VECTOR)
+        store_quantised(page, slot, codes, scales, parts, used, VECTOR)
+        if VECTOR.REFINED:
+            store_refinements(page, slot + _DISTANCE, codes, scales, parts, behind, VECTOR)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -245,6 +280,9 @@ def write_kernel(
     place = tl.where(used, place, 0)
     page = pool + head.to(tl.int64) * pool_stride_head + (place // PAGE.BLOCK_SIZE).to(tl.int64) * pool_stride_block
     slot = (place % PAGE.BLOCK_SIZE).to(tl.int32)
+    # Unless a token of this batch goes there
+    after = tl.load(slot_mapping + token + _DISTANCE, mask=token + _DISTANCE < tokens, other=-1)
+    behind = used & (slot + _DISTANCE < PAGE.BLOCK_SIZE) & (after != place + _DISTANCE)
     vector = head * PAGE.HEAD
     square = head * (PAGE.HEAD // 2) * (PAGE.HEAD // 2)
     if tl.program_id(2) == 0:
@@ -253,6 +291,7 @@ def write_kernel(
             page,
             slot,
             used[:, None],
+            behind[:, None],
             None if basis_key is None else basis_key + head * basis_key_stride_head,
             None if feedback_key is None else feedback_key + square,
             None if key_scale is None else key_scale + vector,
@@ -267,6 +306,7 @@ def write_kernel(
             page,
             slot,
             used[:, None],
+            behind[:, None],
             None if basis_value is None else basis_value + head * basis_value_stride_head,
             None if feedback_value is None else feedback_value + square,
             None if value_scale is None else value_scale + vector,

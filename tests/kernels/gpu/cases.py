@@ -122,7 +122,10 @@ def biased(batch: PagedBatch) -> PagedBatch:
     return replace(batch, key=key, value=value, query=query, constants=constants)
 
 
-def expected(case: Case, batch: PagedBatch, sinks: Tensor | None) -> Tensor:
+def expected(case: Case, batch: PagedBatch, sinks: Tensor | None, refined: bool = False) -> Tensor:
+    """refined: as decoding one token reads its pages."""
+    requests = zip(batch.block_table, batch.lengths.tolist(), strict=True)
+    finer = [reference.page_refinements(batch.pool, batch.layout, *request, batch.constants) for request in requests]
     return reference.paged_attention(
         batch.query,
         batch.pool,
@@ -135,6 +138,7 @@ def expected(case: Case, batch: PagedBatch, sinks: Tensor | None) -> Tensor:
         soft_cap=case.soft_cap,
         sinks=sinks,
         constants=batch.constants,
+        refinements=finer if refined else None,
     )
 
 
@@ -175,7 +179,7 @@ def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, 
         soft_cap=case.soft_cap,
         sinks=None if sinks is None else sinks.to(DEVICE),
     )
-    return output.cpu(), expected(case, batch, sinks)
+    return output.cpu(), expected(case, batch, sinks, refined=max(case.queries) == 1)
 
 
 def decode_error(case: Case, module: ModuleType = decode_module) -> float:

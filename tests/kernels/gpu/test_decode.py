@@ -34,6 +34,26 @@ def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
     assert decode_error(Case(format=name, dtype=dtype)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_refined])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_the_newest_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype) -> None:
+    """Also where windows cut through them, and where they alone are a program's share."""
+    for window, soft_cap, splits in ((None, None, 3), (None, 5.0, 1), (1, None, 2), (3, None, 2), (5, None, 1)):
+        case = Case(
+            format=name,
+            dtype=dtype,
+            block_size=block_size,
+            lengths=tuple(range(1, 36)) if block_size == 16 else (1, 3, 4, 33, 60, 61, 62, 63, 64, 65, 129),
+            queries=(1,) * (35 if block_size == 16 else 11),
+            window=window,
+            soft_cap=soft_cap,
+            splits=splits,
+            calibrated=window is None,
+            tuning=Tuning(16, 4, 1),
+        )
+        assert decode_error(case) <= TOLERANCE[dtype]
+
+
 def test_requests_without_a_query_are_skipped() -> None:
     """Padding of a CUDA graph: no query token, length 0. The others are right, nothing else is written."""
     case = Case(lengths=(33, 1, 70), queries=(2, 1, 3))

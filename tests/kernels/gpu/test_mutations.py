@@ -23,8 +23,8 @@ CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning
 MUTATIONS = {
     "the scale of V is ignored": ("attention.py", "weights * v_scales[part].to(tl.float32)[None, :]", "weights * 1.0"),
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
-    "the mask is off by one": ("attention.py", "<= position[:, None]", "< position[:, None]"),
-    "the mask is off by one the other way": ("attention.py", "<= position[:, None]", "<= position[:, None] + 1"),
+    "the mask is off by one": ("attention.py", "< bound[:, None]", "< bound[:, None] - 1"),
+    "the mask is off by one the other way": ("attention.py", "< bound[:, None]", "<= bound[:, None]"),
     "nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
     "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
@@ -32,6 +32,23 @@ MUTATIONS = {
     "queries are carried into another basis": ("bases.py", "matrix(inverse.mT)", "matrix(basis)"),
     "the centre of V is left out": ("attention.py", "share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
     "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
+}
+
+DECODING = replace(CASE, lengths=(4, 5, 23), queries=(1, 1, 1))  # few keys: refined ones take much of the weight
+OF_REFINEMENTS = {
+    "refinements of K are left out": ("attention.py", "scores += score_codes(", "score_codes("),
+    "refinements of V are left out": ("attention.py", "    if V.REFINED:\n", "    if False:\n"),
+    "refinements stand one slot further": (
+        "attention.py",
+        "tl.where(finer, slot + _DISTANCE, 0)",
+        "slot + _DISTANCE + 1",
+    ),
+    "the newest tokens are attended twice": (
+        "attention.py",
+        "last = tl.minimum(last, bound)\n        bound +=",
+        "bound = length +",
+    ),
+    "a token too few is read refined": ("attention.py", "tl.minimum(_DISTANCE - 1,", "tl.minimum(_DISTANCE - 2,"),
 }
 
 
@@ -60,6 +77,17 @@ def test_without_a_mutation_the_case_passes() -> None:
 @pytest.mark.parametrize("mutant", MUTATIONS.values(), ids=MUTATIONS, indirect=True)
 def test_a_mutation_is_seen(mutant: ModuleType) -> None:
     error = decode_error(CASE, mutant)
+    print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
+    assert not error <= 5 * TOLERANCE[CASE.dtype]
+
+
+def test_without_a_mutation_refined_tokens_are_read_so() -> None:
+    assert decode_error(DECODING) <= TOLERANCE[CASE.dtype]
+
+
+@pytest.mark.parametrize("mutant", OF_REFINEMENTS.values(), ids=OF_REFINEMENTS, indirect=True)
+def test_a_mutation_of_refinements_is_seen(mutant: ModuleType) -> None:
+    error = decode_error(DECODING, mutant)
     print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
     assert not error <= 5 * TOLERANCE[CASE.dtype]
 

@@ -16,6 +16,7 @@ from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.refinement import DISTANCE
 from tests.kernels.conftest import make_pool
 from tests.kernels.gpu.cases import to_device
 from tests.kernels.gpu.conftest import DEVICE
@@ -75,18 +76,28 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
     if key_format.centred and calibrated:
         key[::3] += constants.sink_centre.to(dtype)
         key[1::3] += constants.key_centre.to(dtype)
-    slots = torch.randperm(7 * 32)[:41]
+    # A block's begin, single tokens, a run over the edge of two blocks, and tokens that are padding
+    slots = torch.tensor([*range(64, 76), 3, 170, 130, *range(23, 49)])
     slots[[3, 17, 40]] = -1
     planes = layout.planes(written(layout, key, value, slots, constants))
     used = slots[slots >= 0]
+    has_room = (used % 32 + DISTANCE < 32) & ~torch.isin(used + DISTANCE, used)
 
-    def stored(plane: Tensor) -> Tensor:
-        return plane.transpose(1, 2).flatten(0, 1)[used].flatten(0, 1)
+    def stored(plane: Tensor, at: Tensor = used) -> Tensor:
+        return plane.transpose(1, 2).flatten(0, 1)[at].flatten(0, 1)
 
     key, value = key[slots >= 0].double(), value[slots >= 0].double()
-    for x, vector, plane, scales, step, encode in (
-        (key, key_format, planes.k, planes.k_scale, constants.key_scale, reference.encode_keys),
-        (value, value_format, planes.v, planes.v_scale, constants.value_scale, reference.encode_values),
+    for x, vector, plane, scales, step, encode, refine in (
+        (key, key_format, planes.k, planes.k_scale, constants.key_scale, reference.encode_keys, reference.refine_keys),
+        (
+            value,
+            value_format,
+            planes.v,
+            planes.v_scale,
+            constants.value_scale,
+            reference.encode_values,
+            reference.refine_values,
+        ),
     ):
         if vector.is_raw:
             assert torch.equal(stored(plane), x.flatten(0, 1).to(vector.raw_dtype))
@@ -100,6 +111,15 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             check_codes((x / step.double() + vector.midpoint).flatten(0, 1), codes, 1, vector)
         else:
             check_vectors(reference.rotate(x, vector).flatten(0, 1), codes, stored(scales), vector)
+        if vector.refined:
+            own = (y.unflatten(0, (len(x), -1))[has_room] for y in (codes, stored(scales)))
+            exact = refine(x[has_room], *own, vector, constants)
+            behind = used[has_room] + DISTANCE
+            found = reference.unpack(stored(plane, behind), vector), stored(scales, behind)
+            same = (found[0] == exact[0].flatten(0, 1)).all(-1) & (found[1] == exact[1].flatten(0, 1)).view(
+                len(found[0]), -1
+            ).all(-1)
+            assert same.double().mean() > 0.9, f"{(~same).sum()} of {len(same)} differ"
 
 
 def check_feedback(scale: Tensor, codes: Tensor, exact_codes: Tensor, exact_scale: Tensor) -> None:
@@ -120,9 +140,11 @@ def test_only_given_slots_are_written(name: str) -> None:
     assert torch.equal(raw[[0, 2, 3, 4, 5]], raw_before[[0, 2, 3, 4, 5]])
     assert torch.equal(raw[:, -64:], raw_before[:, -64:])
     changed = layout.planes((pool != before).to(torch.uint8))
-    for plane in (changed.k, changed.v):
+    format = layout.format
+    for plane, refined in ((changed.k, format.k.refined), (changed.v, format.v.refined)):
         rows = (plane.contiguous().view(torch.uint8) != 0).any(-1).nonzero()
-        assert set(map(tuple, rows.tolist())) == {(b, h, o) for b, o in ((1, 5), (6, 15)) for h in (0, 1)}
+        places = [(1, 5), (6, 15)] + ([(1, 5 + DISTANCE)] if refined else [])
+        assert set(map(tuple, rows.tolist())) == {(b, h, o) for b, o in places for h in (0, 1)}
 
 
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_quantised])
@@ -137,7 +159,7 @@ def test_packing_is_bit_exact(name: str) -> None:
     if layout.format.needs_calibration:
         steps = torch.exp2(torch.randint(0, 5, (2, 64)).float())
         constants = LayerConstants(key_scale=steps, value_scale=2 * steps)
-    slots = torch.randperm(7 * 16)[:50]
+    slots = torch.tensor([*range(7, 41), *range(64, 75), 50, 81, 82, 83, 111])
     theirs = make_pool(layout, 7, 2, padding=64)
     reference.write(theirs, layout, key, value, slots, constants)
     assert torch.equal(written(layout, key, value, slots, constants), theirs)
