@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and four more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and five more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -101,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-calibration-cache",
         metavar="FOLDER",
         help="where calibrations are kept (default: fraqtl-serve/calibration in the user's cache folder)",
+    )
+    group.add_argument(
+        "--no-kv-refinement",
+        dest="kv_refinement",
+        action="store_false",
+        help="read the newest tokens of a sequence no finer than all others; costs no memory either way",
     )
     group.add_argument(
         "--max-body-bytes",
@@ -170,6 +176,8 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     section.setdefault("kv_format", DEFAULT_FORMAT)
     if not args.kv_calibration:
         section["calibration"] = False
+    if not args.kv_refinement:
+        section["refinement"] = False
     if args.kv_calibration_cache is not None:
         section["calibration_cache"] = args.kv_calibration_cache
     read_config({KEY: section})  # refuses what contradicts itself

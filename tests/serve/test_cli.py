@@ -20,6 +20,7 @@ from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve import doctor, serve
 from fraqtl_serve.cli import main
+from fraqtl_vllm.config import read_config
 
 BYTES_AT_64 = {"bf16": 256, "fp16": 256, "k8v8": 132, "k8v4": 100, "k4v4": 68}
 
@@ -264,6 +265,13 @@ def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
     }
     with pytest.raises(ConfigError, match="KV format k4v4-channel needs calibration: leave --no-kv-calibration out"):
         configured(parser, "org/model", "--kv-format", "k4v4-channel", "--no-kv-calibration")
+
+
+def test_refinement_flag(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model", "--no-kv-refinement")
+    assert args.additional_config["fraqtl"] == {"kv_format": "k4v4", "refinement": False}
+    assert not read_config(args.additional_config).format.is_refined
+    assert read_config(configured(parser, "org/model").additional_config).format.is_refined
 
 
 def test_demo_model_where_none_is_named(

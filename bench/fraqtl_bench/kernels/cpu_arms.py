@@ -59,13 +59,15 @@ class PackedOnCpu:
 def stored_values(
     pool: Tensor, layout: PageLayout, inputs: Inputs, constants: LayerConstants = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first request, by the reference: (context, KV heads, D) float64 each, on the CPU."""
+    """Keys and values of the first request as its last token reads them: (context, KV heads, D) float64, on the CPU."""
     pages = pool[inputs.order[0].long()].cpu()
     planes = layout.planes(pages)
     key = reference.stored_keys(planes, layout.format.k, constants)
     value = reference.stored_values(planes, layout.format.v, constants)
     tokens = [x.transpose(1, 2).flatten(0, 1)[: inputs.shape.context] for x in (key, value)]
-    return tokens[0], tokens[1]
+    table = torch.arange(len(pages))
+    finer = reference.page_refinements(pages, layout, table, inputs.shape.context, constants)
+    return tokens[0] + finer[0], tokens[1] + finer[1]
 
 
 @dataclass(frozen=True)
