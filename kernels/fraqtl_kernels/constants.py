@@ -50,7 +50,7 @@ class Transform:
         return torch.einsum("...hd,hde->...he", z, self.inverse.to(z)) + self.centre.to(z)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # an object is its own key: a layer's constants never change
 class LayerConstants:
     """One layer's constants, None where there is nothing to do: the fields of both `Transform`s, and
 

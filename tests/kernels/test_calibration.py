@@ -157,4 +157,4 @@ def test_static_scales_reach_the_largest_value() -> None:
 
 def test_formats_without_calibration_get_nothing() -> None:
     x = torch.randn(5, 2, 64)
-    assert calibrate(FORMATS["k8v8"], x, x, x) == IDENTITY
+    assert set(vars(calibrate(FORMATS["k8v8"], x, x, x)).values()) == {None}

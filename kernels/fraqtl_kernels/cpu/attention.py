@@ -78,7 +78,7 @@ def attend(
     without them requests with more than one query token read nothing refined. Same result as
     `reference.paged_attention`.
     """
-    heads, planes = pool.shape[1], layout.planes(pool)
+    heads = pool.shape[1]
     for bucket in plan.buckets:
         q = query[bucket.tokens].to(torch.float32)
         rows, count, query_heads, size = q.shape
@@ -88,7 +88,7 @@ def attend(
         if count == 1 or (refinements is None and count <= DECODE_QUERIES):
             out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
         else:
-            over = attend_tiles if soft_cap else prefill
+            over, planes = attend_tiles if soft_cap else prefill, layout.planes(pool)
             apart = refinements is not None
             out, total = over(queries, planes, layout, block_table, bucket, window, soft_cap, apart)
             if refinements is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,11 +54,12 @@ def find_runs(slots: Tensor, block_size: int) -> Tensor:
     slots: (tokens,). A token in the first slot of a block may follow one in the last slot of any other; if it doesn't,
     nothing is lost: there are no refinements before it.
     """
-    before, after = slots[:-1], slots[1:]
+    place = slots.numpy()  # a batch of decodes asks in every layer, and NumPy takes less time to begin
+    before, after = place[:-1], place[1:]
     crosses = (before % block_size == block_size - 1) & (after % block_size == 0)
-    follows = torch.zeros(len(slots) + 1, dtype=torch.bool)
+    follows = np.zeros(len(place) + 1, bool)
     follows[1:-1] = ((after == before + 1) | crosses) & (before >= 0)
-    return (follows[1:] & ~follows[:-1]).nonzero().flatten()
+    return torch.from_numpy((follows[1:] & ~follows[:-1]).nonzero()[0])
 
 
 def read_earlier(

@@ -10,7 +10,7 @@ from fraqtl_kernels.cpu.decode import half_table
 from fraqtl_kernels.cpu.encode import PARALLEL_VECTORS, store
 from fraqtl_kernels.cpu.refinements import Finer, Refinements, find_runs, read_earlier
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
-from fraqtl_kernels.pages import PageLayout, Planes
+from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.reference import encode_keys, encode_values, pack
 
 
@@ -31,36 +31,47 @@ def write(
     """
     slots = slot_mapping[: key.shape[0]].long()
     key, value = key[: len(slots)], value[: len(slots)]
-    k, v, planes = layout.format.k, layout.format.v, layout.planes(pool)
-    runs = find_runs(slots, layout.block_size) if layout.format.is_refined else slots[:0]
-    finer_k, finer_v = (
-        _finer(x, vector, plane, scales, layout, slots, runs)
-        for x, vector, plane, scales in ((key, k, planes.k, planes.k_scale), (value, v, planes.v, planes.v_scale))
-    )
+    k, v = layout.format.k, layout.format.v
+    refinements = _prepare(pool, layout, key, slots)
     if k.is_scaled:
+        finer = _rows(refinements and refinements.key, key)
         at = (layout.block_size, 0, layout.k_scale_offset)
-        store(pool, half_table(), key.float(), slots, k, *at, constants, "key", _rows(finer_k, key))
+        store(pool, half_table(), key.float(), slots, k, *at, constants, "key", finer)
     if v.is_scaled:
+        finer = _rows(refinements and refinements.value, value)
         at = (layout.block_size, layout.v_offset, layout.v_scale_offset)
-        store(pool, half_table(), value.float(), slots, v, *at, constants, "value", _rows(finer_v, value))
+        store(pool, half_table(), value.float(), slots, v, *at, constants, "value", finer)
     if not (k.is_scaled and v.is_scaled):
-        _store_others(planes, layout, key, value, slots, constants)
-    return Refinements(finer_k, finer_v) if len(runs) else None
+        _store_others(pool, layout, key, value, slots, constants)
+    return refinements
+
+
+def _prepare(pool: Tensor, layout: PageLayout, key: Tensor, slots: Tensor) -> Refinements | None:
+    """Room for the refinements of a batch, and those before it. None if nobody will ask."""
+    if not layout.format.is_refined or len(slots) < 2:
+        return None
+    runs = find_runs(slots, layout.block_size)
+    if not len(runs):
+        return None
+    planes, k, v = layout.planes(pool), layout.format.k, layout.format.v
+    return Refinements(
+        _finer(key.shape, planes.k, planes.k_scale, k, layout, slots, runs),
+        _finer(key.shape, planes.v, planes.v_scale, v, layout, slots, runs),
+    )
 
 
 def _finer(
-    x: Tensor,
-    vector: VectorFormat,
+    shape: torch.Size,
     plane: Tensor,
     scales: Tensor | None,
+    vector: VectorFormat,
     layout: PageLayout,
     slots: Tensor,
     runs: Tensor,
 ) -> Finer | None:
-    """Room for the refinements of a batch, and those before it. None if nobody will ask."""
-    if not (vector.refined and len(runs)) or scales is None:
+    if not vector.refined or scales is None:
         return None
-    return Finer(torch.zeros(x.shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs))
+    return Finer(torch.zeros(shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs))
 
 
 def _rows(finer: Finer | None, x: Tensor) -> Tensor:
@@ -68,9 +79,10 @@ def _rows(finer: Finer | None, x: Tensor) -> Tensor:
 
 
 def _store_others(
-    planes: Planes, layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, constants: LayerConstants
+    pool: Tensor, layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, constants: LayerConstants
 ) -> None:
     """Vectors without scales of their own: raw and static ones."""
+    planes = layout.planes(pool)
     k, v = layout.format.k, layout.format.v
     used = slots >= 0
     if not bool(used.all()):
