@@ -2,6 +2,7 @@
 
 from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
 from fraqtl_kernels.cpu.decode import warm_up_decode
+from fraqtl_kernels.cpu.nearest import warm_up_nearest
 from fraqtl_kernels.cpu.refinements import Refinements
 from fraqtl_kernels.cpu.write import warm_up_write, write
 
@@ -11,4 +12,5 @@ __all__ = ["AttentionPlan", "Refinements", "attend", "plan_attention", "warm_up"
 def warm_up() -> None:
     """Compile the kernels, or load them from Numba's cache on disk, so that no request has to wait for them."""
     warm_up_decode()
+    warm_up_nearest()
     warm_up_write()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
-from fraqtl_kernels.cpu.nearest import attend_nearest, join
+from fraqtl_kernels.cpu.nearest import add_nearest
 from fraqtl_kernels.cpu.prefill import prefill
 from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
 from fraqtl_kernels.cpu.refinements import Refinements
@@ -89,11 +89,10 @@ def attend(
             out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
         else:
             over, planes = attend_tiles if soft_cap else prefill, layout.planes(pool)
-            apart = refinements is not None
-            out, total = over(queries, planes, layout, block_table, bucket, window, soft_cap, apart)
+            batch = queries, planes, layout, block_table, bucket
+            out, total = over(*batch, window, soft_cap, refinements is not None)
             if refinements is not None:
-                near = attend_nearest(queries, planes, layout, block_table, bucket, refinements, window, soft_cap)
-                out = join(out, total, *near)
+                out = add_nearest(out, total, *batch, refinements, window, soft_cap)
         out = restore_output(out, layout.format.v, constants)
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
         output[bucket.tokens] = out.to(output.dtype)

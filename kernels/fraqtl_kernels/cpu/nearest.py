@@ -1,11 +1,13 @@
-"""Attention of prompts over the tokens that each query reads refined: at most DISTANCE of them, itself included.
+"""Prompts and the tokens that each query reads refined: at most DISTANCE of them, itself included.
 
-What it gives is joined with attention over all other tokens by the logarithms of their softmax sums.
+They are added to attention over all other tokens, a partial output and the logarithm of its softmax sum.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numba import njit, prange
 from torch import Tensor
 
 from fraqtl_kernels.cpu.queries import Queries
@@ -14,10 +16,59 @@ from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.reference import dequantise, unpack
-from fraqtl_kernels.refinement import DISTANCE, is_refined
+from fraqtl_kernels.refinement import DISTANCE
+
+_FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "ninf" and "nnan", as in `decode.py`
 
 
-def attend_nearest(
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+def _add_nearest(q, base, keys, values, first, block_size, distance, window, soft_cap, out, total):
+    """See `add_nearest`. q, out: (heads, group, count, D). base, total: (heads, group, count).
+
+    keys, values: (BEFORE + count, heads, D), the row of query i at BEFORE + i.
+    """
+    heads, group, count, size = q.shape
+    for item in prange(heads * group):
+        head, member = item // group, item % group
+        weights = np.empty(distance, np.float32)
+        for i in range(count):
+            offset = (first + i) % block_size
+            begin = max(0, offset - distance + 1)
+            if window > 0:
+                begin = max(begin, offset - window + 1)
+            end = min(offset, block_size - distance - 1) + 1
+            if end <= begin:
+                continue
+            row = i + distance - 1 - offset  # of the block's first token
+            query, result = q[head, member, i], out[head, member, i]
+            top = total[head, member, i]
+            for n in range(begin, end):
+                key = keys[row + n, head]
+                score = np.float32(0)
+                for d in range(size):
+                    score += query[d] * key[d]
+                if soft_cap > 0:
+                    score = soft_cap * np.tanh((score + base[head, member, i]) / soft_cap)
+                weights[n - begin] = score
+                top = max(top, score)
+            decay = np.exp(total[head, member, i] - top)
+            added = decay
+            for n in range(begin, end):
+                weights[n - begin] = np.exp(weights[n - begin] - top)
+                added += weights[n - begin]
+            decay /= added
+            for d in range(size):
+                result[d] *= decay
+            for n in range(begin, end):
+                value, weight = values[row + n, head], weights[n - begin] / added
+                for d in range(size):
+                    result[d] += weight * value[d]
+            total[head, member, i] = top + np.log(added)
+
+
+def add_nearest(
+    out: Tensor,
+    total: Tensor,
     queries: Queries,
     planes: Planes,
     layout: PageLayout,
@@ -26,37 +77,39 @@ def attend_nearest(
     refinements: Refinements,
     window: int | None,
     soft_cap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """For the one request of a bucket. Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is
-    stored, and the logarithms (1, KV heads, M, 1) of the softmax sums; -inf for queries that read nothing refined."""
+) -> Tensor:
+    """For the one request of a bucket, the attention `out` over the tokens that are not refined and over those that are.
+
+    out: (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored. total: (1, KV heads, M, 1),
+    the logarithms of its softmax sums.
+    """
     positions, size = bucket.positions[0], layout.block_size
     first, count = int(positions[0]), len(positions)
     near = torch.arange(first - BEFORE, first + count)
-    table = block_table[int(bucket.rows[0])]
-    place = table[near.clamp_min(0) // size].long(), slice(None), near % size
+    blocks = block_table[int(bucket.rows[0])][near.clamp_min(0) // size].long()
+    place = blocks, slice(None), near % size
     k, v = layout.format.k, layout.format.v
     token = int(bucket.tokens[0, 0])
-    key = _refined(planes.k[place], planes.k_scale, place, k, refinements.key, token)
-    value = _refined(planes.v[place], planes.v_scale, place, v, refinements.value, token)
+    keys = _refined(planes.k[place], planes.k_scale, place, k, refinements.key, token)
+    values = _refined(planes.v[place], planes.v_scale, place, v, refinements.value, token)
     if queries.sink_shift is not None and planes.k_scale is not None:
-        key += queries.sink_shift * planes.k_scale[place].signbit()[..., None]
-    # Blocks before that of the first query may be freed and hold anything
-    gone = (near // size < first // size)[:, None, None]
-    keys, values = (x.masked_fill(gone, 0).unfold(0, DISTANCE, 1) for x in (key, value))  # (count, heads, D, DISTANCE)
-    heads = keys.shape[1]
-    q = queries.q.view(heads, -1, count, queries.q.shape[-1])
-    scores = torch.einsum("hgqd,qhdw->hgqw", q, keys)
-    if soft_cap:
-        scores = soft_cap * torch.tanh((scores + queries.base.view(heads, -1, count, 1)) / soft_cap)
-    of = positions[:, None] + torch.arange(-BEFORE, 1)
-    seen = is_refined(positions[:, None], of, size) & (of >= 0)
-    if window is not None:
-        seen &= of > positions[:, None] - window
-    scores = scores.masked_fill(~seen, -torch.inf)
-    total = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - total.nan_to_num(neginf=0.0)).exp()
-    out = torch.einsum("hgqw,qhdw->hgqd", weights, values)
-    return out.reshape(queries.q.shape), total.view(1, heads, -1, 1)
+        keys += queries.sink_shift * planes.k_scale[place].signbit()[..., None]
+    heads, head_size = keys.shape[1:]
+    out, total = out.contiguous(), total.contiguous()
+    _add_nearest(
+        queries.q.view(heads, -1, count, head_size).numpy(),
+        queries.base.contiguous().view(heads, -1, count).numpy(),
+        keys.numpy(),
+        values.numpy(),
+        first,
+        size,
+        DISTANCE,
+        window or 0,
+        np.float32(soft_cap or 0),
+        out.view(heads, -1, count, head_size).numpy(),
+        total.view(heads, -1, count).numpy(),
+    )
+    return out
 
 
 def _refined(
@@ -69,15 +122,17 @@ def _refined(
 ) -> Tensor:
     """(tokens, KV heads, D) float32 in the stored basis: what pages hold and what refinements add to it.
 
-    token: the batch's row of the first query, which stands at row BEFORE here."""
+    token: the batch's row of the first query, which stands at row BEFORE here.
+    """
     if vector.is_raw:
         return rows.float()
     codes = unpack(rows, vector)
     stored = codes.float() - vector.midpoint if scales is None else dequantise(codes, scales[place], vector)
-    return stored if finer is None else stored + finer.around(token, len(rows) - BEFORE)
+    return stored if finer is None else stored.add_(finer.around(token, len(rows) - BEFORE))
 
 
-def join(out: Tensor, total: Tensor, near: Tensor, near_total: Tensor) -> Tensor:
-    """Two partial attentions (..., D) and the logarithms (..., 1) of their sums as one."""
-    joined = torch.logaddexp(total, near_total)
-    return out * (total - joined).exp() + near * (near_total - joined).exp()
+def warm_up_nearest() -> None:
+    """As `warm_up_decode`."""
+    q = np.zeros((1, 1, 1, 64), np.float32)
+    rows, terms = np.zeros((1 + BEFORE, 1, 64), np.float32), np.zeros((1, 1, 1), np.float32)
+    _add_nearest(q, terms, rows, rows, 0, 16, DISTANCE, 0, np.float32(0), q.copy(), terms.copy())

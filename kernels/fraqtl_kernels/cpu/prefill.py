@@ -13,7 +13,7 @@ from torch import Tensor
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.refinement import is_refined
+from fraqtl_kernels.refinement import hide_refined
 
 # The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -46,7 +46,7 @@ def prefill(
         if window is not None:
             seen &= position > bucket.positions[0, :, None] - window
         if apart:
-            seen &= ~is_refined(bucket.positions[0, :, None], position, layout.block_size)
+            hide_refined(seen, bucket.positions[0], int(position[0, 0]), layout.block_size)
             if not bool(seen.any()):
                 continue
         used = int(seen.any(0).nonzero().max()) + 1  # what lies behind the last key may be anything, even NaN
