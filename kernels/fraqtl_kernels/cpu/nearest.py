@@ -78,7 +78,7 @@ def add_nearest(
     window: int | None,
     soft_cap: float | None,
 ) -> Tensor:
-    """For the one request of a bucket, the attention `out` over the tokens that are not refined and over those that are.
+    """For the one request of a bucket, attention over all tokens from `out`, which leaves out those read refined.
 
     out: (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored. total: (1, KV heads, M, 1),
     the logarithms of its softmax sums.

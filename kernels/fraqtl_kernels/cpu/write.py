@@ -34,11 +34,11 @@ def write(
     k, v = layout.format.k, layout.format.v
     refinements = _prepare(pool, layout, key, slots)
     if k.is_scaled:
-        finer = _rows(refinements and refinements.key, key)
+        finer = _rows(None if refinements is None else refinements.key, key)
         at = (layout.block_size, 0, layout.k_scale_offset)
         store(pool, half_table(), key.float(), slots, k, *at, constants, "key", finer)
     if v.is_scaled:
-        finer = _rows(refinements and refinements.value, value)
+        finer = _rows(None if refinements is None else refinements.value, value)
         at = (layout.block_size, layout.v_offset, layout.v_scale_offset)
         store(pool, half_table(), value.float(), slots, v, *at, constants, "value", finer)
     if not (k.is_scaled and v.is_scaled):
