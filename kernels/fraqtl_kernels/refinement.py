@@ -35,18 +35,6 @@ def is_refined(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     )
 
 
-def hide_refined(seen: Tensor, query: Tensor, first: int, block_size: int) -> None:
-    """seen (queries, keys) <- False where a query reads the key refined.
-
-    query: (queries,) positions. first: the position of the first key; the others follow it.
-    """
-    rows = torch.arange(len(query))
-    for back in range(DISTANCE):
-        key = query - back
-        hidden = is_refined(query, key, block_size) & (key >= first) & (key < first + seen.shape[1])
-        seen[rows[hidden], key[hidden] - first] = False
-
-
 def newest(length: int, block_size: int) -> Tensor:
     """The positions (n,) that the last of `length` tokens reads refined, each DISTANCE slots before its refinement."""
     position = torch.arange(max(0, length - DISTANCE), length)

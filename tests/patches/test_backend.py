@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
+from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_vllm import cpu_attention
@@ -90,6 +92,25 @@ def test_profiling_run_attends_nothing() -> None:
     out = make_layer().forward(None, query, query, query, torch.empty(0), None, output)
     assert out is output
     assert torch.equal(out, torch.zeros(3, 4, 64))
+
+
+def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refinements of a step go to whoever attends its pages, and are forgotten where nobody else does."""
+    own, other, alone = make_layer(), make_layer(kv_sharing_target_layer_name="own"), make_layer()
+    layers = {name: SimpleNamespace(layer_name=name, impl=impl) for name, impl in (("own", own), ("alone", alone))}
+    monkeypatch.setattr(cpu_attention, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
+    query, key, value = torch.randn(20, 4, 64), *torch.randn(2, 20, 2, 64).unbind()
+    metadata = cpu_attention.Metadata(torch.tensor([[1, 2]]), cpu.plan_attention([0, 20], [20]))
+    outputs = []
+    for impl in (own, alone):
+        pool = torch.zeros(3, 2, 16, 68, dtype=torch.uint8)
+        impl.do_kv_cache_update(None, key, value, pool, torch.arange(16, 36))
+        name = "own" if impl is own else "alone"
+        outputs.append(impl.forward(layers[name], query, key, value, pool, metadata, torch.empty_like(query)))
+    shared = SimpleNamespace(layer_name="other", impl=other)
+    outputs.append(other.forward(shared, query, key, value, pool, metadata, torch.empty_like(query)))
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert own.refinements is not None and alone.refinements is None
 
 
 def test_raw_prompt_keys_need_a_gpu() -> None:

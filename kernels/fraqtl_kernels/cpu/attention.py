@@ -50,9 +50,11 @@ def plan_attention(query_start: list[int], lengths: list[int]) -> AttentionPlan:
 
 
 def _prefill_tiles(request: int, first: int, count: int, length: int) -> list[Bucket]:
+    # Keys behind a query are hidden, not left out: the shorter the context, the larger their part of a tile.
+    step = TILE_QUERIES if length > 2 * TILE_QUERIES else max(1, TILE_QUERIES // 2)
     tiles = []
-    for start in range(0, count, TILE_QUERIES):
-        n = torch.arange(start, min(start + TILE_QUERIES, count))[None]
+    for start in range(0, count, step):
+        n = torch.arange(start, min(start + step, count))[None]
         tiles.append(Bucket(torch.tensor([request]), first + n, length - count + n))
     return tiles
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.refinement import hide_refined
+from fraqtl_kernels.refinement import DISTANCE, is_refined
 
 # The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -41,31 +41,51 @@ def prefill(
     q = queries.q.view(1, heads * group, count, size)
     out = torch.zeros_like(q)
     total = q.new_full((1, heads * group, count, 1), -torch.inf)
+    positions = bucket.positions[0]
     for blocks, position in key_tiles(layout, block_table, bucket, window):
-        seen = position <= bucket.positions[0, :, None]
-        if window is not None:
-            seen &= position > bucket.positions[0, :, None] - window
-        if apart:
-            hide_refined(seen, bucket.positions[0], int(position[0, 0]), layout.block_size)
-            if not bool(seen.any()):
-                continue
-        used = int(seen.any(0).nonzero().max()) + 1  # what lies behind the last key may be anything, even NaN
+        first = int(position[0, 0])
+        # What lies behind the last key, or before the window of all, may be anything, even NaN
+        used = min(position.shape[1], int(positions[-1]) + 1 - first)
+        gone = 0 if window is None else max(0, int(positions[0]) - window + 1 - first)
+        bias, blind = _hide(positions, first, used, window, layout.block_size if apart else None)
+        if bool(blind.all()):
+            continue
         key = _keys(queries, planes, layout, blocks)[:, :, :used]
         value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)[:, :, :used]
-        unseen = ~seen[:, :used].any(0)
-        if bool(unseen.any()):
-            key, value = (x.masked_fill(unseen[:, None], 0) for x in (key, value))
+        if gone:
+            key[:, :, :gone], value[:, :, :gone] = 0, 0
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        bias = q.new_zeros(count, used).masked_fill_(~seen[:, :used], -torch.inf)
         part, lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
         # A query that sees nothing of this tile: its lse says so, its output is not to be used.
-        blind = ~seen.any(1)[:, None]
         lse = lse.view(1, -1, count, 1).masked_fill(blind, -torch.inf)
         joined = torch.logaddexp(total, lse)
         weight = (lse - joined).exp().masked_fill(blind, 0)
         out = out * (total - joined).exp().nan_to_num(0.0) + part.masked_fill(blind, 0) * weight
         total = joined
     return out.view(1, heads, rows, size), total.view(1, heads, rows, 1)
+
+
+def _hide(query: Tensor, first: int, count: int, window: int | None, block_size: int | None) -> tuple[Tensor, Tensor]:
+    """What is added to scores (queries, keys) float32 of keys first .. first + count - 1, 0 or -inf, and which queries
+    (queries, 1) see none of them.
+
+    query: (queries,) positions, one after another. block_size: of pages whose newest tokens are read refined, and
+    are left out here; None: none are.
+    """
+    start = int(query[0]) - first
+    bias = torch.full((len(query), count), -torch.inf, dtype=torch.float32).triu_(start + 1)
+    oldest = torch.full_like(query, first)
+    if window is not None:
+        bias += torch.full_like(bias, -torch.inf).tril_(start - window)
+        oldest = torch.maximum(oldest, query - window + 1)
+    seen = query.clamp_max(first + count - 1) - oldest + 1
+    rows = torch.arange(len(query))
+    for back in range(DISTANCE if block_size is not None else 0):
+        key = query - back
+        hidden = is_refined(query, key, block_size or 1) & (key >= oldest) & (key < first + count)
+        bias[rows[hidden], key[hidden] - first] = -torch.inf
+        seen -= hidden.long()
+    return bias, (seen <= 0)[:, None]
 
 
 def _keys(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
