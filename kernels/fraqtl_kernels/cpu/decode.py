@@ -234,10 +234,8 @@ def _decode(
     sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
     slots from tokens to their refinements (of K and V, 0 if they have none).
     """
-    block_size, k_bits, v_bits, k_groups, v_groups, block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes[
-        :10
-    ]
-    k_distance, v_distance = sizes[10:]
+    block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
+    block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance = sizes[5:]
     heads, queries, size = q.shape[1], q.shape[2], q.shape[3]
     for item in prange(runs.shape[0] * heads):
         run, head = item // heads, item % heads
