@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fraqtl_serve._vllm import EngineDeadError, FinishReason, GracefulHTTPError
-from fraqtl_serve.asgi import Application, Receive, Scope, Send
+from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send
 from fraqtl_serve.errors import send_error
 
 CONNECTION_SECONDS = 3  # the engine has stopped by then: nothing more can come
@@ -90,7 +90,8 @@ def _queue_of_unserved(processor: Any, output: Any) -> Any | None:
 class Shutdown:
     """ASGI middleware: sets uvicorn's limit when the application starts, unless it is set; 503 while it stops.
 
-    Only a POST gives the engine work; probes, metrics and our own routes answer to the end.
+    Only a POST gives the engine work; probes, metrics and our own routes answer to the end. One that came just before
+    the stop may find a part of the server gone and break down over it: that is 503, too.
     """
 
     def __init__(self, app: Application) -> None:
@@ -103,7 +104,29 @@ class Shutdown:
                 server.config.timeout_graceful_shutdown = CONNECTION_SECONDS
         elif scope["type"] == "http" and scope["method"] == "POST":
             stop: Stop | None = getattr(scope["app"].state, "fraqtl_stop", None)
-            if stop is not None and stop.requested:
-                await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, SAID, headers=[(b"connection", b"close")])
+            if stop is not None:
+                await self._answer(scope, receive, send, stop)
                 return
         await self.app(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, stop: Stop) -> None:
+        if stop.requested:
+            await _refuse(send)
+            return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched_send)
+        except Exception:
+            if started or not stop.requested:
+                raise
+            await _refuse(send)
+
+
+async def _refuse(send: Send) -> None:
+    await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, SAID, headers=[(b"connection", b"close")])

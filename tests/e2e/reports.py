@@ -51,9 +51,9 @@ def check_mirror(kv_cache: dict[str, Any], report: dict[str, Any]) -> None:
     assert all(type(value) is int for value in kv_cache.values()), kv_cache
 
 
-def metric(url: str, name: str) -> float:
-    """The sum of a metric of the server over its labels."""
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+def metric(url: str, name: str, client: httpx.Client | None = None) -> float:
+    """The sum of a metric of the server over its labels. client: to ask with, a new one by default."""
+    lines = (client or httpx).get(f"{url}/metrics").text.splitlines()
     values = [float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
     assert values, f"the server has no metric {name}"
     return sum(values)

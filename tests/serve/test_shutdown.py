@@ -143,3 +143,22 @@ def test_new_work_is_refused_and_questions_are_answered() -> None:
     assert (refused.status_code, refused.headers["connection"]) == (503, "close")
     assert "shutting down" in refused.json()["error"]["message"]
     assert client.get("/v1/completions").text == "yes"
+
+
+def test_work_that_finds_the_server_half_gone_is_refused() -> None:
+    """It came before the stop; only an answer that has begun, or a fault without a stop, is what it is."""
+    stop = shutdown.Stop()
+
+    def breaks(request: object) -> PlainTextResponse:
+        stop.requested = breaks_late
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    app = Starlette(routes=[Route("/v1/completions", breaks, methods=["POST"])])
+    app.add_middleware(shutdown.Shutdown)
+    app.state.fraqtl_stop = stop
+    client = TestClient(app, raise_server_exceptions=False)
+    breaks_late = False
+    assert client.post("/v1/completions").status_code == 500
+    breaks_late = True
+    refused = client.post("/v1/completions")
+    assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
