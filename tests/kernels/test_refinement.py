@@ -69,6 +69,26 @@ def test_attention_does_not_depend_on_how_a_prompt_is_cut(name: str, calibrated:
 
 
 @pytest.mark.parametrize("name", REFINED)
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_prompt_reads_what_the_reference_makes_of_its_tokens(name: str, calibrated: bool, window: int | None) -> None:
+    """Pages and refinements by the reference alone; a number on the edge of two codes may fall to the other side."""
+    layout, query, key, value, constants = made(name, calibrated)
+    pools, slots = [make_pool(layout, 8, HEADS) for _ in range(2)], torch.arange(TOKENS)
+    running = cpu.write(pools[0], layout, key, value, slots, constants)
+    reference.write(pools[1], layout, key, value, slots, constants)
+    table, start, lengths = torch.arange(8)[None], torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
+    output, plan = torch.full_like(query, torch.nan), cpu.plan_attention([0, TOKENS], [TOKENS])
+    options = {"scale": 0.1, "window": window, "constants": constants}
+    cpu.attend(query, pools[0], layout, table, plan, output, refinements=running, **options)
+    finer = reference.written_refinements(key, value, layout, constants)
+    batch = query, pools[1], layout, table, start, lengths
+    expected = reference.paged_attention(*batch, **options, refinements=[finer])
+    assert relative_error(output, expected) < 2e-3
+    assert relative_error(output, reference.paged_attention(*batch, **options)) > 1e-2
+
+
+@pytest.mark.parametrize("name", REFINED)
 def test_full_blocks_hold_no_refinements(name: str) -> None:
     """They are shared, so they must not depend on what a request did with them. Half a block holds some."""
     layout, _, key, value, _ = made(name, calibrated=False)
