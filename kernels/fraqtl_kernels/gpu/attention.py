@@ -157,19 +157,26 @@ def score_codes(q_parts, q_zero, k_parts, k_scale, K: tl.constexpr, HAS_SHIFT: t
 
 
 @triton.jit
+def weigh(weights, scales, V: tl.constexpr, DTYPE: tl.constexpr):
+    """Rounded weights times the scales of each group of values; one of weights alone if they have no scales."""
+    GROUPS: tl.constexpr = V.GROUPS
+    scaled = ()
+    for group in tl.static_range(GROUPS):
+        scaled = scaled + (round16(weights * scales[group].to(tl.float32)[None, :], DTYPE),)
+    if GROUPS == 0:
+        scaled = (round16(weights, DTYPE),)
+    return scaled
+
+
+@triton.jit
 def add_values(weights, page, slot, known, out, sums, V: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """out and sums plus those of the values in some slots of a page, as the loop of `attend_tiles` adds a tile's."""
     PARTS: tl.constexpr = V.PARTS
     values = load_codes(page + V.CODES + slot * V.ROW_BYTES, known, DTYPE, V, True, PTX)
-    scales = load_scales(page, slot, known, V)
-    scaled = ()
+    scaled = weigh(weights, load_scales(page, slot, known, V), V, DTYPE)
     new_out = ()
     new_sums = ()
     for part in tl.static_range(PARTS):
-        if part < V.GROUPS:
-            scaled = scaled + (round16(weights * scales[part].to(tl.float32)[None, :], DTYPE),)
-        elif part == 0:
-            scaled = (round16(weights, DTYPE),)
         weights16 = scaled[part if part < V.GROUPS else 0]
         if part < V.GROUPS or part == 0:
             new_sums = new_sums + (sums[part] + tl.sum(weights16.to(tl.float32), 1),)
@@ -343,14 +350,10 @@ def attend_tiles(
         high_score = new_high
         total = add_weights(total, decay, weights, SHAPE)
         v_parts = load_codes(page + V.CODES + slot * V.ROW_BYTES, known, DTYPE, V, True, PAGE.PTX)
-        scaled = ()  # weights times the scale of each group
+        scaled = weigh(weights, v_scales, V, DTYPE)
         new_sums = ()
         new_out = ()
         for part in tl.static_range(PARTS):
-            if part < V.GROUPS:
-                scaled = scaled + (round16(weights * v_scales[part].to(tl.float32)[None, :], DTYPE),)
-            elif part == 0:
-                scaled = (round16(weights, DTYPE),)
             weights16 = scaled[part if part < V.GROUPS else 0]
             if HAS_ZERO and (part < V.GROUPS or part == 0):
                 new_sums = new_sums + (add_weights(weight_sums[part], decay, weights16.to(tl.float32), SHAPE),)

@@ -21,7 +21,7 @@ from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
 SOURCES = Path(fraqtl_kernels.gpu.__file__).parent
 CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning=Tuning(16, 4, 1))  # several chunks
 MUTATIONS = {
-    "the scale of V is ignored": ("attention.py", "weights * v_scales[part].to(tl.float32)[None, :]", "weights * 1.0"),
+    "the scale of V is ignored": ("attention.py", "weights * scales[group].to(tl.float32)[None, :]", "weights * 1.0"),
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
     "the mask is off by one": ("attention.py", "< bound[:, None]", "< bound[:, None] - 1"),
     "the mask is off by one the other way": ("attention.py", "< bound[:, None]", "<= bound[:, None]"),
