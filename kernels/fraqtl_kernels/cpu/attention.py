@@ -90,9 +90,11 @@ def attend(
         if count == 1 or (refinements is None and count <= DECODE_QUERIES):
             out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
         else:
-            over, planes = attend_tiles if soft_cap else prefill, layout.planes(pool)
-            batch = queries, planes, layout, block_table, bucket
-            out, total = over(*batch, window, soft_cap, refinements is not None)
+            batch, apart = (queries, layout.planes(pool), layout, block_table, bucket), refinements is not None
+            if soft_cap:
+                out, total = attend_tiles(*batch, window, soft_cap, apart)
+            else:
+                out, total = prefill(*batch, window, apart)
             if refinements is not None:
                 out = add_nearest(out, total, *batch, refinements, window, soft_cap)
         out = restore_output(out, layout.format.v, constants)

@@ -26,15 +26,13 @@ def prefill(
     block_table: Tensor,
     bucket: Bucket,
     window: int | None,
-    soft_cap: float | None = None,
     apart: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one request; no soft cap. apart: without the tokens that queries read refined.
+    """Attention of one request. apart: without the tokens that queries read refined.
 
     Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored, and the logarithms
     (1, KV heads, M, 1) of the softmax sums. The centre of the keys is left out: softmax is blind to it.
     """
-    assert not soft_cap
     _, heads, rows, size = queries.q.shape
     count = bucket.positions.shape[1]
     group = rows // count
