@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms.cpu import CpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
@@ -43,23 +47,29 @@ _HOME = {
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CompilationMode": "vllm.config",
     "CpuPlatform": "vllm.platforms.cpu",
+    "CustomOp": "vllm.model_executor.custom_op",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
+    "GeluAndMul": "vllm.model_executor.layers.activation",
+    "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "RMSNorm": "vllm.model_executor.layers.layernorm",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
+    "RotaryEmbedding": "vllm.model_executor.layers.rotary_embedding.base",
     "RowParallelLinear": "vllm.model_executor.layers.linear",
     "Scheduler": "vllm.v1.core.sched.scheduler",
+    "SiluAndMul": "vllm.model_executor.layers.activation",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_current_vllm_config": "vllm.config",
-    "get_forward_context": "vllm.forward_context",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "get_forward_context": "vllm.forward_context",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
@@ -77,15 +87,21 @@ __all__ = [
     "CPUWorker",
     "CompilationMode",
     "CpuPlatform",
+    "CustomOp",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "FullAttentionSpec",
+    "GeluAndMul",
+    "GemmaRMSNorm",
     "KVCacheConfig",
     "KVCacheLayout",
+    "RMSNorm",
     "Request",
     "RequestStatus",
+    "RotaryEmbedding",
     "RowParallelLinear",
     "Scheduler",
+    "SiluAndMul",
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",

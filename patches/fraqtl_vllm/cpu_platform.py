@@ -93,6 +93,11 @@ class CpuWithoutNativeOps(CpuPlatform):
         return BACKEND_CLASS
 
     @classmethod
+    def opaque_attention_op(cls) -> bool:
+        """Nothing is compiled, so nothing has to be hidden from a compiler: layers call attention as a function."""
+        return False
+
+    @classmethod
     def import_kernels(cls) -> None:  # vLLM calls it many times in a process
         if CpuWithoutNativeOps._library is not None:
             return

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which survives a seed.
+"""vLLM's CPU worker, with layers of `cpu_layers.py`, and which survives a seed.
 
 A request with a `seed` has a generator of its own. Where a step ends before its prompt does, vLLM draws a
 token for it all the same, throws it away and turns the generator back, which the CPU's generators can't:
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.cpu_layers import replace_layers
 
 
 @contextmanager
@@ -27,6 +28,11 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
 
 
 class FraqtlCpuWorker(CPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_model(*args, **kwargs)
+        replace_layers(self.model_runner.get_model())
+        return loaded
+
     def init_device(self) -> None:
         super().init_device()
         runner: Any = self.model_runner
