@@ -4,9 +4,10 @@ from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.nearest import warm_up_nearest
 from fraqtl_kernels.cpu.refinements import Refinements
+from fraqtl_kernels.cpu.step import DecodeStep, StepPlan, warm_up_step
 from fraqtl_kernels.cpu.write import warm_up_write, write
 
-__all__ = ["AttentionPlan", "Refinements", "attend", "plan_attention", "warm_up", "write"]
+__all__ = ["AttentionPlan", "DecodeStep", "Refinements", "StepPlan", "attend", "plan_attention", "warm_up", "write"]
 
 
 def warm_up() -> None:
@@ -14,3 +15,4 @@ def warm_up() -> None:
     warm_up_decode()
     warm_up_nearest()
     warm_up_write()
+    warm_up_step()
