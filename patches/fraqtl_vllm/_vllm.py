@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheLayout
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -45,6 +46,7 @@ _HOME = {
     "CpuPlatform": "vllm.platforms.cpu",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
+    "EngineCoreProc": "vllm.v1.engine.core",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
@@ -79,6 +81,7 @@ __all__ = [
     "CpuPlatform",
     "EngineCoreOutput",
     "EngineCoreOutputs",
+    "EngineCoreProc",
     "FullAttentionSpec",
     "KVCacheConfig",
     "KVCacheLayout",
