@@ -20,6 +20,7 @@ from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.front_end import check_front_end
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -137,6 +138,7 @@ def configure(args: argparse.Namespace) -> None:
     """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
     from fraqtl_serve._vllm import current_platform
 
+    check_front_end(args)
     model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheLayout
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -50,6 +51,7 @@ _HOME = {
     "CustomOp": "vllm.model_executor.custom_op",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
+    "EngineCoreProc": "vllm.v1.engine.core",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "GeluAndMul": "vllm.model_executor.layers.activation",
     "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
@@ -90,6 +92,7 @@ __all__ = [
     "CustomOp",
     "EngineCoreOutput",
     "EngineCoreOutputs",
+    "EngineCoreProc",
     "FullAttentionSpec",
     "GeluAndMul",
     "GemmaRMSNorm",
