@@ -63,13 +63,11 @@ class FraqtlEndpoints:
         grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
         state.fraqtl_stop = shutdown.watch(engine_client, asyncio.get_running_loop())
-        ranks = await engine_client.collective_rpc(METHOD)
-        model = engine_client.vllm_config.model_config
+        workers = await engine_client.collective_rpc(METHOD)  # of the first engine: the others are its equals
         pool = make_pool(
             kv_format,
-            ranks,  # of the first engine: the others are its equals
-            model.max_model_len,
-            str(model.dtype).removeprefix("torch."),
+            workers[0],
+            str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
             engines=len(engine_client.engine_core.engine_ranks_managed),
         )
         metrics.set_pool(pool)

@@ -144,6 +144,7 @@ def configure(args: argparse.Namespace) -> None:
     check_checkpoint(model)
     args.model = args.model_tag = model
     args.additional_config = _additional_config(args)
+    _choose_kv_memory(args)
     if args.scheduler_cls is None:
         args.scheduler_cls = "fraqtl_vllm.scheduler.accounting_scheduler"
     if _backend_name(args) not in (None, BACKEND_NAME):
@@ -151,8 +152,16 @@ def configure(args: argparse.Namespace) -> None:
     args.attention_backend = BACKEND_NAME
     if current_platform.is_cpu():
         args.enforce_eager = True
-        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+
+
+def _choose_kv_memory(args: argparse.Namespace) -> None:
+    """On a CPU without a size from the user: our default, or more if the model's context needs it."""
+    from fraqtl_serve._vllm import current_platform
+
+    given = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if current_platform.is_cpu() and not given:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+        args.additional_config[KEY]["kv_memory_fits_context"] = True
 
 
 def _backend_name(args: argparse.Namespace) -> str | None:

@@ -8,6 +8,7 @@ half imported.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as VLLM_VERSION
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
     from vllm.platforms.cpu import CpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+    from vllm.v1.core.kv_cache_utils import (
+        generate_scheduler_kv_cache_config,
+        get_kv_cache_capacity,
+        get_kv_cache_configs,
+    )
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -57,9 +64,14 @@ _HOME = {
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
+    "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
+    "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
     "get_current_vllm_config": "vllm.config",
-    "get_forward_context": "vllm.forward_context",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "get_forward_context": "vllm.forward_context",
+    "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
+    "get_kv_cache_configs": "vllm.v1.core.kv_cache_utils",
+    "get_memory_node_info": "vllm.utils.cpu_resource_utils",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
@@ -90,10 +102,16 @@ __all__ = [
     "WorkerBase",
     "WorkerWrapperBase",
     "cached_tokenizer_from_config",
+    "engine_core",
     "flash_attn_varlen_func",
+    "generate_scheduler_kv_cache_config",
+    "get_allowed_cpu_list",
     "get_current_vllm_config",
     "get_flash_attn_version",
     "get_forward_context",
+    "get_kv_cache_capacity",
+    "get_kv_cache_configs",
+    "get_memory_node_info",
     "get_tp_group",
     "init_logger",
     "merge_attn_states",
@@ -110,6 +128,12 @@ def check_version(version: str = VLLM_VERSION) -> None:
             f"fraqtl-serve works with vLLM {SUPPORTED_VERSION}.x, but {version} is installed: "
             f"pip install 'vllm=={SUPPORTED_VERSION}.0'"
         )
+
+
+def engine_core() -> ModuleType:
+    """The module in which vLLM's engine starts: it has names of its own for what it imports."""
+    check_version()
+    return import_module("vllm.v1.engine.core")
 
 
 def __getattr__(name: str) -> Any:
