@@ -7,8 +7,11 @@ half imported.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as VLLM_VERSION
@@ -36,7 +39,13 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheLayout
+    from vllm.v1.kv_cache_interface import (
+        AttentionSpec,
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheLayout,
+        SlidingWindowSpec,
+    )
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -59,6 +68,7 @@ _HOME = {
     "RequestStatus": "vllm.v1.request",
     "RowParallelLinear": "vllm.model_executor.layers.linear",
     "Scheduler": "vllm.v1.core.sched.scheduler",
+    "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
@@ -98,6 +108,7 @@ __all__ = [
     "RequestStatus",
     "RowParallelLinear",
     "Scheduler",
+    "SlidingWindowSpec",
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",
@@ -116,6 +127,7 @@ __all__ = [
     "init_logger",
     "merge_attn_states",
     "register_kernels",
+    "scan_of_vllm_only",
     "set_current_vllm_config",
     "set_forward_context",
 ]
@@ -134,6 +146,23 @@ def engine_core() -> ModuleType:
     """The module in which vLLM's engine starts: it has names of its own for what it imports."""
     check_version()
     return import_module("vllm.v1.engine.core")
+
+
+@contextmanager
+def scan_of_vllm_only() -> Iterator[None]:
+    """Where `register_kernels` looks for references to a kernel: in vLLM's own modules.
+
+    It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
+    has been imported, or a client's mocks.
+    """
+    dispatcher = import_module("vllm.triton_utils.dispatcher")
+    everything = dispatcher.sys
+    of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
+    dispatcher.sys = SimpleNamespace(modules=of_vllm)
+    try:
+        yield
+    finally:
+        dispatcher.sys = everything
 
 
 def __getattr__(name: str) -> Any:
