@@ -21,6 +21,7 @@ from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
+from fraqtl_serve.start_errors import start_is_over
 from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
@@ -71,6 +72,7 @@ class FraqtlEndpoints:
             engines=len(engine_client.engine_core.engine_ranks_managed),
         )
         metrics.set_pool(pool)
+        start_is_over()
         state.fraqtl_history = History()
         # The loop keeps no task alive by itself: the state does.
         state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))

@@ -7,19 +7,19 @@ more group in front. Then vLLM's own entry point runs.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import signal
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
+from fraqtl_serve.start_stop import StoppedError, stoppable_start
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -27,7 +27,6 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "fraqtl-demo"
 CPU_KV_CACHE_BYTES = 256 << 20
 PLUGIN_GROUPS = ("general", "platform", "stat_logger", "io_processor")
-TRACEBACK_SWITCH = "FRAQTL_TRACEBACK"
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -40,17 +39,22 @@ def serve(argv: Sequence[str]) -> None:
 
     cli_env_setup()
     args = argparse.Namespace()
-    try:
-        args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
-        configure(args)
-        ServeSubcommand().validate(args)
-        ServeSubcommand.cmd(args)
-    except FraqtlError:
-        raise
-    except Exception as error:
-        if os.environ.get(TRACEBACK_SWITCH):
+    with noted_reasons():
+        try:
+            args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+            configure(args)
+            ServeSubcommand().validate(args)
+            with stoppable_start():
+                ServeSubcommand.cmd(args)
+        except FraqtlError:
             raise
-        raise ConfigError(explain(error, args)) from error
+        except KeyboardInterrupt as error:
+            # vLLM's handler of SIGTERM says "terminated".
+            raise StoppedError(signal.SIGTERM if error.args else signal.SIGINT) from None
+        except Exception as error:
+            if os.environ.get(TRACEBACK_SWITCH):
+                raise
+            raise ConfigError(explain(error, args)) from error
 
 
 def allow_plugin() -> None:
@@ -191,26 +195,3 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
         section["calibration_cache"] = args.kv_calibration_cache
     read_config({KEY: section})  # refuses what contradicts itself
     return {**config, KEY: section}
-
-
-def explain(error: Exception, args: argparse.Namespace) -> str:
-    """One sentence for an exception that ended the start of the server."""
-    hint = f" ({TRACEBACK_SWITCH}=1 shows where)"
-    for cause in _chain(error):
-        if isinstance(cause, FraqtlError):
-            return str(cause)
-        if isinstance(cause, ValidationError):
-            return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
-        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
-            return f"port {args.port} is taken: choose another with --port"
-    if "Engine core initialization failed" in str(error):
-        return "the engine did not start; the reason stands in its log above" + hint
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}{hint}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes

@@ -28,6 +28,7 @@ class Run:
     cached_tokens: list[int]
     pool: dict[str, Any]
     prompt_logprobs: list[list[float]]
+    kv_pool: dict[str, Any]
     log: str
 
 
@@ -87,6 +88,7 @@ def _main(job: dict[str, Any]) -> None:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "preemptions": counters.get("vllm:num_preemptions", 0),
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
+        "kv_pool": llm.collective_rpc("fraqtl_kv_pool")[0],
         "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),

@@ -18,6 +18,7 @@ def test_a_worker_says_what_was_noted_when_the_pool_was_planned() -> None:
     config = make_config((FULL, 3))
     setattr(config, pool.NOTE, {"blocks": 100, "tokens": 1600})
     for copied in (deepcopy(config), pickle.loads(pickle.dumps(config))):  # by the runner, by the way to its process
+        copied.kv_cache_groups[0].layer_names.append("a layer that shares another's cache")  # as vLLM's runner does
         worker = SimpleNamespace(model_runner=SimpleNamespace(kv_cache_config=copied))
         assert pool.kv_pool(worker) == {"blocks": 100, "tokens": 1600}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import platform
@@ -15,9 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError, field_validator
 
-from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve import doctor, serve
 from fraqtl_serve._vllm import current_platform
@@ -369,81 +367,3 @@ def test_gpu_keeps_vllms_defaults(parser: argparse.ArgumentParser, monkeypatch: 
     args = configured(parser, "org/model")
     assert (args.enforce_eager, args.kv_cache_memory_bytes) == (False, None)
     assert not read_config(args.additional_config).kv_memory_fits_context
-
-
-# ---- one sentence for what ended the start
-
-
-class Picky(BaseModel):
-    value: int
-
-    @field_validator("value")
-    @classmethod
-    def _refuse(cls, value: int) -> int:
-        raise UnsupportedError("the packed KV cache does not support this")
-
-
-def explained(error: BaseException) -> str:
-    """What is said about an exception that was raised while another part of vLLM gave up."""
-    try:
-        try:
-            raise error
-        except BaseException as cause:
-            raise RuntimeError("Engine process failed\nto start") from cause
-    except RuntimeError as outer:
-        sentence = serve.explain(outer, argparse.Namespace(port=8123))
-    assert "\n" not in sentence
-    return sentence
-
-
-def test_our_own_error_speaks_for_itself() -> None:
-    assert explained(UnsupportedError("head size 72 is not supported")) == "head size 72 is not supported"
-
-
-def test_our_own_error_inside_pydantics() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value=1)
-    assert explained(error.value) == "the packed KV cache does not support this"
-
-
-def test_pydantics_own_error() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value="many")  # type: ignore[arg-type]
-    assert explained(error.value).startswith("Input should be a valid integer")
-
-
-def test_port_in_use() -> None:
-    taken = OSError(errno.EADDRINUSE, "Address already in use")
-    assert explained(taken) == "port 8123 is taken: choose another with --port"
-
-
-def test_other_os_errors_are_not_about_the_port() -> None:
-    assert "port" not in explained(OSError(errno.EACCES, "Permission denied"))
-
-
-def test_engine_that_did_not_start() -> None:
-    error = RuntimeError("Engine core initialization failed. See root cause above.")
-    sentence = serve.explain(error, argparse.Namespace())
-    assert sentence == "the engine did not start; the reason stands in its log above (FRAQTL_TRACEBACK=1 shows where)"
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (KeyError("x"), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-        (ValueError(""), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-    ],
-)
-def test_unknown_errors(error: Exception, sentence: str) -> None:
-    assert explained(error) == sentence
-
-
-def test_error_without_a_message() -> None:
-    sentence = serve.explain(MemoryError(" \n"), argparse.Namespace())
-    assert sentence == "MemoryError: no message (FRAQTL_TRACEBACK=1 shows where)"
-
-
-def test_chain_that_bites_its_tail() -> None:
-    first, second = ValueError("first"), ValueError("second")
-    first.__context__, second.__context__ = second, first
-    assert serve.explain(first, argparse.Namespace()) == "ValueError: first (FRAQTL_TRACEBACK=1 shows where)"
