@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from fraqtl_kernels.errors import FraqtlError
 from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_serve.start_stop import StoppedError, leave
 
 PROGRAM = "fraqtl-serve"
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             args = _parser().parse_args(arguments)
             args.run(args)
+    except StoppedError as stop:
+        leave(stop)
     except FraqtlError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)

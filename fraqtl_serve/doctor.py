@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -24,6 +25,7 @@ class Report:
     platform: str | None = None
     gpu: str | None = None
     backend: str | None = None
+    kernel_cache: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -76,10 +78,26 @@ def _examine_platform(report: Report) -> None:
             report.backend = "FRAQTL, on the GPU (this version has not run on one yet)"
         elif current_platform.is_cpu():
             report.backend = "FRAQTL, on the CPU"
+            _examine_kernel_cache(report)
         else:
             report.problems.append(f"platform {report.platform} is not supported: a CPU or a CUDA GPU is needed")
     except Exception as error:
         report.problems.append(f"vLLM can't be imported: {error}")
+
+
+def _examine_kernel_cache(report: Report) -> None:
+    """Where the CPU's kernels are kept once they are compiled."""
+    logging.getLogger("fraqtl_kernels").disabled = True  # what it would say is said here
+    try:
+        from fraqtl_kernels.numba_cache import kernel_cache
+
+        found = kernel_cache()
+    except Exception as error:
+        report.problems.append(f"the CPU's kernels can't be imported: {error}")
+        return
+    report.kernel_cache = str(found.folder)
+    if found.is_temporary:
+        report.problems.append(str(found))
 
 
 def print_report(*, as_json: bool) -> int:
@@ -99,6 +117,7 @@ def _print_text(report: Report) -> None:
         ("platform", report.platform or "none"),
         ("GPU", report.gpu or "none"),
         ("attention backend", report.backend or "none"),
+        ("compiled kernels", report.kernel_cache or "none"),
     ]
     for name, value in lines:
         print(f"{name:18} {value}")

@@ -23,6 +23,7 @@ from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.upgrades import DeclinedUpgrades
+from fraqtl_serve.start_errors import start_is_over
 from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
@@ -78,16 +79,15 @@ class FraqtlEndpoints:
         grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
         state.fraqtl_stop = shutdown.watch(engine_client, asyncio.get_running_loop())
-        ranks = await engine_client.collective_rpc(METHOD)
-        model = engine_client.vllm_config.model_config
+        workers = await engine_client.collective_rpc(METHOD)  # of the first engine: the others are its equals
         pool = make_pool(
             kv_format,
-            ranks,  # of the first engine: the others are its equals
-            model.max_model_len,
-            str(model.dtype).removeprefix("torch."),
+            workers[0],
+            str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
             engines=len(engine_client.engine_core.engine_ranks_managed),
         )
         metrics.set_pool(pool)
+        start_is_over()
         state.fraqtl_history = History()
         # The loop keeps no task alive by itself: the state does.
         state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))

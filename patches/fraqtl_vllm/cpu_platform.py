@@ -79,6 +79,7 @@ class CpuWithoutNativeOps(CpuPlatform):
     """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
 
     _library: torch.library.Library | None = None
+    _has_slot_mapping = False
 
     @classmethod
     def get_attn_backend_cls(
@@ -125,7 +126,11 @@ class CpuWithoutNativeOps(CpuPlatform):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+        if CpuWithoutNativeOps._has_slot_mapping:  # vLLM calls it for every worker of a process
+            return
+        CpuWithoutNativeOps._has_slot_mapping = True
+        with _vllm.scan_of_vllm_only():
+            _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
 
 
 def _bind_ranks_to_cores(world_size: int) -> None:

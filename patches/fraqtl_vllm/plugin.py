@@ -7,11 +7,13 @@ BACKEND_CLASS = "fraqtl_vllm.backend.FraqtlBackend"
 
 
 def register() -> None:
-    """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate and tell of their KV pool."""
+    """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate, and tell of their KV pool."""
     _register_backend_name()
     from fraqtl_vllm.calibration.hook import install as install_calibration
     from fraqtl_vllm.pool import install as install_pool
+    from fraqtl_vllm.reasons import install as install_reasons
 
+    install_reasons()
     install_calibration()
     install_pool()
 
@@ -30,6 +32,9 @@ def platform() -> str | None:
     plugins are loaded, but after the platform is looked up: so the name is registered here too.
     """
     _register_backend_name()
+    from fraqtl_vllm.reasons import install as install_reasons
+
+    install_reasons()
     from vllm.platforms import builtin_platform_plugins
 
     if any(find() is not None for find in builtin_platform_plugins.values()):

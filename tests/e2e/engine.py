@@ -29,6 +29,7 @@ class Run:
     pool: dict[str, Any]
     prompt_logprobs: list[list[float]]
     kv_transfer_params: list[Any]
+    kv_pool: dict[str, Any]
     log: str
 
 
@@ -89,6 +90,7 @@ def _main(job: dict[str, Any]) -> None:
         "preemptions": counters.get("vllm:num_preemptions", 0),
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
         "kv_transfer_params": [o.kv_transfer_params for o in outputs],
+        "kv_pool": llm.collective_rpc("fraqtl_kv_pool")[0],
         "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,3 +206,22 @@ def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3|4-7")
     cpu_platform._bind_ranks_to_cores(2)
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+
+
+@ours_only
+def test_a_kernel_is_replaced_beside_modules_that_vllm_stumbles_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba, once imported: its llvmlite has an object that has every attribute, so a second engine could not start."""
+    import llvmlite.binding  # noqa: F401
+    from vllm.triton_utils import dispatcher
+
+    name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
+    monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)  # put back afterwards
+    monkeypatch.setattr(CpuWithoutNativeOps, "_has_slot_mapping", False)
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        dispatcher.register_kernels({name: compute_slot_mapping})
+    CpuWithoutNativeOps.register_triton_kernel_overrides()
+    first = ComputeSlotMappingKernel.kernel
+    assert isinstance(first, dispatcher.KernelOverride)
+    assert dispatcher.sys is sys
+    CpuWithoutNativeOps.register_triton_kernel_overrides()  # for the next engine of this process
+    assert ComputeSlotMappingKernel.kernel is first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import platform
@@ -12,13 +11,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError, field_validator
 
-from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve import doctor, serve
+from fraqtl_serve._vllm import current_platform
 from fraqtl_serve.cli import main
 from fraqtl_vllm.config import read_config
 
@@ -247,10 +247,17 @@ def configured(parser: argparse.ArgumentParser, *arguments: str) -> argparse.Nam
     return args
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the engine is told, without what depends on this machine: whether it chooses the size of the pool."""
+    section = {**args.additional_config["fraqtl"]}
+    assert section.pop("kv_memory_fits_context", False) == current_platform.is_cpu()
+    return section
+
+
 def test_defaults(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model")
     assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
-    assert args.additional_config == {"fraqtl": {"kv_format": "k4v4"}}
+    assert settings(args) == {"kv_format": "k4v4"}
     assert args.attention_backend == "FRAQTL"
     assert args.scheduler_cls == "fraqtl_vllm.scheduler.accounting_scheduler"
     assert args.fraqtl_report is True
@@ -258,7 +265,7 @@ def test_defaults(parser: argparse.ArgumentParser) -> None:
 
 def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model", "--no-kv-calibration", "--kv-calibration-cache", "there")
-    assert args.additional_config["fraqtl"] == {
+    assert settings(args) == {
         "kv_format": "k4v4",
         "calibration": False,
         "calibration_cache": "there",
@@ -269,7 +276,7 @@ def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 def test_refinement_flag(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model", "--no-kv-refinement")
-    assert args.additional_config["fraqtl"] == {"kv_format": "k4v4", "refinement": False}
+    assert settings(args) == {"kv_format": "k4v4", "refinement": False}
     assert not read_config(args.additional_config).format.is_refined
     assert read_config(configured(parser, "org/model").additional_config).format.is_refined
 
@@ -293,7 +300,7 @@ def test_model_named_in_a_file_of_flags(parser: argparse.ArgumentParser, tmp_pat
     file.write_text("model: org/model\nkv-format: k8v8\n")
     args = configured(parser, "--config", str(file))
     assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
-    assert args.additional_config == {"fraqtl": {"kv_format": "k8v8"}}
+    assert settings(args) == {"kv_format": "k8v8"}
 
 
 def test_vllms_own_model_wins_nowhere(parser: argparse.ArgumentParser) -> None:
@@ -303,11 +310,11 @@ def test_vllms_own_model_wins_nowhere(parser: argparse.ArgumentParser) -> None:
 def test_format_beside_the_users_own_additional_config(parser: argparse.ArgumentParser) -> None:
     given = '{"other": 1, "fraqtl": {"kv_format": "k8v4"}}'
     args = configured(parser, "org/model", "--additional-config", given)
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "k8v4"})
     args = configured(parser, "org/model", "--additional-config", given, "--kv-format", "k8v4")
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "k8v4"})
     args = configured(parser, "org/model", "--additional-config", '{"other": 1}', "--kv-format", "bf16")
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "bf16"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "bf16"})
 
 
 @pytest.mark.parametrize(
@@ -347,90 +354,16 @@ def test_size_of_the_cache_on_a_cpu(parser: argparse.ArgumentParser, monkeypatch
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     args = configured(parser, "org/model")
     assert (args.enforce_eager, args.kv_cache_memory_bytes) == (True, 268435456)
-    assert configured(parser, "org/model", "--kv-cache-memory-bytes", "1000").kv_cache_memory_bytes == 1000
+    assert read_config(args.additional_config).kv_memory_fits_context
+    args = configured(parser, "org/model", "--kv-cache-memory-bytes", "1000")
+    assert args.kv_cache_memory_bytes == 1000 and not read_config(args.additional_config).kv_memory_fits_context
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
-    assert configured(parser, "org/model").kv_cache_memory_bytes is None
+    args = configured(parser, "org/model")
+    assert args.kv_cache_memory_bytes is None and not read_config(args.additional_config).kv_memory_fits_context
 
 
 def test_gpu_keeps_vllms_defaults(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fraqtl_serve._vllm.current_platform", SimpleNamespace(is_cpu=lambda: False))
     args = configured(parser, "org/model")
     assert (args.enforce_eager, args.kv_cache_memory_bytes) == (False, None)
-
-
-# ---- one sentence for what ended the start
-
-
-class Picky(BaseModel):
-    value: int
-
-    @field_validator("value")
-    @classmethod
-    def _refuse(cls, value: int) -> int:
-        raise UnsupportedError("the packed KV cache does not support this")
-
-
-def explained(error: BaseException) -> str:
-    """What is said about an exception that was raised while another part of vLLM gave up."""
-    try:
-        try:
-            raise error
-        except BaseException as cause:
-            raise RuntimeError("Engine process failed\nto start") from cause
-    except RuntimeError as outer:
-        sentence = serve.explain(outer, argparse.Namespace(port=8123))
-    assert "\n" not in sentence
-    return sentence
-
-
-def test_our_own_error_speaks_for_itself() -> None:
-    assert explained(UnsupportedError("head size 72 is not supported")) == "head size 72 is not supported"
-
-
-def test_our_own_error_inside_pydantics() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value=1)
-    assert explained(error.value) == "the packed KV cache does not support this"
-
-
-def test_pydantics_own_error() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value="many")  # type: ignore[arg-type]
-    assert explained(error.value).startswith("Input should be a valid integer")
-
-
-def test_port_in_use() -> None:
-    taken = OSError(errno.EADDRINUSE, "Address already in use")
-    assert explained(taken) == "port 8123 is taken: choose another with --port"
-
-
-def test_other_os_errors_are_not_about_the_port() -> None:
-    assert "port" not in explained(OSError(errno.EACCES, "Permission denied"))
-
-
-def test_engine_that_did_not_start() -> None:
-    error = RuntimeError("Engine core initialization failed. See root cause above.")
-    sentence = serve.explain(error, argparse.Namespace())
-    assert sentence == "the engine did not start; the reason stands in its log above (FRAQTL_TRACEBACK=1 shows where)"
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (KeyError("x"), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-        (ValueError(""), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-    ],
-)
-def test_unknown_errors(error: Exception, sentence: str) -> None:
-    assert explained(error) == sentence
-
-
-def test_error_without_a_message() -> None:
-    sentence = serve.explain(MemoryError(" \n"), argparse.Namespace())
-    assert sentence == "MemoryError: no message (FRAQTL_TRACEBACK=1 shows where)"
-
-
-def test_chain_that_bites_its_tail() -> None:
-    first, second = ValueError("first"), ValueError("second")
-    first.__context__, second.__context__ = second, first
-    assert serve.explain(first, argparse.Namespace()) == "ValueError: first (FRAQTL_TRACEBACK=1 shows where)"
+    assert not read_config(args.additional_config).kv_memory_fits_context

@@ -1,5 +1,11 @@
 """Kernels for machines without a GPU: `write` into packed pages, `attend` over them."""
 
+# ruff: noqa: E402 (Numba must have a cache folder before the first kernel is decorated)
+
+from fraqtl_kernels.numba_cache import kernel_cache
+
+kernel_cache()
+
 from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.nearest import warm_up_nearest
