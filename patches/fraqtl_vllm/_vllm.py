@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.zen_cpu import ZenCpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
@@ -39,6 +41,7 @@ SUPPORTED_VERSION = "0.32"
 _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CompilationMode": "vllm.config",
@@ -55,6 +58,7 @@ _HOME = {
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
+    "ZenCpuPlatform": "vllm.platforms.zen_cpu",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "get_current_vllm_config": "vllm.config",
@@ -73,6 +77,7 @@ __all__ = [
     "VLLM_VERSION",
     "AsyncScheduler",
     "AttentionBackendEnum",
+    "AttentionLayerBase",
     "AttentionSpec",
     "CPUWorker",
     "CompilationMode",
@@ -89,6 +94,7 @@ __all__ = [
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",
+    "ZenCpuPlatform",
     "cached_tokenizer_from_config",
     "flash_attn_varlen_func",
     "get_current_vllm_config",

@@ -15,7 +15,8 @@ from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import cpu_platform, plugin
-from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, gumbel_argmax
+from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping
+from fraqtl_vllm.native_ops import gumbel_argmax
 
 ours_only = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"
