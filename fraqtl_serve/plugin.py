@@ -22,8 +22,8 @@ from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
-from fraqtl_serve.upgrades import DeclinedUpgrades
 from fraqtl_serve.start_errors import start_is_over
+from fraqtl_serve.upgrades import DeclinedUpgrades
 from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from vllm.logger import init_logger
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.zen_cpu import ZenCpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
@@ -60,6 +62,7 @@ SUPPORTED_VERSION = "0.32"
 _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CompilationMode": "vllm.config",
@@ -84,6 +87,7 @@ _HOME = {
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
+    "ZenCpuPlatform": "vllm.platforms.zen_cpu",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
@@ -107,6 +111,7 @@ __all__ = [
     "VLLM_VERSION",
     "AsyncScheduler",
     "AttentionBackendEnum",
+    "AttentionLayerBase",
     "AttentionSpec",
     "CPUWorker",
     "CompilationMode",
@@ -131,6 +136,7 @@ __all__ = [
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",
+    "ZenCpuPlatform",
     "cached_tokenizer_from_config",
     "engine_core",
     "flash_attn_varlen_func",

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.cpu_layers import replace_layers
+from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
 
 
 @contextmanager
@@ -30,7 +33,8 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
 class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_model(*args, **kwargs)
-        replace_layers(self.model_runner.get_model())
+        if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
+            replace_layers(self.model_runner.get_model())
         return loaded
 
     def init_device(self) -> None:

@@ -44,7 +44,13 @@ def run(
     **engine: Any,
 ) -> Run:
     """Greedy text of every prompt. `rounds` > 1 runs the same prompts again; the last round counts."""
-    options = {"model": str(model), "enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16"}
+    options = {
+        "model": str(model),
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "dtype": "bfloat16",
+        "attention_backend": "FRAQTL",
+    }
     options |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "disable_log_stats": False}
     options |= {"additional_config": {"fraqtl": {"kv_format": kv_format}}, **engine}
     job = {"engine": options, "prompts": prompts, "sampling": sampling or {}, "rounds": rounds}

@@ -44,6 +44,31 @@ def random_mistral(folder: Path) -> Path:
     return _save(MistralForCausalLM(_config(MistralConfig, head_dim=64, sliding_window=96)), folder)
 
 
+def random_gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"],
+        n_embd=128,
+        n_head=2,
+        n_layer=2,
+        n_positions=2048,
+        activation_function="gelu_new",
+        initializer_range=0.15,  # so that what an activation does shows
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _save(GPT2LMHeadModel(config), folder)
+
+
+def random_mixtral(folder: Path) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "initializer_range": 0.1}
+    return _save(MixtralForCausalLM(_config(MixtralConfig, **options)), folder)
+
+
 def _config(kind: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     return kind(**{**SHAPE, **HEADS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **options})

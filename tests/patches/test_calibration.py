@@ -92,7 +92,7 @@ def test_the_key_changes_with_weights_format_rank_and_context() -> None:
             model.weight.copy_(torch.linspace(-1, 1, 2100).view(7, 300))
             model.weight[0, 0] = weight
             model.bias.zero_()
-        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context, dtype=torch.bfloat16))
         return files.make_key(model, kv_format, rank, config)  # type: ignore[arg-type]
 
     keys = [key(), key(weight=0.25), key(kv_format="k4v2"), key(rank=1), key(context=2048)]

