@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
+from fraqtl_serve import smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
 from fraqtl_vllm.config import KEY, read_config
@@ -140,7 +141,12 @@ def configure(args: argparse.Namespace) -> None:
     model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)
-        args.served_model_name = args.served_model_name or [DEMO_NAME]
+        _prefer(args, served_model_name=[DEMO_NAME])
+    elif smollm2.is_meant(model):
+        model = str(smollm2.find_model())
+        _prefer(args, served_model_name=[smollm2.NAME])
+        if not args.enable_auto_tool_choice and args.tool_call_parser is None:
+            vars(args).update(smollm2.TOOLS)
     check_checkpoint(model)
     args.model = args.model_tag = model
     args.additional_config = _additional_config(args)
@@ -153,6 +159,12 @@ def configure(args: argparse.Namespace) -> None:
         args.enforce_eager = True
         if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+
+
+def _prefer(args: argparse.Namespace, **values: Any) -> None:
+    """Set what the user left out."""
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name) or value)
 
 
 def _backend_name(args: argparse.Namespace) -> str | None:
