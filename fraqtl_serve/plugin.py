@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import grammars, openapi, shutdown, tracing
+from fraqtl_serve import banner, grammars, openapi, shutdown, tracing
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
 from fraqtl_serve.capacity import make_pool
@@ -22,6 +22,7 @@ from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.validation import StumblingValidators
+from fraqtl_vllm import garbage
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
 
@@ -77,3 +78,7 @@ class FraqtlEndpoints:
         # The loop keeps no task alive by itself: the state does.
         state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))
         state.fraqtl_pool, state.fraqtl_records, state.fraqtl_accounting = pool, records, accounting
+        garbage.collect_as_usual()
+        state.fraqtl_announcement = asyncio.create_task(
+            banner.announce(pool.capacity(load_now()), args, engine_client, state)
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,9 +19,10 @@ from pydantic import ValidationError
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve import smollm2
+from fraqtl_serve import quiet_log, smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -43,7 +45,9 @@ def serve(argv: Sequence[str]) -> None:
     args = argparse.Namespace()
     try:
         args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+        _settle_output(args)
         configure(args)
+        progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
         ServeSubcommand().validate(args)
         ServeSubcommand.cmd(args)
     except FraqtlError:
@@ -79,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and five more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and six more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -116,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help=f"the longest body that a request may have (default: {DEFAULT_BYTES}, {DEFAULT_BYTES >> 20} MiB)",
     )
+    group.add_argument(
+        "--quiet", action="store_true", help="don't say what the start is doing, nor what is served when it is done"
+    )
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
@@ -132,6 +139,22 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of bytes above 0, not {text!r}")
     return int(text)
+
+
+def _settle_output(args: argparse.Namespace) -> None:
+    """Who may say what: the command line's first look could not know a file of flags."""
+    from fraqtl_serve._vllm import configure_logging_from_args
+
+    quiet_log.settle(args)
+    configure_logging_from_args(args)  # as vLLM will, but before it warns of anything
+    if args.quiet:
+        os.environ.pop(progress.SWITCH, None)
+    if quiet_log.is_chosen() and not sys.stderr.isatty():
+        args.use_tqdm_on_load = False
+
+
+def _kv_format(args: argparse.Namespace) -> str:
+    return read_config(args.additional_config).kv_format
 
 
 def configure(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.layer import FraqtlImpl
@@ -51,7 +52,8 @@ class Impl(FraqtlImpl[Metadata]):
         super().__init__(*args, **kwargs)
         if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
-        cpu.warm_up()
+        with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
+            cpu.warm_up()
         self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
         if self.kv_sharing_target_layer_name is not None:
             _SHARED.add(self.kv_sharing_target_layer_name)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 SWITCH = "FRAQTL_START_TIME"  # when the start began, in seconds since 1970; unset: no lines
 SECONDS_BETWEEN = 5.0  # two lines of one count where stderr is a file
@@ -26,11 +27,19 @@ def begin() -> None:
 
 
 def say(text: str) -> None:
-    """One line: what begins now, or what has been found."""
+    """One line: what begins now, or what has been found. Of several ranks only the first speaks."""
+    if not _is_first_rank():
+        return
     if SWITCH in os.environ:
         print(_line(text), file=sys.stderr, flush=True)
     else:
         logger.info("%s", text)
+
+
+@cache
+def say_once(text: str) -> None:
+    """`say`, the first time that this process comes here."""
+    say(text)
 
 
 @contextmanager
@@ -52,7 +61,7 @@ def counted(text: str, total: int) -> Iterator[Callable[[int], None]]:
     A terminal shows one line that counts up; a file gets a line now and then.
     """
     last = time.monotonic()
-    rewrites = SWITCH in os.environ and sys.stderr.isatty()
+    rewrites = SWITCH in os.environ and sys.stderr.isatty() and _is_first_rank()
 
     def done(parts: int) -> None:
         nonlocal last
@@ -71,6 +80,11 @@ def counted(text: str, total: int) -> Iterator[Callable[[int], None]]:
     finally:
         if rewrites:
             print(file=sys.stderr, flush=True)
+
+
+def _is_first_rank() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported for this: the command line speaks before torch is
+    return distributed is None or not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _line(text: str) -> str:
