@@ -10,7 +10,7 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.logger import init_logger
+from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import FinishReason
@@ -32,6 +32,7 @@ __all__ = [
     "ServeSubcommand",
     "VLLMValidationError",
     "cli_env_setup",
+    "configure_logging_from_args",
     "current_platform",
     "engine_utils",
     "get_prometheus_registry",

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import beams, grammars, openapi, shutdown, tracing
+from fraqtl_serve import banner, beams, grammars, openapi, shutdown, tracing
 from fraqtl_serve._vllm import init_logger
 from fraqtl_serve.accounting import Accounting, ask_for_accounts
 from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
@@ -25,6 +25,7 @@ from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.start_errors import start_is_over
 from fraqtl_serve.upgrades import DeclinedUpgrades
 from fraqtl_serve.validation import StumblingValidators
+from fraqtl_vllm import garbage
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
 
@@ -92,3 +93,7 @@ class FraqtlEndpoints:
         # The loop keeps no task alive by itself: the state does.
         state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))
         state.fraqtl_pool, state.fraqtl_records = pool, records
+        garbage.collect_as_usual()
+        state.fraqtl_announcement = asyncio.create_task(
+            banner.announce(pool.capacity(load_now()), args, engine_client, state)
+        )

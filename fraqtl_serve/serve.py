@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
+from fraqtl_serve import quiet_log, smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
 from fraqtl_serve.front_end import check_front_end
 from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.start_stop import StoppedError, stoppable_start
+from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -43,7 +46,9 @@ def serve(argv: Sequence[str]) -> None:
     with noted_reasons():
         try:
             args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+            _settle_output(args)
             configure(args)
+            progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
             ServeSubcommand().validate(args)
             with stoppable_start():
                 ServeSubcommand.cmd(args)
@@ -83,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and five more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and six more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -120,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help=f"the longest body that a request may have (default: {DEFAULT_BYTES}, {DEFAULT_BYTES >> 20} MiB)",
     )
+    group.add_argument(
+        "--quiet", action="store_true", help="don't say what the start is doing, nor what is served when it is done"
+    )
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
@@ -138,6 +146,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _settle_output(args: argparse.Namespace) -> None:
+    """Who may say what: the command line's first look could not know a file of flags."""
+    from fraqtl_serve._vllm import configure_logging_from_args
+
+    quiet_log.settle(args)
+    configure_logging_from_args(args)  # as vLLM will, but before it warns of anything
+    if args.quiet:
+        os.environ.pop(progress.SWITCH, None)
+    if quiet_log.is_chosen() and not sys.stderr.isatty():
+        args.use_tqdm_on_load = False
+
+
+def _kv_format(args: argparse.Namespace) -> str:
+    return read_config(args.additional_config).kv_format
+
+
 def configure(args: argparse.Namespace) -> None:
     """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
     from fraqtl_serve._vllm import current_platform
@@ -146,7 +170,12 @@ def configure(args: argparse.Namespace) -> None:
     model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)
-        args.served_model_name = args.served_model_name or [DEMO_NAME]
+        _prefer(args, served_model_name=[DEMO_NAME])
+    elif smollm2.is_meant(model):
+        model = str(smollm2.find_model())
+        _prefer(args, served_model_name=[smollm2.NAME])
+        if not args.enable_auto_tool_choice and args.tool_call_parser is None:
+            vars(args).update(smollm2.TOOLS)
     check_checkpoint(model)
     args.model = args.model_tag = model
     args.additional_config = _additional_config(args)
@@ -168,6 +197,12 @@ def _choose_kv_memory(args: argparse.Namespace) -> None:
     if current_platform.is_cpu() and not given:
         args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
         args.additional_config[KEY]["kv_memory_fits_context"] = True
+
+
+def _prefer(args: argparse.Namespace, **values: Any) -> None:
+    """Set what the user left out."""
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name) or value)
 
 
 def _backend_name(args: argparse.Namespace) -> str | None:

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from fraqtl_kernels import cpu
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.layer import FraqtlImpl
@@ -69,7 +70,8 @@ class Impl(FraqtlImpl[Metadata]):
         super().__init__(*args, **kwargs)
         if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
-        cpu.warm_up()
+        with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
+            cpu.warm_up(self.kv_format, get_current_vllm_config().model_config.dtype)
         self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._step: cpu.DecodeStep | None = None
@@ -98,7 +100,7 @@ class Impl(FraqtlImpl[Metadata]):
         """Write and attend for the requests of a plan in one call, where the format and the tensors allow that."""
         if self._step is None or self._step.pool is not kv_cache:
             layout = self.layout(kv_cache)
-            if not cpu.DecodeStep.supports(layout, query.dtype):
+            if not cpu.DecodeStep.supports(layout.format, query.dtype):
                 return False
             self._step = cpu.DecodeStep(
                 kv_cache,

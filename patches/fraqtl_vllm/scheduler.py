@@ -15,7 +15,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from fraqtl_vllm import engine
+from fraqtl_vllm import engine, garbage
 from fraqtl_vllm._vllm import (
     AsyncScheduler,
     AttentionSpec,
@@ -146,5 +146,6 @@ class AccountingAsyncScheduler(_Accounting, AsyncScheduler):
 def accounting_scheduler(*, vllm_config: VllmConfig, **options: Any) -> AccountingScheduler | AccountingAsyncScheduler:
     """Called by the engine in place of a scheduler class: only now is it settled which of the two runs."""
     engine.install(EngineCoreProc)
+    garbage.collect_as_usual()  # the engine's start is over
     is_async = vllm_config.scheduler_config.async_scheduling
     return (AccountingAsyncScheduler if is_async else AccountingScheduler)(vllm_config=vllm_config, **options)

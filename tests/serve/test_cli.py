@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve import doctor, serve
 from fraqtl_serve._vllm import current_platform
 from fraqtl_serve.cli import main
+from fraqtl_vllm import garbage, progress
 from fraqtl_vllm.config import read_config
 
 BYTES_AT_64 = {"bf16": 256, "fp16": 256, "k8v8": 132, "k8v4": 100, "k4v4": 68}
@@ -34,11 +36,16 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `serve` sets for the engine must not leak into other tests."""
     monkeypatch.setenv("VLLM_PLUGINS", "fraqtl")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.delenv(serve.TRACEBACK_SWITCH, raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # else the command line would choose its quiet log
+    monkeypatch.setenv(progress.SWITCH, "0")
+    monkeypatch.delenv(progress.SWITCH)
+    yield
+    garbage.collect_as_usual()
 
 
 # ---- formats
@@ -201,14 +208,15 @@ def test_unknown_format_in_a_process_of_its_own() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.returncode == 2
     assert done.stdout == ""
-    usage, sentence = done.stderr.splitlines()
+    step, usage, sentence = done.stderr.splitlines()
+    assert step.endswith("importing vLLM")
     assert usage.startswith("usage: fraqtl-serve serve [MODEL]")
     assert "unknown KV format 'int3': choose one of " in sentence
     assert all(name in sentence for name in FORMATS)
 
 
 def test_missing_model_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("serve", "/no/such/model") == 2
+    assert run("serve", "/no/such/model", "--quiet") == 2
     assert capsys.readouterr().err == "fraqtl-serve: model path /no/such/model does not exist\n"
 
 

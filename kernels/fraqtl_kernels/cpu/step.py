@@ -26,7 +26,7 @@ from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, half_table, pa
 from fraqtl_kernels.cpu.encode import StoreOperands, store_range
 from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
-from fraqtl_kernels.formats import DEFAULT_FORMAT, get_format
+from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "ninf" and "nnan", as in `decode.py`
@@ -458,9 +458,9 @@ class DecodeStep:
     """
 
     @staticmethod
-    def supports(layout: PageLayout, dtype: torch.dtype) -> bool:
+    def supports(format: KVFormat, dtype: torch.dtype) -> bool:
         """Whether vectors come with scales of their own, or are stored just as they come."""
-        return all(x.is_scaled or x.raw_dtype == dtype for x in (layout.format.k, layout.format.v))
+        return all(x.is_scaled or x.raw_dtype == dtype for x in (format.k, format.v))
 
     def __init__(
         self,
@@ -539,10 +539,10 @@ class DecodeStep:
         )
 
 
-def warm_up_step() -> None:
-    """As `warm_up_decode`, for a bfloat16 model in the default format."""
+def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:
+    """As `warm_up_decode`, for a model in `dtype`."""
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
-    x = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+    x = torch.zeros(1, 1, 64, dtype=dtype)
     plan = StepPlan(torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), -1))
     DecodeStep(pool, layout, x.dtype, IDENTITY, scale=1.0, window=None, soft_cap=None)(x, x, x, x.clone(), plan)

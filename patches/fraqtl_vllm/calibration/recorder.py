@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class Recorder:
         self.sequences = sequences
         self.projections = projections
         self.constants: dict[str, LayerConstants] = {}
+        self.on_layer: Callable[[int], None] = lambda layers: None  # hears how many layers have been recorded
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attend(
@@ -58,4 +59,5 @@ class Recorder:
         if shares is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)
             self._keys[layer] = key, value
+            self.on_layer(len(self.constants))
         return out

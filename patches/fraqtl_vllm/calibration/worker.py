@@ -9,7 +9,7 @@ import torch
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, progress
 from fraqtl_vllm.calibration import files
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
@@ -44,7 +44,8 @@ def calibrate_worker(worker: Any) -> None:
         ) from error
     for name, layer in layers.items():
         layer.impl.use_constants(constants[layer.impl.kv_sharing_target_layer_name or name])
-    logger.info("KV cache calibrated in %.2f s: %d layers, %s", time.perf_counter() - start, len(layers), origin)
+    seconds = time.perf_counter() - start
+    progress.say(f"KV cache calibrated in {seconds:.2f} s: {len(layers)} layers, {origin}")
 
 
 def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
@@ -78,10 +79,12 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         found = projections(model, layers, config.model_config.dtype)
     recorder = Recorder(ours.format, prompt.sequences, found)
+    recorded = sum(layer.impl.kv_sharing_target_layer_name is None for layer in layers.values())
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:
         with (
+            progress.counted("calibrating the KV cache, once for this model, layer", recorded) as recorder.on_layer,
             torch.inference_mode(),
             _vllm.set_current_vllm_config(config),
             _vllm.set_forward_context(None, config, num_tokens=len(prompt.ids), skip_compiled=True),
