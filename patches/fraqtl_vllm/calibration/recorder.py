@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from torch import Tensor
@@ -17,12 +17,20 @@ class Recorder:
     """One calibration run. `constants` has an entry for every layer that has keys of its own, by name."""
 
     def __init__(
-        self, format: KVFormat, sequences: int, projections: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        format: KVFormat,
+        sequences: int,
+        projections: Mapping[str, Tensor] = MappingProxyType({}),
+        layer_done: Callable[[], None] | None = None,
     ) -> None:
-        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there."""
+        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there.
+
+        layer_done: called when a layer has been recorded.
+        """
         self.format = format
         self.sequences = sequences
         self.projections = projections
+        self.layer_done = layer_done
         self.constants: dict[str, LayerConstants] = {}
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -58,4 +66,6 @@ class Recorder:
         if shares is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)
             self._keys[layer] = key, value
+        if self.layer_done is not None:
+            self.layer_done()
         return out

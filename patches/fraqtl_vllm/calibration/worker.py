@@ -11,6 +11,7 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files
+from fraqtl_vllm.calibration.progress import Progress
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.recorder import Recorder
@@ -65,19 +66,27 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
     device = next(model.parameters()).device
     if constants is not None:
         return {name: c.to(device) for name, c in constants.items()}, f"from {path}"
-    constants = run_prompt(config, model, ours)
+    progress = Progress(ours.kv_format, path.parent) if group.rank_in_group == 0 else None
+    constants = run_prompt(config, model, ours, progress)
     saved = files.save(path, key, constants)
     return constants, "from the built-in prompt" + (f", kept in {path}" if saved else "")
 
 
-def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig) -> Constants:
-    """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded."""
+def run_prompt(
+    config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig, progress: Progress | None = None
+) -> Constants:
+    """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded.
+
+    progress: is told of the beginning and of every layer.
+    """
     prompt = make_prompt(config.model_config)
     device = next(model.parameters()).device
     layers = packed_layers(config)
+    if progress is not None:
+        progress.begin(len(prompt.ids), len(layers))
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         found = projections(model, layers, config.model_config.dtype)
-    recorder = Recorder(ours.format, prompt.sequences, found)
+    recorder = Recorder(ours.format, prompt.sequences, found, None if progress is None else progress.layer_done)
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:
