@@ -36,6 +36,7 @@ def has_matrix_unit(dtype: torch.dtype) -> bool:
 
 def replace_layers(model: nn.Module) -> None:
     """Exchange what can be exchanged in a model whose weights are loaded."""
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "cpu_linear"):
             if (linear := _linear(layer)) is not None:

@@ -126,7 +126,7 @@ def _given(config: _vllm.VllmConfig) -> str:
 def install() -> None:
     """Give the method to every kind of worker, and plan with us. Called before an engine or a worker is made."""
     setattr(_vllm.WorkerBase, METHOD, kv_pool)
-    core = _vllm.engine_core()
+    core: Any = _vllm.engine_core()
     original = core.get_kv_cache_configs
     if getattr(original, "is_fraqtl", False):
         return

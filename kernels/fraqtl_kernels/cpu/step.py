@@ -11,13 +11,15 @@ than on its arithmetic. Tensors come as addresses, which cost nothing to hand ov
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, get_num_threads, njit, prange, types
+from numba import carray, get_num_threads, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -30,7 +32,6 @@ from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "ninf" and "nnan", as in `decode.py`
-FEW_ITEMS = 32  # (token, KV head) pairs that are prepared before other threads have woken up
 
 
 @intrinsic
@@ -173,10 +174,10 @@ def _finish(begin, end, rows, address, stride, like, starts, best, sums, values,
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _part(
+def _run(
     number,
-    part,
-    size,
+    begin,
+    end,
     rows,
     addresses,
     strides,
@@ -190,14 +191,8 @@ def _part(
     half,
     raw,
     raw16,
-    k_constants,
-    k_base,
-    k_places,
-    k_numbers,
-    v_constants,
-    v_base,
-    v_places,
-    v_numbers,
+    k_store,
+    v_store,
     reading,
     restoring,
     sizes,
@@ -210,206 +205,92 @@ def _part(
     sums,
     values,
 ):
-    """Part `part` of step `number` of the module's docstring, `size` (token, KV head) pairs of steps 1 and 3, one run
-    and KV head of step 2.
+    """Parts begin .. end - 1 of step `number` of the module's docstring, or of all of them if it is 0.
 
-    rows: (tokens,) of the tensors. addresses, strides: of queries, keys, values, outputs. k_constants .. v_numbers: of
-    `StoreOperands`. starts: (tokens + 1,) the first run of every token. The rest as in `attend_run`.
+    A part is a (token, KV head), in step 2 a (run, KV head). rows: (tokens,) of the tensors. addresses, strides: of
+    queries, keys, values, outputs. k_store, v_store: of `StoreOperands`. starts: (tokens + 1,) the first run of every
+    token. The rest as in `attend_run`.
     """
     heads = q.shape[1]
-    begin, end = part * size, min(q.shape[0] * heads, part * size + size)
-    if number == 1:
-        keys = (k_constants, k_base, k_places, k_numbers)
-        others = (v_constants, v_base, v_places, v_numbers)
-        _begin(
-            begin, end, rows, addresses, strides, like, writes, slots, half, raw, raw16, keys, others, reading, q, terms
-        )
-    elif number == 2:
-        run, head = part // heads, part % heads
-        token = runs[run, 0]
-        attend_run(
-            q[token, head],
-            terms[token, head],
-            raw,
-            raw16,
-            half,
-            table[token],
-            positions[token],
-            runs[run, 1],
-            runs[run, 2],
-            head,
-            sizes,
-            midpoints,
-            window,
-            soft_cap,
-            best[run, head],
-            sums[run, head],
-            values[run, head],
-        )
+    for part in range(begin, end):
+        head = part % heads
+        if number < 2:
+            _begin(
+                part,
+                part + 1,
+                rows,
+                addresses,
+                strides,
+                like,
+                writes,
+                slots,
+                half,
+                raw,
+                raw16,
+                k_store,
+                v_store,
+                reading,
+                q,
+                terms,
+            )
+        first, after = part // heads, part // heads + 1
+        if number == 0:
+            first, after = starts[part // heads], starts[part // heads + 1]
+        elif number != 2:
+            after = first
+        for run in range(first, after):
+            token = runs[run, 0]
+            attend_run(
+                q[token, head],
+                terms[token, head],
+                raw,
+                raw16,
+                half,
+                table[token],
+                positions[token],
+                runs[run, 1],
+                runs[run, 2],
+                head,
+                sizes,
+                midpoints,
+                window,
+                soft_cap,
+                best[run, head],
+                sums[run, head],
+                values[run, head],
+            )
+        if number == 0 or number == 3:
+            _finish(part, part + 1, rows, addresses[3], strides[3], like, starts, best, sums, values, restoring)
+
+
+def _run_all(tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
+    """All steps, on as many threads as Numba has where that pays.
+
+    Python's own threads: `_run` lets go of the lock, and a parallel version of it would take Numba longer to compile
+    than all other kernels together.
+    """
+    threads, items, work = get_num_threads(), tokens * heads, runs * heads
+    if threads == 1 or work < 2:
+        _run(0, 0, items, *arguments)
+    elif items >= threads:
+        _share(threads, 0, items, arguments)
     else:
-        _finish(begin, end, rows, addresses[3], strides[3], like, starts, best, sums, values, restoring)
+        _run(1, 0, items, *arguments)
+        _share(threads, 2, work, arguments)
+        _run(3, 0, items, *arguments)
 
 
-# The steps share one loop, so that Numba compiles what it calls once and not three times.
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _step(
-    size,
-    rows,
-    addresses,
-    strides,
-    like,
-    writes,
-    slots,
-    table,
-    positions,
-    runs,
-    starts,
-    half,
-    raw,
-    raw16,
-    k_constants,
-    k_base,
-    k_places,
-    k_numbers,
-    v_constants,
-    v_base,
-    v_places,
-    v_numbers,
-    reading,
-    restoring,
-    sizes,
-    midpoints,
-    window,
-    soft_cap,
-    q,
-    terms,
-    best,
-    sums,
-    values,
-):
-    """All parts of all steps."""
-    items, work = q.shape[0] * q.shape[1], runs.shape[0] * q.shape[1]
-    parts = (items + size - 1) // size
-    for number in range(1, 4):
-        for part in range(work if number == 2 else parts):
-            _part(
-                number,
-                part,
-                size,
-                rows,
-                addresses,
-                strides,
-                like,
-                writes,
-                slots,
-                table,
-                positions,
-                runs,
-                starts,
-                half,
-                raw,
-                raw16,
-                k_constants,
-                k_base,
-                k_places,
-                k_numbers,
-                v_constants,
-                v_base,
-                v_places,
-                v_numbers,
-                reading,
-                restoring,
-                sizes,
-                midpoints,
-                window,
-                soft_cap,
-                q,
-                terms,
-                best,
-                sums,
-                values,
-            )
+def _share(threads: int, number: int, parts: int, arguments: tuple[Any, ...]) -> None:
+    edges = [parts * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(_run, number, begin, end, *arguments) for begin, end in pairwise(edges[1:])]
+    _run(number, 0, edges[1], *arguments)
+    for other in others:
+        other.result()
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
-def _step_parallel(
-    size,
-    rows,
-    addresses,
-    strides,
-    like,
-    writes,
-    slots,
-    table,
-    positions,
-    runs,
-    starts,
-    half,
-    raw,
-    raw16,
-    k_constants,
-    k_base,
-    k_places,
-    k_numbers,
-    v_constants,
-    v_base,
-    v_places,
-    v_numbers,
-    reading,
-    restoring,
-    sizes,
-    midpoints,
-    window,
-    soft_cap,
-    q,
-    terms,
-    best,
-    sums,
-    values,
-):
-    """The same with all threads."""
-    items, work = q.shape[0] * q.shape[1], runs.shape[0] * q.shape[1]
-    parts = (items + size - 1) // size
-    for number in range(1, 4):
-        count = work if number == 2 else parts
-        for part in prange(count):
-            _part(
-                number,
-                part,
-                size,
-                rows,
-                addresses,
-                strides,
-                like,
-                writes,
-                slots,
-                table,
-                positions,
-                runs,
-                starts,
-                half,
-                raw,
-                raw16,
-                k_constants,
-                k_base,
-                k_places,
-                k_numbers,
-                v_constants,
-                v_base,
-                v_places,
-                v_numbers,
-                reading,
-                restoring,
-                sizes,
-                midpoints,
-                window,
-                soft_cap,
-                q,
-                terms,
-                best,
-                sums,
-                values,
-            )
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode-step")
 
 
 @dataclass
@@ -485,8 +366,8 @@ class DecodeStep:
             half_table(),
             raw,
             raw.view(np.uint16),
-            *StoreOperands.of(pool, size, k, *at_k, constants, "key").as_tuple(),
-            *StoreOperands.of(pool, size, v, *at_v, constants, "value").as_tuple(),
+            StoreOperands.of(pool, size, k, *at_k, constants, "key").as_tuple(),
+            StoreOperands.of(pool, size, v, *at_v, constants, "value").as_tuple(),
             (*query_operands(heads, size, k, constants), np.float32(scale)),
             output_operands(heads, size, v, constants),
             page_sizes(pool, layout, refined=True),
@@ -516,10 +397,7 @@ class DecodeStep:
         runs, starts = plan.runs(self._block_size, heads, self._window)
         group = query.shape[1] // heads
         found = np.empty((len(runs), heads, group, size), np.float32)
-        step = _step if get_num_threads() == 1 else _step_parallel
-        items = count * heads
-        step(
-            items if items <= FEW_ITEMS else FEW_ITEMS // 4,
+        arguments = (
             plan.rows,
             tuple(x.data_ptr() for x in tensors),
             tuple(x.stride(0) for x in tensors),
@@ -537,6 +415,7 @@ class DecodeStep:
             np.empty(found.shape[:3], np.float32),
             found,
         )
+        _run_all(count, len(runs), heads, arguments)
 
 
 def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:
