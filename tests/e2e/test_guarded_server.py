@@ -93,13 +93,12 @@ def test_anthropics_client_sends_the_key_its_own_way(server: Server) -> None:
                 model=MODEL, max_tokens=30, messages=messages(), extra_body={"temperature": 0}
             )
 
-    for keys in ({"api_key": KEY}, {"api_key": KEY, "auth_token": KEY}):
-        assert ask(**keys).content[0].text == ANSWER
-    for wrong in (
-        {"api_key": KEY, "auth_token": "wrong"},
-        {"api_key": "wrong", "auth_token": KEY},
-        {"api_key": "wrong"},
-    ):
+    def both(key: str, bearer: str) -> dict[str, Any]:
+        return {"api_key": key, "default_headers": {"Authorization": f"Bearer {bearer}"}}
+
+    for right in ({"api_key": KEY}, both(KEY, KEY)):
+        assert ask(**right).content[0].text == ANSWER
+    for wrong in ({"api_key": "wrong"}, both(KEY, "wrong"), both("wrong", KEY)):
         with pytest.raises(anthropic.AuthenticationError, match="x-api-key: KEY"):
             ask(**wrong)
 
