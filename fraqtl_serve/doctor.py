@@ -93,7 +93,8 @@ def _examine_platform(report: Report) -> None:
 
 def _examine_kernel_cache(report: Report) -> None:
     """Where the CPU's kernels are kept once they are compiled."""
-    logging.getLogger("fraqtl_kernels").disabled = True  # what it would say is said here
+    logger = logging.getLogger("fraqtl_kernels")
+    logger.disabled = True  # what it would say is said here
     try:
         from fraqtl_kernels.numba_cache import kernel_cache
 
@@ -101,6 +102,8 @@ def _examine_kernel_cache(report: Report) -> None:
     except Exception as error:
         report.problems.append(f"the CPU's kernels can't be imported: {error}")
         return
+    finally:
+        logger.disabled = False
     report.kernel_cache = str(found.folder)
     if found.is_temporary:
         report.problems.append(str(found))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as VLLM_VERSION
@@ -167,7 +167,7 @@ def check_version(version: str = VLLM_VERSION) -> None:
         )
 
 
-def engine_core() -> ModuleType:
+def engine_core() -> Any:
     """The module in which vLLM's engine starts: it has names of its own for what it imports."""
     check_version()
     return import_module("vllm.v1.engine.core")
@@ -180,7 +180,7 @@ def scan_of_vllm_only() -> Iterator[None]:
     It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
     has been imported, or a client's mocks.
     """
-    dispatcher = import_module("vllm.triton_utils.dispatcher")
+    dispatcher: Any = import_module("vllm.triton_utils.dispatcher")
     everything = dispatcher.sys
     of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
     dispatcher.sys = SimpleNamespace(modules=of_vllm)
