@@ -1,4 +1,5 @@
 # make serve   serve the demo model on 127.0.0.1:8000 (MODEL=..., ARGS="--kv-format k8v8 ...")
+# make serve MODEL=smollm2   serve a small chat model, from the Hugging Face hub or out of a package
 # make test    run the tests        make lint   ruff and mypy
 # make lock    resolve the lock files anew        make clean   remove .venv and caches
 #
@@ -16,11 +17,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 HARDWARE := $(if $(shell command -v nvidia-smi),cuda,cpu)
 LOCKS := docker/lock
+# pip shows what it downloads. Python compiles a module when it is first imported, most of them never.
+PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-compile
+# Of pip's warnings, all but those of index folders that lack a package: other places have it, or pip fails.
+SHELL := /bin/bash
+NO_NOISE := 2> >(grep --line-buffered -v -e "^WARNING: Location .* is ignored" -e "^WARNING: Running pip as" >&2)
 
 .PHONY: serve test lint lock clean
 
-serve: $(VENV)/serve.done
-	$(BIN)/fraqtl-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+serve: $(VENV)/serve.done $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.done)
+	@$(BIN)/fraqtl-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
@@ -38,13 +44,23 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 $(VENV)/serve.done: $(LOCKS)/$(HARDWARE).txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --requirement $(LOCKS)/$(HARDWARE).txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing vLLM and what it needs into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --requirement $(LOCKS)/$(HARDWARE).txt $(NO_NOISE)
+	@$(PIP_INSTALL) --quiet --no-build-isolation --editable . $(NO_NOISE)
 	@$(BIN)/python -c 'import torch' || { echo "torch can't be imported. Without an NVIDIA GPU this needs \
 	the CPU build of torch: name an index that has it in PIP_EXTRA_INDEX_URL, then make clean"; exit 1; }
-	touch $@
+	@$(BIN)/python -m fraqtl_serve.prepare
+	@touch $@
 
-$(VENV)/test.done: $(VENV)/serve.done $(LOCKS)/test.txt
-	$(BIN)/pip install --quiet --no-deps --requirement $(LOCKS)/test.txt
-	touch $@
+$(VENV)/smollm2.done: $(VENV)/serve.done $(LOCKS)/smollm2.txt
+	@echo "Installing SmolLM2"
+	@$(PIP_INSTALL) --requirement $(LOCKS)/smollm2.txt $(NO_NOISE)
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/serve.done $(LOCKS)/test.txt $(LOCKS)/smollm2.txt
+	@echo "Installing what the tests need"
+	@$(PIP_INSTALL) --requirement $(LOCKS)/test.txt $(NO_NOISE)
+	@$(PIP_INSTALL) --requirement $(LOCKS)/smollm2.txt $(NO_NOISE) \
+	|| echo "SmolLM2's package can't be had: its tests will be skipped"
+	@touch $@

@@ -6,13 +6,15 @@ The version was checked when `fraqtl_vllm._vllm` was imported.
 from __future__ import annotations
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.logger import init_logger
+from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
@@ -21,6 +23,7 @@ from fraqtl_vllm._vllm import check_version
 check_version()
 
 __all__ = [
+    "BeamSearchOnlineMixin",
     "EngineDeadError",
     "ErrorResponse",
     "FinishReason",
@@ -29,7 +32,9 @@ __all__ = [
     "ServeSubcommand",
     "VLLMValidationError",
     "cli_env_setup",
+    "configure_logging_from_args",
     "current_platform",
+    "engine_utils",
     "get_prometheus_registry",
     "init_logger",
 ]

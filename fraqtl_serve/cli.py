@@ -1,21 +1,33 @@
-"""The command `fraqtl-serve`."""
+"""The command `fraqtl-serve`.
+
+Imports little until it knows what is asked. The engine's process imports this file, too, before anything else.
+"""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from fraqtl_kernels.errors import FraqtlError
 from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_serve.start_stop import StoppedError, leave
+from fraqtl_vllm import garbage
 
 PROGRAM = "fraqtl-serve"
+
+if multiprocessing.parent_process() is not None:
+    garbage.collect_rarely()  # until the engine is up, see fraqtl_vllm.scheduler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and one sentence on stderr for anything the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve"]:
+        _begin(arguments[1:])
+
     try:
         # vLLM's parser knows its own hundreds of flags; ours must not read them first.
         if arguments[:1] == ["serve"]:
@@ -25,9 +37,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             args = _parser().parse_args(arguments)
             args.run(args)
+    except StoppedError as stop:
+        leave(stop)
     except FraqtlError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _begin(arguments: list[str]) -> None:
+    """What has to happen before torch and vLLM are imported, which takes seconds."""
+    from fraqtl_serve import quiet_log
+    from fraqtl_vllm import progress
+
+    garbage.collect_rarely()
+    quiet_log.begin(arguments)
+    if "--quiet" not in arguments and not {"-h", "--help"} & {argument.split("=")[0] for argument in arguments}:
+        progress.begin()
+        progress.say(f"{PROGRAM} {version(PROGRAM)}: importing vLLM")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,19 +7,23 @@ more group in front. Then vLLM's own entry point runs.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
+from fraqtl_serve import quiet_log, smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.front_end import check_front_end
+from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
+from fraqtl_serve.start_stop import StoppedError, stoppable_start
+from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -27,7 +31,6 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "fraqtl-demo"
 CPU_KV_CACHE_BYTES = 256 << 20
 PLUGIN_GROUPS = ("general", "platform", "stat_logger", "io_processor")
-TRACEBACK_SWITCH = "FRAQTL_TRACEBACK"
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -40,17 +43,24 @@ def serve(argv: Sequence[str]) -> None:
 
     cli_env_setup()
     args = argparse.Namespace()
-    try:
-        args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
-        configure(args)
-        ServeSubcommand().validate(args)
-        ServeSubcommand.cmd(args)
-    except FraqtlError:
-        raise
-    except Exception as error:
-        if os.environ.get(TRACEBACK_SWITCH):
+    with noted_reasons():
+        try:
+            args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+            _settle_output(args)
+            configure(args)
+            progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
+            ServeSubcommand().validate(args)
+            with stoppable_start():
+                ServeSubcommand.cmd(args)
+        except FraqtlError:
             raise
-        raise ConfigError(explain(error, args)) from error
+        except KeyboardInterrupt as error:
+            # vLLM's handler of SIGTERM says "terminated".
+            raise StoppedError(signal.SIGTERM if error.args else signal.SIGINT) from None
+        except Exception as error:
+            if os.environ.get(TRACEBACK_SWITCH):
+                raise
+            raise ConfigError(explain(error, args)) from error
 
 
 def allow_plugin() -> None:
@@ -78,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and five more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and six more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -115,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help=f"the longest body that a request may have (default: {DEFAULT_BYTES}, {DEFAULT_BYTES >> 20} MiB)",
     )
+    group.add_argument(
+        "--quiet", action="store_true", help="don't say what the start is doing, nor what is served when it is done"
+    )
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
@@ -133,17 +146,40 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _settle_output(args: argparse.Namespace) -> None:
+    """Who may say what: the command line's first look could not know a file of flags."""
+    from fraqtl_serve._vllm import configure_logging_from_args
+
+    quiet_log.settle(args)
+    configure_logging_from_args(args)  # as vLLM will, but before it warns of anything
+    if args.quiet:
+        os.environ.pop(progress.SWITCH, None)
+    if quiet_log.is_chosen() and not sys.stderr.isatty():
+        args.use_tqdm_on_load = False
+
+
+def _kv_format(args: argparse.Namespace) -> str:
+    return read_config(args.additional_config).kv_format
+
+
 def configure(args: argparse.Namespace) -> None:
     """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
     from fraqtl_serve._vllm import current_platform
 
+    check_front_end(args)
     model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)
-        args.served_model_name = args.served_model_name or [DEMO_NAME]
+        _prefer(args, served_model_name=[DEMO_NAME])
+    elif smollm2.is_meant(model):
+        model = str(smollm2.find_model())
+        _prefer(args, served_model_name=[smollm2.NAME])
+        if not args.enable_auto_tool_choice and args.tool_call_parser is None:
+            vars(args).update(smollm2.TOOLS)
     check_checkpoint(model)
     args.model = args.model_tag = model
     args.additional_config = _additional_config(args)
+    _choose_kv_memory(args)
     if args.scheduler_cls is None:
         args.scheduler_cls = "fraqtl_vllm.scheduler.accounting_scheduler"
     if _backend_name(args) not in (None, BACKEND_NAME):
@@ -151,8 +187,22 @@ def configure(args: argparse.Namespace) -> None:
     args.attention_backend = BACKEND_NAME
     if current_platform.is_cpu():
         args.enforce_eager = True
-        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+
+
+def _choose_kv_memory(args: argparse.Namespace) -> None:
+    """On a CPU without a size from the user: our default, or more if the model's context needs it."""
+    from fraqtl_serve._vllm import current_platform
+
+    given = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if current_platform.is_cpu() and not given:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+        args.additional_config[KEY]["kv_memory_fits_context"] = True
+
+
+def _prefer(args: argparse.Namespace, **values: Any) -> None:
+    """Set what the user left out."""
+    for name, value in values.items():
+        setattr(args, name, getattr(args, name) or value)
 
 
 def _backend_name(args: argparse.Namespace) -> str | None:
@@ -182,26 +232,3 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
         section["calibration_cache"] = args.kv_calibration_cache
     read_config({KEY: section})  # refuses what contradicts itself
     return {**config, KEY: section}
-
-
-def explain(error: Exception, args: argparse.Namespace) -> str:
-    """One sentence for an exception that ended the start of the server."""
-    hint = f" ({TRACEBACK_SWITCH}=1 shows where)"
-    for cause in _chain(error):
-        if isinstance(cause, FraqtlError):
-            return str(cause)
-        if isinstance(cause, ValidationError):
-            return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
-        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
-            return f"port {args.port} is taken: choose another with --port"
-    if "Engine core initialization failed" in str(error):
-        return "the engine did not start; the reason stands in its log above" + hint
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}{hint}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes

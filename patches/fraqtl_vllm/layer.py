@@ -11,6 +11,7 @@ from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.backend import FraqtlBackend
 from fraqtl_vllm.calibration.recorder import Recorder
@@ -43,6 +44,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         config = get_current_vllm_config()
         check_supported(config)
         check_head_size(head_size)
+        progress.say_once("loading the model")
         if alibi_slopes is not None:
             raise UnsupportedError("the packed KV cache does not support ALiBi models")
         if sinks is not None:

@@ -17,7 +17,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import attend
 from fraqtl_kernels.prompt import CHUNKS, SEQUENCES, positions, token_rows
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.calibration import files, progress, prompt
+from fraqtl_vllm.calibration import files, prompt
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.recorder import Recorder
 from tests.kernels.transforms import random_constants
@@ -92,7 +92,7 @@ def test_the_key_changes_with_weights_format_rank_and_context() -> None:
             model.weight.copy_(torch.linspace(-1, 1, 2100).view(7, 300))
             model.weight[0, 0] = weight
             model.bias.zero_()
-        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context, dtype=torch.bfloat16))
         return files.make_key(model, kv_format, rank, config)  # type: ignore[arg-type]
 
     keys = [key(), key(weight=0.25), key(kv_format="k4v2"), key(rank=1), key(context=2048)]
@@ -223,20 +223,12 @@ def test_weights_that_are_not_what_the_kernel_multiplies_by_are_not_believed(
         torch.testing.assert_close(found["a"], expected @ expected.mT, rtol=1e-4, atol=1e-2)
 
 
-def test_the_log_says_that_calibration_runs_and_how_far_it_is(
-    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    log.set_level(logging.INFO)
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    told = progress.Progress("k4v4", tmp_path)
-    told.begin(2048, 3)
-    assert log.messages == [f"Calibrating k4v4 constants: 2048 tokens, kept in {tmp_path} for the next start"]
-    recorder = Recorder(FORMATS["k4v4"], 1, layer_done=told.layer_done)
-    for layer, seconds in (("a", 4.0), ("b", 2.0), ("c", 9.0)):
-        now[0] += seconds
+def test_a_recorder_tells_of_every_layer() -> None:
+    recorder, told = Recorder(FORMATS["k4v4"], 1), []
+    recorder.on_layer = told.append
+    for layer in "abc":
         recorder.attend(layer, None, *torch.randn(3, 5, 2, 64), scale=1.0, window=None, soft_cap=None)
-    assert log.messages[1:] == ["Calibrating: 2 of 3 layers in 6 s"]
+    assert told == [1, 2, 3]
 
 
 def test_an_output_projection_that_is_not_certain_is_left_out(

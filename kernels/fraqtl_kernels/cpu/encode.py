@@ -7,6 +7,7 @@ number, in place of D products. A vector's bytes never depend on what else is in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -264,7 +265,7 @@ def _store_vector(
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, places, numbers, finer):
+def store_range(begin, end, source, slots, constants, base, half, raw, raw16, places, numbers, finer):
     """Vectors begin .. end - 1, head by head. finer: see `store`."""
     tokens, _, size = source.shape
     block_size, block_stride, head_stride, code_offset, code_bytes, scale_offset, scale_bytes = places[:7]
@@ -330,7 +331,7 @@ def _store_range(begin, end, source, slots, constants, base, half, raw, raw16, p
 def _store_parallel(count, source, slots, constants, base, half, raw, raw16, places, numbers, finer):
     step = 32
     for part in prange((count + step - 1) // step):
-        _store_range(
+        store_range(
             part * step,
             min(part * step + step, count),
             source,
@@ -344,6 +345,52 @@ def _store_parallel(count, source, slots, constants, base, half, raw, raw16, pla
             numbers,
             finer,
         )
+
+
+@dataclass(frozen=True)
+class StoreOperands:
+    """What `store_range` takes of a layer: constants, rotation base, places in the pool, numbers of the grid."""
+
+    constants: Any
+    base: Any
+    places: tuple[int, ...]
+    numbers: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        pool: Tensor,
+        size: int,
+        vector: VectorFormat,
+        block_size: int,
+        code_offset: int,
+        scale_offset: int,
+        constants: LayerConstants,
+        which: str,
+    ) -> StoreOperands:
+        """The arguments are those of `store`; size: of a head."""
+        heads = pool.shape[1]
+        places = (
+            block_size,
+            pool.stride(0),
+            pool.stride(1),
+            code_offset,
+            vector.code_bytes(size),
+            scale_offset,
+            vector.scale_bytes,
+            vector.bits,
+            vector.groups,
+            DISTANCE if vector.refined else 0,
+        )
+        return cls(
+            _arrays(constants, heads)[which] if vector.centred else _nothing(heads),
+            _rotation_base(size) if vector.rotated else np.empty((0, 0), np.float32),
+            places,
+            tuple(np.float32(n) for n in (vector.edge, vector.midpoint, vector.levels, size**-0.5)),
+        )
+
+    def as_tuple(self) -> tuple[Any, ...]:
+        return self.constants, self.base, self.places, self.numbers
 
 
 def store(
@@ -368,34 +415,21 @@ def store(
     """
     tokens, heads, size = x.shape
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
-    places = (
-        block_size,
-        pool.stride(0),
-        pool.stride(1),
-        code_offset,
-        vector.code_bytes(size),
-        scale_offset,
-        vector.scale_bytes,
-        vector.bits,
-        vector.groups,
-        DISTANCE if vector.refined else 0,
-    )
-    numbers = tuple(np.float32(n) for n in (vector.edge, vector.midpoint, vector.levels, size**-0.5))
-    base = _rotation_base(size) if vector.rotated else np.empty((0, 0), np.float32)
+    operands = StoreOperands.of(pool, size, vector, block_size, code_offset, scale_offset, constants, which)
     arguments = (
         x.contiguous().numpy(),
         slots.contiguous().numpy(),
-        _arrays(constants, heads)[which] if vector.centred else _nothing(heads),
-        base,
+        operands.constants,
+        operands.base,
         half,
         raw,
         raw.view(np.uint16),
-        places,
-        numbers,
+        operands.places,
+        operands.numbers,
         finer.numpy(),
     )
     if tokens * heads < PARALLEL_VECTORS:
-        _store_range(0, tokens * heads, *arguments)
+        store_range(0, tokens * heads, *arguments)
     else:
         _store_parallel(tokens * heads, *arguments)
 

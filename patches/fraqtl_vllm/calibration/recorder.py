@@ -17,21 +17,14 @@ class Recorder:
     """One calibration run. `constants` has an entry for every layer that has keys of its own, by name."""
 
     def __init__(
-        self,
-        format: KVFormat,
-        sequences: int,
-        projections: Mapping[str, Tensor] = MappingProxyType({}),
-        layer_done: Callable[[], None] | None = None,
+        self, format: KVFormat, sequences: int, projections: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there.
-
-        layer_done: called when a layer has been recorded.
-        """
+        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there."""
         self.format = format
         self.sequences = sequences
         self.projections = projections
-        self.layer_done = layer_done
         self.constants: dict[str, LayerConstants] = {}
+        self.on_layer: Callable[[int], None] = lambda layers: None  # hears how many layers have been recorded
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attend(
@@ -66,6 +59,5 @@ class Recorder:
         if shares is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)
             self._keys[layer] = key, value
-        if self.layer_done is not None:
-            self.layer_done()
+            self.on_layer(len(self.constants))
         return out

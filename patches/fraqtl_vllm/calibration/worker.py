@@ -9,9 +9,8 @@ import torch
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, progress
 from fraqtl_vllm.calibration import files
-from fraqtl_vllm.calibration.progress import Progress
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.recorder import Recorder
@@ -45,7 +44,8 @@ def calibrate_worker(worker: Any) -> None:
         ) from error
     for name, layer in layers.items():
         layer.impl.use_constants(constants[layer.impl.kv_sharing_target_layer_name or name])
-    logger.info("KV cache calibrated in %.2f s: %d layers, %s", time.perf_counter() - start, len(layers), origin)
+    seconds = time.perf_counter() - start
+    progress.say(f"KV cache calibrated in {seconds:.2f} s: {len(layers)} layers, {origin}")
 
 
 def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
@@ -66,31 +66,25 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
     device = next(model.parameters()).device
     if constants is not None:
         return {name: c.to(device) for name, c in constants.items()}, f"from {path}"
-    progress = Progress(ours.kv_format, path.parent) if group.rank_in_group == 0 else None
-    constants = run_prompt(config, model, ours, progress)
+    constants = run_prompt(config, model, ours)
     saved = files.save(path, key, constants)
     return constants, "from the built-in prompt" + (f", kept in {path}" if saved else "")
 
 
-def run_prompt(
-    config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig, progress: Progress | None = None
-) -> Constants:
-    """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded.
-
-    progress: is told of the beginning and of every layer.
-    """
+def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig) -> Constants:
+    """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded."""
     prompt = make_prompt(config.model_config)
     device = next(model.parameters()).device
     layers = packed_layers(config)
-    if progress is not None:
-        progress.begin(len(prompt.ids), len(layers))
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         found = projections(model, layers, config.model_config.dtype)
-    recorder = Recorder(ours.format, prompt.sequences, found, None if progress is None else progress.layer_done)
+    recorder = Recorder(ours.format, prompt.sequences, found)
+    recorded = sum(layer.impl.kv_sharing_target_layer_name is None for layer in layers.values())
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:
         with (
+            progress.counted(_line(ours, len(prompt.ids)), recorded) as recorder.on_layer,
             torch.inference_mode(),
             _vllm.set_current_vllm_config(config),
             _vllm.set_forward_context(None, config, num_tokens=len(prompt.ids), skip_compiled=True),
@@ -100,6 +94,10 @@ def run_prompt(
         for layer in layers.values():
             layer.impl.recorder = None
     return recorder.constants
+
+
+def _line(ours: FraqtlConfig, tokens: int) -> str:
+    return f"calibrating the KV cache for {ours.kv_format} with {tokens} tokens, once for this model, layer"
 
 
 def all_ranks(group: Any, has_file: bool) -> bool:
