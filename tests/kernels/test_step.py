@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fraqtl_kernels import reference
+from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.cpu.step import DecodeStep, StepPlan
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
@@ -27,13 +27,13 @@ def rewind(batch: PagedBatch) -> None:
         for block in batch.block_table[r, : -(-length // size)].tolist():
             batch.pool[block] = 0xFF
         earlier = batch.key[r, : length - 1], batch.value[r, : length - 1]
-        reference.write(batch.pool, batch.layout, *earlier, slots, batch.constants)
+        cpu.write(batch.pool, batch.layout, *earlier, slots, batch.constants)
 
 
 def step_and_reference(
     batch: PagedBatch, window: int | None = None, soft_cap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs of the step, those of the reference, and the reference's pool."""
+    """Outputs of the step, those of the reference over what `cpu.write` stored, and that pool."""
     rewind(batch)
     slots = new_slots(batch)
     rows = torch.arange(len(batch.lengths))
@@ -46,7 +46,7 @@ def step_and_reference(
     finer = []
     for r, slot in enumerate(slots):
         one = slice(r, r + 1)
-        reference.write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
+        cpu.write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
         length = int(batch.lengths[r])
         finer.append(
             tuple(
@@ -87,7 +87,9 @@ def step_and_reference(
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
-def test_step_writes_and_attends_as_the_reference(name: str, dtype: torch.dtype, calibrated: bool) -> None:
+def test_step_writes_what_write_does_and_attends_as_the_reference(
+    name: str, dtype: torch.dtype, calibrated: bool
+) -> None:
     if not DecodeStep.supports(FORMATS[name], dtype):
         pytest.skip("goes through write and attend")
     batch = make_batch(

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, half_table, page_sizes, pool_bytes, split_runs
-from fraqtl_kernels.cpu.encode import StoreOperands, store_range
+from fraqtl_kernels.cpu.encode import make_spaces, store_tile
 from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
+from fraqtl_kernels.cpu.products import ROWS
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
+from fraqtl_kernels.cpu.sides import Side, join
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
@@ -51,35 +53,22 @@ def _row(address, start, size, like):
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _store_raw(source, target):
-    for d in range(source.shape[0]):
-        target[d] = source[d]
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _store(address, stride, like, token, head, size, slots, half, raw, raw16, operands):
-    """The key or value of one token and head, into its slot."""
-    constants, base, places, numbers = operands
-    source = _row(address, token * stride + head * size, size, like)
-    block_size, block_stride, head_stride, code_offset, code_bytes = places[:5]
-    slot = slots[token]
+def _store(side, address, stride, like, row, head, size, slots, raw, raw16, store, spaces):
+    """The key (side 0) or value (side 1) of one token and head, into its slot."""
+    tables, finer, bases, whole, numbers, places, raw_at = store
+    if whole[side, 4] > 0:
+        arrays = tables[side], finer[side], bases[side]
+        store_tile(head, row, row + 1, arrays, whole[side], numbers[side], slots, raw, raw16, places, spaces)
+        return
+    slot = slots[row]
     if slot < 0:
         return
-    if places[7] == 16:  # stored as it comes
-        place = (slot // block_size) * block_stride + head * head_stride + code_offset + slot % block_size * code_bytes
-        _store_raw(source.view(np.uint16), raw16[place // 2 : place // 2 + size])
-        return
-    x = np.empty((1, 1, size), np.float32)
+    block_size, block_stride, head_stride = places[:3]
+    place = (slot // block_size) * block_stride + head * head_stride + raw_at[side] + slot % block_size * 2 * size
+    source = _row(address, row * stride + head * size, size, like).view(np.uint16)
+    target = raw16[place // 2 : place // 2 + size]
     for d in range(size):
-        x[0, 0, d] = to_float(source[d])
-    centre, basis, feedback, shift = constants
-    own = slice(head, head + 1)
-    mine = (centre[own], basis[own], feedback[own], shift[own])
-    start = head * head_stride
-    finer = np.empty((1, 1, 0), np.float32)
-    store_range(
-        0, 1, x, slots[token : token + 1], mine, base, half, raw[start:], raw16[start // 2 :], places, numbers, finer
-    )
+        target[d] = source[d]
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -105,18 +94,17 @@ def _prepare_query(query, matrix, offset, sink, scale, target, terms):
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _begin(
-    begin, end, rows, addresses, strides, like, writes, slots, half, raw, raw16, k_store, v_store, reading, q, terms
-):
+def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms):
     """Step 1 of items begin .. end - 1."""
     matrix, offset, sink, scale = reading
     heads, group, size = q.shape[1:]
+    spaces = make_spaces(ROWS, size)
     for item in range(begin, end):
         token, head = item // heads, item % heads
         row = rows[token]
-        if writes:
-            _store(addresses[1], strides[1], like, row, head, size, slots, half, raw, raw16, k_store)
-            _store(addresses[2], strides[2], like, row, head, size, slots, half, raw, raw16, v_store)
+        for side in range(2 if writes else 0):
+            at, stride = addresses[1 + side], strides[1 + side]
+            _store(side, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
         for m in range(group):
             query = _row(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
             _prepare_query(
@@ -191,8 +179,7 @@ def _run(
     half,
     raw,
     raw16,
-    k_store,
-    v_store,
+    storing,
     reading,
     restoring,
     sizes,
@@ -208,30 +195,15 @@ def _run(
     """Parts begin .. end - 1 of step `number` of the module's docstring, or of all of them if it is 0.
 
     A part is a (token, KV head), in step 2 a (run, KV head). rows: (tokens,) of the tensors. addresses, strides: of
-    queries, keys, values, outputs. k_store, v_store: of `StoreOperands`. starts: (tokens + 1,) the first run of every
-    token. The rest as in `attend_run`.
+    queries, keys, values, outputs. storing: of `sides.join`, places of `store_tile`, where raw vectors begin. starts:
+    (tokens + 1,) the first run of every token. The rest as in `attend_run`.
     """
     heads = q.shape[1]
     for part in range(begin, end):
         head = part % heads
         if number < 2:
             _begin(
-                part,
-                part + 1,
-                rows,
-                addresses,
-                strides,
-                like,
-                writes,
-                slots,
-                half,
-                raw,
-                raw16,
-                k_store,
-                v_store,
-                reading,
-                q,
-                terms,
+                part, part + 1, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms
             )
         first, after = part // heads, part // heads + 1
         if number == 0:
@@ -360,14 +332,16 @@ class DecodeStep:
         self._shape = heads, size
         self._block_size, self._window = layout.block_size, window or 0
         raw = pool_bytes(pool)
-        at_k = (layout.block_size, 0, layout.k_scale_offset)
-        at_v = (layout.block_size, layout.v_offset, layout.v_scale_offset)
-        self._pages: tuple[Any, ...] = (
-            half_table(),
-            raw,
-            raw.view(np.uint16),
-            StoreOperands.of(pool, size, k, *at_k, constants, "key").as_tuple(),
-            StoreOperands.of(pool, size, v, *at_v, constants, "value").as_tuple(),
+        unit = torch.empty(1, heads, size, dtype=dtype)
+        sides = (
+            Side.of(unit, k, 0, layout.k_scale_offset, constants, "key", None),
+            Side.of(unit, v, layout.v_offset, layout.v_scale_offset, constants, "value", None),
+        )
+        *arrays, self._whole, numbers = join(*sides)
+        places = (layout.block_size, pool.stride(0), pool.stride(1), heads, size)
+        self._storing = (*arrays, self._whole, numbers, places, (0, layout.v_offset))
+        self._pages: tuple[Any, ...] = (half_table(), raw, raw.view(np.uint16))
+        self._reading: tuple[Any, ...] = (
             (*query_operands(heads, size, k, constants), np.float32(scale)),
             output_operands(heads, size, v, constants),
             page_sizes(pool, layout, refined=True),
@@ -377,6 +351,15 @@ class DecodeStep:
         )
         self._dtype = dtype
         self._like = bits_of(torch.zeros(1, dtype=dtype))
+
+    def _storing_of(self, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        """`storing` of `_run` for these tensors."""
+        arrays, (_, numbers, places, raw_at) = self._storing[:3], self._storing[3:]
+        whole = self._whole.copy()
+        for side, x in enumerate((key, value)):
+            each = x.element_size()
+            whole[side, 0], whole[side, 2], whole[side, 3] = x.data_ptr(), x.stride(0) * each, x.stride(1) * each
+        return (*arrays, whole, numbers, places, raw_at)
 
     def takes(self, query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor) -> bool:
         """Whether these are in the dtype of the model and a token's numbers lie side by side, as a call wants it."""
@@ -409,6 +392,8 @@ class DecodeStep:
             runs,
             starts,
             *self._pages,
+            self._storing_of(k, v),
+            *self._reading,
             np.empty((count, heads, group, size), np.float32),
             np.empty((count, heads, 3, group), np.float32),
             np.empty(found.shape[:3], np.float32),
