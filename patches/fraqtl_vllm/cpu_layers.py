@@ -21,6 +21,7 @@ from fraqtl_kernels.cpu.layers.rotary import RotaryEmbedding
 from fraqtl_vllm import _vllm
 
 HALVES = (torch.bfloat16, torch.float16)
+FEW_ROWS_WITH_UNIT = 2  # so few are a matter of memory and not of arithmetic, matrix unit or not
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
@@ -55,8 +56,8 @@ def _linear(layer: Any) -> Callable[..., Tensor] | None:
     plain = weight.detach()  # a parameter of vLLM's goes through `__torch_function__` first
 
     def linear(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
-        # A single row is a matter of memory, and of what happens around it
-        return wide(x, bias) if x.numel() == x.shape[-1] else nn.functional.linear(x, plain, bias)
+        few = x.numel() <= FEW_ROWS_WITH_UNIT * x.shape[-1]
+        return wide(x, bias) if few else nn.functional.linear(x, plain, bias)
 
     return linear
 
