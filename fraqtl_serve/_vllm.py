@@ -13,6 +13,7 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
@@ -31,6 +32,7 @@ __all__ = [
     "cli_env_setup",
     "configure_logging_from_args",
     "current_platform",
+    "engine_utils",
     "get_prometheus_registry",
     "init_logger",
 ]
