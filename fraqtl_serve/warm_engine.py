@@ -44,12 +44,13 @@ def begin() -> None:
     has_gpu = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     if users_choice or has_gpu or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
         return
-    _early = {**os.environ, **EARLY, PRELOAD: preloaded()}
+    early = {**os.environ, **EARLY, PRELOAD: preloaded()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTS])
-    with _environment(_early):
+    with suppress(OSError), _environment(early):  # no folder for its socket, say: then as vLLM does it
         forkserver.ensure_running()
-    atexit.register(stop)
+        _early = early
+        atexit.register(stop)
 
 
 def preloaded() -> str:
@@ -79,8 +80,10 @@ def offer(args: Namespace) -> None:
 
     def get_mp_context() -> Any:
         usual = spawning()
-        # Another library was preloaded than we thought of: the engine must be a process of its own after all.
-        return _WarmContext() if os.environ.get(PRELOAD, "") == (_early or {}).get(PRELOAD) else usual
+        if os.environ.get(PRELOAD, "") == (_early or {}).get(PRELOAD):
+            return _WarmContext()
+        stop()  # vLLM has preloaded more than we thought of: the engine must be a new process after all
+        return usual
 
     engine_utils.get_mp_context = get_mp_context
 

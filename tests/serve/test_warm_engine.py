@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -100,9 +101,23 @@ def test_vllm_gets_it(started: list[dict[str, str]], monkeypatch: pytest.MonkeyP
     warm_engine.offer(arguments())
     monkeypatch.setenv("LD_PRELOAD", started[0]["LD_PRELOAD"])
     assert issubclass(engine_utils.get_mp_context().Process, multiprocessing.context.ForkServerProcess)
+    stopped: list[bool] = []
+    monkeypatch.setattr(warm_engine, "stop", lambda: stopped.append(True))
     monkeypatch.setenv("LD_PRELOAD", "/another/library.so")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     assert isinstance(engine_utils.get_mp_context(), multiprocessing.context.SpawnContext)
+    assert stopped == [True]
+
+
+def test_where_no_server_can_be_started(started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError("no folder for a socket")
+
+    monkeypatch.setattr(forkserver, "ensure_running", fails)
+    before = engine_utils.get_mp_context
+    warm_engine.begin()
+    warm_engine.offer(arguments())
+    assert engine_utils.get_mp_context is before
 
 
 def test_several_engines_are_spawned(started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +141,5 @@ def test_environment_is_there_before_the_arguments() -> None:
         pickled = pickle.dumps(warm_engine._Surroundings()).hex()
     finally:
         del os.environ["OF_THE_PARENT"]
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", code, pickled], capture_output=True, text=True, check=True)
     assert done.stdout == "here\n"
