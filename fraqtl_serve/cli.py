@@ -6,7 +6,6 @@ Imports little until it knows what is asked. The engine's process imports this f
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from fraqtl_vllm import garbage
 
 PROGRAM = "fraqtl-serve"
 
-if multiprocessing.parent_process() is not None:
+if "--multiprocessing-fork" in sys.orig_argv:
     garbage.collect_rarely()  # until the engine is up, see fraqtl_vllm.scheduler
 
 
@@ -46,14 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
-    from fraqtl_serve import quiet_log
+    from fraqtl_serve import quiet_log, warm_engine
+    from fraqtl_serve.plugin_names import allow_plugin
     from fraqtl_vllm import progress
 
     garbage.collect_rarely()
+    allow_plugin()
     quiet_log.begin(arguments)
-    if "--quiet" not in arguments and not {"-h", "--help"} & {argument.split("=")[0] for argument in arguments}:
+    if {"-h", "--help"} & {argument.split("=")[0] for argument in arguments}:
+        return
+    if "--quiet" not in arguments:
         progress.begin()
         progress.say(f"{PROGRAM} {version(PROGRAM)}: importing vLLM")
+    warm_engine.begin()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,6 +37,12 @@ HARMLESS = {
     ),
 }
 WITHOUT_TRITON = "Failed to import Triton kernels"  # at level ERROR, of layers in MXFP4, whatever the model
+HARMLESS_WARNINGS = (
+    # vLLM looks into all of torch for Triton kernels, and so touches names that torch warns of.
+    "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+    # At a stop, of semaphores of the engine, which vLLM kills: the tracker that says so has removed them.
+    "ignore::UserWarning:multiprocessing.resource_tracker",
+)
 FEW_FILES = "Found ulimit of %s"  # vLLM wants 65,535 open files
 ENOUGH_FILES = 4096  # for a thousand clients and more
 
@@ -63,9 +69,7 @@ def begin(arguments: Sequence[str]) -> None:
     if any(name in os.environ for name in VARIABLES) or flags & set(FLAGS):
         return
     os.environ[PATH] = str(CONFIG)
-    # vLLM looks into all of torch for Triton kernels, and so touches names that torch warns of.
-    ours = "ignore::FutureWarning:vllm.triton_utils.dispatcher"
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), ours]))
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), *HARMLESS_WARNINGS]))
 
 
 def is_chosen() -> bool:

@@ -11,16 +11,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve import quiet_log, smollm2
+from fraqtl_serve import quiet_log, smollm2, warm_engine
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
 from fraqtl_serve.front_end import check_front_end
+from fraqtl_serve.plugin_names import allow_plugin
 from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.start_stop import StoppedError, stoppable_start
 from fraqtl_vllm import progress
@@ -30,7 +30,6 @@ from fraqtl_vllm.plugin import BACKEND_NAME
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "fraqtl-demo"
 CPU_KV_CACHE_BYTES = 256 << 20
-PLUGIN_GROUPS = ("general", "platform", "stat_logger", "io_processor")
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -49,6 +48,7 @@ def serve(argv: Sequence[str]) -> None:
             _settle_output(args)
             configure(args)
             progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
+            warm_engine.offer(args)
             ServeSubcommand().validate(args)
             with stoppable_start():
                 ServeSubcommand.cmd(args)
@@ -61,20 +61,6 @@ def serve(argv: Sequence[str]) -> None:
             if os.environ.get(TRACEBACK_SWITCH):
                 raise
             raise ConfigError(explain(error, args)) from error
-
-
-def allow_plugin() -> None:
-    """Let vLLM load our HTTP routes, which it does only for names in VLLM_PLUGINS.
-
-    That variable also filters every other group of plugins, so where it was unset all that are
-    installed are named, as they would have been loaded without it.
-    """
-    given = os.environ.get("VLLM_PLUGINS")
-    if given is None:
-        names = {p.name for group in PLUGIN_GROUPS for p in entry_points(group=f"vllm.{group}_plugins")}
-    else:
-        names = {name for name in given.split(",") if name}
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names | {"fraqtl"}))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import pytest
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve import doctor, serve
+from fraqtl_serve import doctor, plugin_names, serve, warm_engine
 from fraqtl_serve._vllm import current_platform
 from fraqtl_serve.cli import main
 from fraqtl_vllm import garbage, progress
@@ -42,6 +42,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.delenv(serve.TRACEBACK_SWITCH, raising=False)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # else the command line would choose its quiet log
+    monkeypatch.setenv(warm_engine.OFF, "1")  # or this process would have a fork server from here on
     monkeypatch.setenv(progress.SWITCH, "0")
     monkeypatch.delenv(progress.SWITCH)
     yield
@@ -258,12 +259,12 @@ INSTALLED = {
 def test_plugin_is_added_and_none_is_dropped(
     monkeypatch: pytest.MonkeyPatch, given: str | None, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(serve, "entry_points", lambda group: [SimpleNamespace(name=n) for n in INSTALLED[group]])
+    monkeypatch.setattr(plugin_names, "entry_points", lambda group: [SimpleNamespace(name=n) for n in INSTALLED[group]])
     if given is None:
         monkeypatch.delenv("VLLM_PLUGINS")
     else:
         monkeypatch.setenv("VLLM_PLUGINS", given)
-    serve.allow_plugin()
+    plugin_names.allow_plugin()
     assert sorted(os.environ["VLLM_PLUGINS"].split(",")) == expected
 
 
@@ -272,7 +273,7 @@ def test_every_group_of_vllm_is_thought_of() -> None:
 
     groups = {value for name, value in vars(plugins).items() if name.endswith("_PLUGINS_GROUP")}
     assert groups == set(INSTALLED)
-    assert {f"vllm.{name}_plugins" for name in serve.PLUGIN_GROUPS} == groups - {"vllm.endpoint_plugins"}
+    assert {f"vllm.{name}_plugins" for name in plugin_names.PLUGIN_GROUPS} == groups - {"vllm.endpoint_plugins"}
 
 
 # ---- our flags become vLLM's
