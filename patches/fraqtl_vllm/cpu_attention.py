@@ -71,7 +71,7 @@ class Impl(FraqtlImpl[Metadata]):
         if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
-            cpu.warm_up(self.kv_format, get_current_vllm_config().model_config.dtype)
+            cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype
         self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._step: cpu.DecodeStep | None = None
