@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
-    from fraqtl_serve import quiet_log, warm_engine
+    from fraqtl_serve import quiet_log
     from fraqtl_serve.plugin_names import allow_plugin
     from fraqtl_vllm import progress
 
@@ -57,7 +57,6 @@ def _begin(arguments: list[str]) -> None:
     if "--quiet" not in arguments:
         progress.begin()
         progress.say(f"{PROGRAM} {version(PROGRAM)}: importing vLLM")
-    warm_engine.begin()
 
 
 def _parser() -> argparse.ArgumentParser:
