@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -37,6 +38,12 @@ def add_command(commands: Any) -> None:
         metavar="TOKENS",
         help="of a step; sliding windows keep blocks for them (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-async-scheduling",
+        dest="async_scheduling",
+        action="store_false",
+        help="as vLLM is on a CPU: sliding windows keep blocks for the tokens of one step, not of two",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -50,7 +57,9 @@ def memory(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of what its planner needs, nothing is of interest here
+    # Nothing that vLLM says while its planner is loaded is of interest here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     plans = [
         plan(
             shape,
@@ -58,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
             context=args.context or shape.context,
             ranks=args.tensor_parallel_size,
             batched_tokens=args.max_num_batched_tokens,
+            async_scheduling=args.async_scheduling,
         )
         for shape in shapes(args)
     ]

@@ -16,8 +16,6 @@ from fraqtl_kernels.formats import FORMATS, KVFormat, check_head_size
 
 BLOCK_SIZE = 16
 BASELINE = "bf16"
-CONCURRENT_BATCHES = 2
-"""Steps that may be scheduled and not yet settled: asynchronous scheduling, vLLM's default on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +99,26 @@ class Fit:
 
 
 def fit(
-    shape: ModelShape, kv_format: KVFormat, memory: int, *, context: int, ranks: int = 1, batched_tokens: int = 8192
+    shape: ModelShape,
+    kv_format: KVFormat,
+    memory: int,
+    *,
+    context: int,
+    ranks: int = 1,
+    batched_tokens: int = 8192,
+    async_scheduling: bool = True,
 ) -> Fit:
     """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
 
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
+    async_scheduling: whether two steps may be on their way, vLLM's default on GPUs.
     """
     from fraqtl_vllm import planner
 
     config = _config()
     config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
     config.scheduler_config.max_num_batched_tokens = batched_tokens
+    config.scheduler_config.async_scheduling = async_scheduling
     found = planner.plan(config, [_specs(shape, kv_format, ranks)], [memory])
     return Fit(kv_format.name, found.block_bytes, found.blocks, found.tokens, found.concurrency)
 
@@ -126,8 +133,6 @@ def _config() -> Any:
     except ImportError as error:
         raise ConfigError(f"vLLM's own planner counts what fits, and it can't be imported: {error}") from error
     config.cache_config.kv_cache_layout = "LBHNC"
-    config.scheduler_config.async_scheduling = True
-    assert config.max_concurrent_batches == CONCURRENT_BATCHES
     return config
 
 
@@ -149,15 +154,12 @@ def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int) -> dict[str, Any]
     return specs
 
 
-def plan(shape: ModelShape, memory: int, *, context: int, ranks: int = 1, batched_tokens: int = 8192) -> dict[str, Any]:
-    """Every format's fit, and the model and memory it is for; plain numbers, ready for JSON."""
+def plan(shape: ModelShape, memory: int, *, context: int, ranks: int = 1, **options: Any) -> dict[str, Any]:
+    """Every format's fit (`options`: see there), and the model and memory it is for; plain numbers, ready for JSON."""
     shape.check_ranks(ranks)
     if context < 1:
         raise ConfigError(f"the context must be at least 1 token, not {context}")
-    fits = {
-        name: fit(shape, f, memory, context=context, ranks=ranks, batched_tokens=batched_tokens)
-        for name, f in FORMATS.items()
-    }
+    fits = {name: fit(shape, f, memory, context=context, ranks=ranks, **options) for name, f in FORMATS.items()}
     baseline = fits[BASELINE]
     return {
         "model": shape.numbers(),

@@ -18,6 +18,9 @@ from typing import Any, NoReturn
 
 import psutil
 
+EXIT_SECONDS = 2
+# multiprocessing's tracker speaks after everybody else, of what processes that were killed have left for it to remove.
+TRACKER_SAYS_NOTHING = "ignore:resource_tracker:UserWarning"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,6 +56,7 @@ def stoppable_start() -> Iterator[None]:
     """While vLLM's `serve` runs in this block, a signal that comes before its engine is ready ends the start."""
     from fraqtl_serve._vllm import engine_utils
 
+    sys.warnoptions.append(TRACKER_SAYS_NOTHING)  # handed on to the processes that are started
     original = engine_utils.wait_for_engine_startup
 
     def wait_for_engine_startup(*arguments: Any) -> None:
@@ -62,6 +66,8 @@ def stoppable_start() -> Iterator[None]:
         except StoppedError:
             kill(arguments[-1].engine_manager)
             raise
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; {exit_codes(arguments[-1].engine_manager)}") from error
         for one, handler in before.items():
             signal.signal(one, handler)
 
@@ -73,6 +79,14 @@ def stoppable_start() -> Iterator[None]:
         yield
     finally:
         engine_utils.wait_for_engine_startup = original
+
+
+def exit_codes(engine_manager: Any) -> dict[str, int | None]:
+    """Of this machine's engines. One that was killed is seen to have ended a moment before it has its code."""
+    engines = getattr(engine_manager, "processes", ())
+    for engine in engines:
+        engine.join(EXIT_SECONDS)
+    return {engine.name: engine.exitcode for engine in engines}
 
 
 def kill(engine_manager: Any) -> None:
