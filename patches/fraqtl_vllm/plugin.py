@@ -20,9 +20,11 @@ def register() -> None:
     _register_backend_name()
     from fraqtl_vllm.calibration.hook import install as install_calibration
     from fraqtl_vllm.pool import install as install_pool
+    from fraqtl_vllm.stock_cpu import install as install_refusal
 
     install_calibration()
     install_pool()
+    install_refusal()
 
 
 def _register_backend_name() -> None:
