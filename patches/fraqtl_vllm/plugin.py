@@ -21,10 +21,12 @@ def register() -> None:
     from fraqtl_vllm.calibration.hook import install as install_calibration
     from fraqtl_vllm.pool import install as install_pool
     from fraqtl_vllm.reasons import install as install_reasons
+    from fraqtl_vllm.stock_cpu import install as install_refusal
 
     install_reasons()
     install_calibration()
     install_pool()
+    install_refusal()
 
 
 def _register_backend_name() -> None:

@@ -6,16 +6,15 @@ in the log at most. So what counts is looked at in the worker itself, when its l
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.backend import FraqtlBackend
 from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.stock_cpu import advice
 from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen
 
 logger = _vllm.init_logger("vllm.fraqtl.start")
@@ -57,7 +56,7 @@ def _check_backend(name: str, layer: Any) -> None:
     if not issubclass(backend, FraqtlBackend):
         raise UnsupportedError(
             f"{BACKEND_NAME} was asked for, but vLLM gave layer {name} to {_name(backend)}, "
-            f"and its cache would not be packed: {_advice()}"
+            f"and its cache would not be packed: {advice()}"
         )
 
 
@@ -79,12 +78,3 @@ def _name(backend: Any) -> str:
         return str(backend.get_name())
     except NotImplementedError:
         return str(backend.__name__)
-
-
-def _advice() -> str:
-    if os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu":
-        return "unset VLLM_TARGET_DEVICE, which keeps vLLM from asking platform plugins"
-    return (
-        f"vLLM's platform {type(current_platform).__name__} did not offer it, "
-        "fraqtl-serve doctor says which one is used; or serve this model without it"
-    )

@@ -71,7 +71,7 @@ def test_the_reason_is_told_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnsupportedError, match=r"unset VLLM_TARGET_DEVICE"):
         check_worker(worker(Layer(CPUAttentionBackend)))
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cuda")
-    with pytest.raises(UnsupportedError, match=r"did not offer it"):
+    with pytest.raises(UnsupportedError, match=r"fraqtl-serve doctor says which platform"):
         check_worker(worker(Layer(CPUAttentionBackend)))
 
 
