@@ -6,6 +6,7 @@ The version was checked when `fraqtl_vllm._vllm` was imported.
 from __future__ import annotations
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
@@ -22,6 +23,7 @@ from fraqtl_vllm._vllm import check_version
 check_version()
 
 __all__ = [
+    "BeamSearchOnlineMixin",
     "EngineDeadError",
     "ErrorResponse",
     "FinishReason",

@@ -2,39 +2,49 @@
 
 The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Four
 methods of the engine client are wrapped, all without touching what they return: `generate`,
-which is called in the context of an HTTP request and so tells which prompts it owns;
-`output_processor.add_request`, which tells the engine's ids of their sequences;
-`engine_core.add_request_async`, which tells if the engine was not given one after all; and
+which tells how many sequences a HTTP request asks for; `output_processor.add_request`, which tells the engine's ids
+of them; `engine_core.add_request_async`, which tells if the engine was not given one after all; and
 `output_processor.process_outputs`, which sees the outputs of all of them.
 
-The account of an aborted sequence comes when its HTTP request is over. It can be in no response
+The first two run in the context of the HTTP request, whose ledger is in a context variable. No id that a client
+can choose has a part in it: the engine's own are unique, and two requests may have one id at the same time.
+
+The account of a sequence whose client has gone comes when its HTTP request is over. It can be in no response
 any more, but it is counted: a ledger is settled when every sequence has ended in the engine.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import Any
 
 from fraqtl_serve._vllm import FinishReason, VLLMValidationError
+from fraqtl_serve.beams import current_search
+from fraqtl_serve.held import HeldAnswers
 from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_vllm.engine import ASK
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
-
-# vLLM's beam search runs every beam one token further as a request of its own, in rounds that it names so.
-BEAM = re.compile(r"(?P<prompt>.+)-(?P<round>[0-9a-f]{16})-beam-\d+")
 
 current_ledger: ContextVar[Ledger | None] = ContextVar("fraqtl_ledger", default=None)
 
 
+async def ask_for_accounts(engine_client: Any) -> str | None:
+    """Have the engines send this process their accounts; where they can't, returns why."""
+    engine = engine_client.engine_core
+    try:
+        await engine.call_utility_all_async(ASK, engine.client_index)
+    except Exception as error:  # vLLM raises no narrower one for what goes wrong in the engine
+        return str(error)
+    return None
+
+
 class Accounting:
-    """The open ledgers of one API server process, by the request id that vLLM's handlers chose."""
+    """The ledgers of one API server process."""
 
     def __init__(self, kv_format: str, on_settled: Callable[[Ledger], None] = lambda ledger: None) -> None:
         self.kv_format = kv_format
         self._on_settled = on_settled  # called once for every ledger that the engine was given work for
-        self._open: dict[str, Ledger] = {}
         self._sequences: dict[str, Ledger] = {}  # by the engine's ids, until the engine says that they ended
 
     def open(self, endpoint: str = "") -> Ledger:
@@ -47,7 +57,6 @@ class Accounting:
         if ledger.closed:
             return
         ledger.closed = True
-        self._open = {key: other for key, other in self._open.items() if other is not ledger}
         self._settle(ledger)
 
     def _settle(self, ledger: Ledger) -> None:
@@ -61,27 +70,25 @@ class Accounting:
         send = engine.add_request_async
         add_request = processor.add_request
         process_outputs = processor.process_outputs
+        held = HeldAnswers(processor, self._is_awaited)
 
         def watched_generate(
             prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
-            ledger = current_ledger.get()
-            if ledger is not None and not ledger.closed:  # tasks can outlive the request they inherit it from
-                beam = BEAM.fullmatch(request_id)
-                if beam:
-                    self._next_round(ledger, beam["prompt"], beam["round"])
-                ledger.sequences += sampling_params.n
-                ledger.request_id = ledger.request_id or (beam["prompt"] if beam else request_id)
-                self._open[request_id] = ledger
+            ledger = _open_ledger()
+            if ledger is not None:
+                self._expect(ledger, sampling_params.n, request_id)
             return generate(prompt, sampling_params, request_id, *args, **kwargs)
 
         def watched_add_request(
             request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
         ) -> Any:
-            ledger = self._open.get((parent_req or request).external_req_id)
+            ledger = _open_ledger()
             if ledger is not None:
                 ledger.started.add(request.request_id)
                 self._sequences[request.request_id] = ledger
+                if (search := current_search.get()) is not None:
+                    search.keys.add(request.request_id)
             return add_request(request, prompt, parent_req, request_index, queue)
 
         async def watched_send(request: Any) -> None:
@@ -89,6 +96,7 @@ class Accounting:
                 await send(request)
             except BaseException as error:  # it will say nothing of this sequence
                 self._forget(request.request_id)
+                held.release(request.request_id)
                 processor.abort_requests([request.request_id], internal=True)  # which vLLM forgets where n is 1
                 if isinstance(error, OverflowError):  # an integer beyond what the message may hold
                     raise VLLMValidationError(f"a field's value can't be used: {error}") from error
@@ -96,17 +104,26 @@ class Accounting:
 
         def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             states = processor.request_states
-            said = [output for output in engine_core_outputs if _matters(output) and self._says_something(output)]
-            if not said:  # as for most tokens
-                return process_outputs(engine_core_outputs, *args, **kwargs)
+            outputs, said = engine_core_outputs, []
+            for output in engine_core_outputs:
+                if not _matters(output):  # as most tokens
+                    continue
+                account = _pop_account(output)
+                if account is not None and _is_of_an_abort(output):  # which is nothing that a client should see
+                    outputs = [other for other in outputs if other is not output]
+                if self._keep(output.request_id, account) or _has_failed(output):
+                    said.append(output)
             alive = {output.request_id for output in said if output.request_id in states}
-            result = process_outputs(engine_core_outputs, *args, **kwargs)
+            result = process_outputs(outputs, *args, **kwargs)
             for output in said:
                 # vLLM forgets a sequence when it is finished here, or before, when it was aborted.
                 ended = output.request_id in alive and output.request_id not in states
-                finished = ended and not _has_failed(output)
+                finished = ended and not _has_failed(output) and not _is_of_an_abort(output)
                 if ended or _is_last(output):
                     self._end(output.request_id, finished=finished)
+            for output in said:  # an answer may need more than one account of these
+                if _is_last(output):
+                    held.release(output.request_id)
             return result
 
         engine_client.generate = watched_generate
@@ -119,15 +136,22 @@ class Accounting:
         ledger = self._sequences.get(key)
         return None if ledger is None else ledger.report_of([key])
 
-    def _next_round(self, ledger: Ledger, prompt: str, number: str) -> None:
-        """Beams are counted as they are in their last round; the rounds before were the same sequences, shorter."""
-        if ledger.rounds.get(prompt) == number:
-            return
-        ledger.rounds[prompt] = number
-        before = {key for key in ledger.accounts if (beam := BEAM.match(key)) and beam["prompt"] == prompt}
-        ledger.sequences -= len(before)
-        for key in before:
-            del ledger.accounts[key]
+    def _expect(self, ledger: Ledger, sequences: int, request_id: str) -> None:
+        """Note that `ledger` gets so many sequences more, of the prompt with this id."""
+        search = current_search.get()
+        if search is not None:
+            # Beams are counted as they are in their last round: those before were the same sequences, shorter.
+            beams, keys = search.join(request_id)
+            ledger.sequences -= beams
+            for key in keys:
+                ledger.accounts.pop(key, None)
+        ledger.sequences += sequences
+        ledger.request_id = ledger.request_id or (search.request_id if search else request_id)
+
+    def _is_awaited(self, key: str) -> bool:
+        """Whether an answer that is not out yet lacks the engine's last account of this sequence."""
+        ledger = self._sequences.get(key)
+        return ledger is not None and not ledger.closed
 
     def _forget(self, key: str) -> None:
         """A sequence that the engine was not given: nothing to wait for."""
@@ -136,20 +160,13 @@ class Accounting:
             ledger.started.discard(key)
             self._settle(ledger)
 
-    def _says_something(self, output: Any) -> bool:
-        return self._take(output) or _has_failed(output)
-
-    def _take(self, output: Any) -> bool:
-        """Move the account out of an engine output into the ledger it belongs to; says if there was one."""
-        account = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
-        if account is None:
-            return False
-        output.kv_transfer_params = output.kv_transfer_params or None
-        ledger = self._sequences.get(output.request_id)
-        if ledger is None:
+    def _keep(self, key: str, account: dict[str, Any] | None) -> bool:
+        """Put the account of a sequence into the ledger it belongs to; says if there are both."""
+        ledger = self._sequences.get(key)
+        if account is None or ledger is None:
             return False
         # While a sequence runs, an account leaves out what has not changed since the last one.
-        ledger.accounts[output.request_id] = {**ledger.accounts.get(output.request_id, {}), **account}
+        ledger.accounts[key] = {**ledger.accounts.get(key, {}), **account}
         return True
 
     def _end(self, key: str, *, finished: bool) -> None:
@@ -162,14 +179,32 @@ class Accounting:
         self._settle(ledger)
 
 
+def _open_ledger() -> Ledger | None:
+    """The ledger of the HTTP request in whose context this runs; a task can outlive the request it was started by."""
+    ledger = current_ledger.get()
+    return None if ledger is None or ledger.closed else ledger
+
+
 def _matters(output: Any) -> bool:
     """Whether an output may carry an account or end a sequence: a look at two fields, for it comes with every token."""
     return output.kv_transfer_params is not None or output.finish_reason is not None
 
 
+def _pop_account(output: Any) -> dict[str, Any] | None:
+    """Take the account out of an engine output, which vLLM would hand on to the client."""
+    account: dict[str, Any] | None = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
+    output.kv_transfer_params = output.kv_transfer_params or None
+    return account
+
+
 def _is_last(output: Any) -> bool:
     """Whether the engine will say no more of this sequence: it finished, or is the account of an aborted one."""
     return output.finished or not output.new_token_ids
+
+
+def _is_of_an_abort(output: Any) -> bool:
+    """Whether this is an output that `fraqtl_vllm.scheduler` made, for the account of an aborted sequence."""
+    return not output.finished and not output.new_token_ids
 
 
 def _has_failed(output: Any) -> bool:

@@ -13,6 +13,13 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def route_path(scope: Scope) -> str:
-    """The request's path without the prefix of --root-path."""
+    """The request's path without the prefix of --root-path, cut as the router cuts it: between segments only.
+
+    So with `/` there is nothing to cut, and with `/v` nothing of `/v1/models`.
+    """
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    prefix: str = scope.get("root_path", "")
+    if not prefix or not path.startswith(prefix):
+        return path
+    rest = path[len(prefix) :]
+    return rest if not rest or rest.startswith("/") else path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ class Capacity(BaseModel):
     """The KV pool, over all engines."""
 
     kv_format: str = Field(description="name of the KV-cache format")
-    block_size: int = Field(description="tokens a block")
+    block_size: int = Field(description="tokens a block, in the first group of layers")
     block_bytes: int = Field(description="bytes of a block: all layers and ranks, scales and padding included")
     baseline_block_bytes: int = Field(description="bytes of a block in the model's own dtype")
     baseline_dtype: str = Field(description="the model's own dtype")
@@ -21,8 +21,8 @@ class Capacity(BaseModel):
     pool_bytes: int = Field(description="bytes of all blocks")
     blocks: int = Field(description="blocks in the pool")
     baseline_blocks: int = Field(description="blocks that the same memory would hold in the model's own dtype")
-    tokens: int = Field(description="tokens that the pool holds")
-    baseline_tokens: int = Field(description="tokens that the same memory would hold in the model's own dtype")
+    tokens: int = Field(description="tokens that the pool holds, in sequences of max_model_len")
+    baseline_tokens: int = Field(description="the same in the model's own dtype")
     max_model_len: int = Field(description="the longest sequence, in tokens")
     concurrency: float = Field(description="sequences of max_model_len tokens that the pool holds")
     baseline_concurrency: float = Field(description="the same in the model's own dtype")
@@ -45,15 +45,20 @@ class Load:
 
 @dataclass(frozen=True)
 class Pool:
-    """What is fixed when the engine has started."""
+    """What is fixed when the engine has started: vLLM's own counts (`fraqtl_vllm.pool`), over all engines."""
 
     kv_format: str
-    blocks: int
+    baseline_dtype: str
+    max_model_len: int
     block_size: int
     block_bytes: int
+    blocks: int
+    tokens: int
+    concurrency: float
     baseline_block_bytes: int
-    max_model_len: int
-    baseline_dtype: str
+    baseline_blocks: int
+    baseline_tokens: int
+    baseline_concurrency: float
 
     @property
     def total_bytes(self) -> int:
@@ -64,46 +69,20 @@ class Pool:
         return self.baseline_block_bytes / self.block_bytes
 
     def capacity(self, load: Load) -> Capacity:
-        baseline_blocks = self.total_bytes // self.baseline_block_bytes
-        tokens, baseline_tokens = self.blocks * self.block_size, baseline_blocks * self.block_size
-        return Capacity(
-            kv_format=self.kv_format,
-            block_size=self.block_size,
-            block_bytes=self.block_bytes,
-            baseline_block_bytes=self.baseline_block_bytes,
-            baseline_dtype=self.baseline_dtype,
-            ratio=round(self.ratio, 4),
-            pool_bytes=self.total_bytes,
-            blocks=self.blocks,
-            baseline_blocks=baseline_blocks,
-            tokens=tokens,
-            baseline_tokens=baseline_tokens,
-            max_model_len=self.max_model_len,
-            concurrency=round(tokens / self.max_model_len, 2),
-            baseline_concurrency=round(baseline_tokens / self.max_model_len, 2),
-            pool_use=load.pool_use,
-            running=load.running,
-            waiting=load.waiting,
-        )
+        fixed = vars(self) | {
+            "concurrency": round(self.concurrency, 2),
+            "baseline_concurrency": round(self.baseline_concurrency, 2),
+        }
+        return Capacity(**fixed, **vars(load), ratio=round(self.ratio, 4), pool_bytes=self.total_bytes)
 
 
-def make_pool(
-    kv_format: str, ranks: list[dict[str, Any]], max_model_len: int, baseline_dtype: str, engines: int = 1
-) -> Pool:
-    """From what every rank of one engine says of its pool (`fraqtl_vllm.pool`).
+COUNTS = ("blocks", "tokens", "concurrency", "baseline_blocks", "baseline_tokens", "baseline_concurrency")
 
-    Groups of layers take turns with the same blocks, so a block's bytes are those of the largest group. The
-    ranks of an engine hold parts of the same blocks; engines beside each other (data parallel) hold each their own.
-    """
-    return Pool(
-        kv_format=kv_format,
-        blocks=min(rank["blocks"] for rank in ranks) * engines,
-        block_size=ranks[0]["block_size"][0],
-        block_bytes=sum(max(rank["block_bytes"]) for rank in ranks),
-        baseline_block_bytes=sum(max(rank["baseline_block_bytes"]) for rank in ranks),
-        max_model_len=max_model_len,
-        baseline_dtype=baseline_dtype,
-    )
+
+def make_pool(kv_format: str, said: Mapping[str, Any], baseline_dtype: str, engines: int = 1) -> Pool:
+    """From what a worker says of its engine's pool. Engines beside each other (data parallel) hold each their own."""
+    counts = {name: said[name] * engines for name in COUNTS}
+    return Pool(kv_format=kv_format, baseline_dtype=baseline_dtype, **{**said, **counts})
 
 
 def read_load(families: Iterable[Any]) -> Load:

@@ -6,10 +6,14 @@ Imports little until it knows what is asked. The engine's process imports this f
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from fraqtl_kernels.errors import FraqtlError
+from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_serve.start_stop import StoppedError, leave
 from fraqtl_vllm import garbage
 
 PROGRAM = "fraqtl-serve"
@@ -23,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve"]:
         _begin(arguments[1:])
-    from fraqtl_kernels.errors import FraqtlError
 
     try:
         # vLLM's parser knows its own hundreds of flags; ours must not read them first.
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             args = _parser().parse_args(arguments)
             args.run(args)
+    except StoppedError as stop:
+        leave(stop)
     except FraqtlError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -41,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
-    from fraqtl_serve import quiet_log, warm_engine
+    from fraqtl_serve import quiet_log
     from fraqtl_serve.plugin_names import allow_plugin
     from fraqtl_vllm import progress
 
+    # Python's resource tracker outlives a start that failed, and would have the last word on what vLLM left open.
+    given = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, "ignore:resource_tracker:UserWarning"]))
     garbage.collect_rarely()
     allow_plugin()
     quiet_log.begin(arguments)
@@ -53,7 +61,6 @@ def _begin(arguments: list[str]) -> None:
     if "--quiet" not in arguments:
         progress.begin()
         progress.say(f"{PROGRAM} {version(PROGRAM)}: importing vLLM")
-    warm_engine.begin()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description="Serve language models from a KV cache of packed INT4 blocks."
     )
     parser.add_argument("--version", action="version", version=version("fraqtl-serve"))
-    from fraqtl_kernels.formats import HEAD_SIZES
     from fraqtl_serve import chat, plan
 
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
+
+from fraqtl_vllm.distribution import VLLM_NAMES
 
 PACKAGES = ("fraqtl-serve", "vllm", "torch", "triton", "transformers", "fastapi", "pydantic", "numba")
 SUPPORTED_VLLM = "0.32"
@@ -21,9 +24,11 @@ class Report:
     machine: str
     cores: int
     packages: dict[str, str | None]
+    vllm_distribution: str | None = None
     platform: str | None = None
     gpu: str | None = None
     backend: str | None = None
+    kernel_cache: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -35,6 +40,9 @@ def examine() -> Report:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         packages={name: _version(name) for name in PACKAGES},
     )
+    for name in VLLM_NAMES:
+        if report.vllm_distribution is None and (found := _version(name)):
+            report.vllm_distribution, report.packages["vllm"] = name, found
     _examine_packages(report)
     if report.packages["vllm"] and report.packages["torch"]:
         _examine_platform(report)
@@ -75,11 +83,44 @@ def _examine_platform(report: Report) -> None:
             report.gpu = current_platform.get_device_name()
             report.backend = "FRAQTL, on the GPU (this version has not run on one yet)"
         elif current_platform.is_cpu():
-            report.backend = "FRAQTL, on the CPU"
+            _examine_cpu_platform(report, type(current_platform))
+            _examine_kernel_cache(report)
         else:
             report.problems.append(f"platform {report.platform} is not supported: a CPU or a CUDA GPU is needed")
     except Exception as error:
         report.problems.append(f"vLLM can't be imported: {error}")
+
+
+def _examine_kernel_cache(report: Report) -> None:
+    """Where the CPU's kernels are kept once they are compiled."""
+    logger = logging.getLogger("fraqtl_kernels")
+    logger.disabled = True  # what it would say is said here
+    try:
+        from fraqtl_kernels.numba_cache import kernel_cache
+
+        found = kernel_cache()
+    except Exception as error:
+        report.problems.append(f"the CPU's kernels can't be imported: {error}")
+        return
+    finally:
+        logger.disabled = False
+    report.kernel_cache = str(found.folder)
+    if found.is_temporary:
+        report.problems.append(str(found))
+
+
+def _examine_cpu_platform(report: Report, platform_class: type) -> None:
+    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.packed_cpu import PackedCpu
+
+    if issubclass(platform_class, CpuWithoutNativeOps):
+        report.backend = "FRAQTL, on the CPU, with torch versions of vLLM's native operators, for whatever is served"
+    elif issubclass(platform_class, PackedCpu):
+        report.backend = "FRAQTL, on the CPU, with vLLM's native operators, where it is asked for"
+    elif os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu":
+        report.problems.append("VLLM_TARGET_DEVICE=cpu keeps vLLM from asking platform plugins: unset it")
+    else:
+        report.problems.append(f"vLLM runs on {report.platform}, which has no FRAQTL: another plugin is in the way")
 
 
 def print_report(*, as_json: bool) -> int:
@@ -92,13 +133,21 @@ def print_report(*, as_json: bool) -> int:
     return 1 if report.problems else 0
 
 
+def _installed(name: str, report: Report) -> str:
+    found = report.packages[name] or "not installed"
+    if name == "vllm" and report.vllm_distribution not in (None, name):
+        return f"{found} ({report.vllm_distribution})"
+    return found
+
+
 def _print_text(report: Report) -> None:
     lines: list[tuple[str, Any]] = [
         ("Python", f"{report.python} on {report.machine}, {report.cores} cores"),
-        *((name, found or "not installed") for name, found in report.packages.items()),
+        *((name, _installed(name, report)) for name in report.packages),
         ("platform", report.platform or "none"),
         ("GPU", report.gpu or "none"),
         ("attention backend", report.backend or "none"),
+        ("compiled kernels", report.kernel_cache or "none"),
     ]
     for name, value in lines:
         print(f"{name:18} {value}")

@@ -25,6 +25,7 @@ ANTHROPIC_TYPES = {
 }
 ANTHROPIC_KNOWN = {*ANTHROPIC_TYPES.values(), "api_error", "invalid_request_error", "billing_error", "timeout_error"}
 FIELDS = {"message", "type", "param", "code"}
+NEEDS_KEY = "this server needs its API key: Authorization: Bearer KEY, or x-api-key: KEY"
 # Probes and scrapers look at the status; there the body is what vLLM says.
 UNSHAPED = ("/health", "/ping", "/metrics", "/static/")
 
@@ -95,7 +96,7 @@ class _Shaper:
         if said and said not in _PHRASES:
             return said
         return {
-            401: "this server needs its API key: Authorization: Bearer KEY",
+            401: NEEDS_KEY,
             404: f"no route {self.path}: GET /openapi.json lists them",
             405: f"{self.path} doesn't take {self.method}: the Allow header names what it takes",
         }.get(int(self.status), said or HTTPStatus(self.status).phrase)

@@ -36,6 +36,10 @@ class Metrics:
         # Every process sets the same values.
         same: dict[str, Any] = {"multiprocess_mode": "mostrecent", **of}
         self.pool_bytes = Gauge("fraqtl:pool_bytes", "Bytes of the KV pool over all ranks.", **same)
+        self.pool_tokens = Gauge("fraqtl:pool_tokens", "Tokens that the KV pool holds, by vLLM's count.", **same)
+        self.pool_baseline_tokens = Gauge(
+            "fraqtl:pool_baseline_tokens", "Tokens that the same memory would hold in the model's own dtype.", **same
+        )
         self.ratio = Gauge("fraqtl:ratio", "KV bytes in the model's own dtype over those of the pool.", **same)
         # prometheus_client's Info does not work in multiprocess mode.
         self.info = Gauge("fraqtl:info", "The KV-cache format and its layout.", ["kv_format", "layout"], **same)
@@ -44,6 +48,8 @@ class Metrics:
 
     def set_pool(self, pool: Pool) -> None:
         self.pool_bytes.set(pool.total_bytes)
+        self.pool_tokens.set(pool.tokens)
+        self.pool_baseline_tokens.set(pool.baseline_tokens)
         self.ratio.set(pool.ratio)
         self.info.labels(pool.kv_format, LAYOUT).set(1)
 

@@ -6,7 +6,7 @@ are neither added nor held back.
 
 from __future__ import annotations
 
-from fraqtl_serve.accounting import Accounting
+from fraqtl_serve.accounting import Accounting, current_ledger
 from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send, route_path
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.streams import ChunkDecorator, NamedEventDecorator, StreamDecorator, decorate, dump, parse
@@ -33,6 +33,8 @@ class ReportMiddleware:
         if scope["type"] == "http" and scope["method"] == "POST" and route_path(scope) in LAST_EVENT:
             accounting = getattr(scope["app"].state, "fraqtl_accounting", None)
         if accounting is None:
+            # A pipelined request starts in the context of the one before it.
+            current_ledger.set(None)
             await self.app(scope, receive, send)
             return
         ledger = accounting.open(route_path(scope))

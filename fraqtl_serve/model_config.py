@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_serve.sizing import ModelShape
+from fraqtl_serve.sizing import LayerKind, ModelShape
 
 # The names that model families use for the same number.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -22,21 +23,59 @@ def read_shape(source: str) -> ModelShape:
     """The shape of the model at `source`. Raises ConfigError or UnsupportedError in one sentence."""
     text = _text_config(_load(source))
     _check_kind(source, text)
-    layers, heads = _number(source, text, LAYERS), _number(source, text, HEADS)
-    windowed, window = _windows(text, layers)
-    hidden = _first(text, HIDDEN)
-    head_size = text.get("head_dim") or (hidden // heads if isinstance(hidden, int) else None)
-    if not isinstance(head_size, int):
-        raise ConfigError(f"{source}: no head_dim and no hidden_size: give --layers, --kv-heads and --head-size")
+    sizes: dict[tuple[int, int], Counter[int]] = {}
+    for kv_heads, head_size, window in _layers(source, text):
+        sizes.setdefault((kv_heads, head_size), Counter())[window] += 1
+    (kv_heads, head_size), windows = max(sizes.items(), key=lambda size: size[1].total())  # the rest are the others
+    if len([window for window in windows if window]) > 1:
+        raise UnsupportedError(f"{source}: windows of different lengths can't be planned")
+    others = [
+        LayerKind(layers, *size, window)
+        for size, found in sizes.items()
+        for window, layers in found.items()
+        if size != (kv_heads, head_size)
+    ]
+    window = max(windows)
     return ModelShape(
         name=Path(source).parent.name if source.endswith(".json") else source.rstrip("/").split("/")[-1],
-        layers=layers,
-        kv_heads=1 if text.get("multi_query") else int(_first(text, KV_HEADS) or heads),
+        layers=windows.total(),
+        kv_heads=kv_heads,
         head_size=head_size,
         context=_number(source, text, CONTEXT),
         window=window,
-        windowed_layers=windowed,
+        windowed_layers=windows[window] if window else 0,
+        others=tuple(others),
     )
+
+
+def _layers(source: str, text: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(KV heads, head size, window or 0) of every layer that stores keys and values."""
+    count, heads = _number(source, text, LAYERS), _first(text, HEADS)
+    hidden = _first(text, HIDDEN)
+    kv_heads = [1] * count if text.get("multi_query") else _a_layer(_first(text, KV_HEADS) or heads, count)
+    head_size = text.get("head_dim")
+    if not isinstance(head_size, int) and isinstance(hidden, int) and isinstance(heads, int):
+        head_size = hidden // heads
+    if not isinstance(head_size, int):
+        raise ConfigError(f"{source}: no head_dim and no hidden_size: give --layers, --kv-heads and --head-size")
+    if kv_heads is None:
+        raise ConfigError(
+            f"{source}: {KV_HEADS[0]} is no number for every layer: give --layers, --kv-heads and --head-size"
+        )
+    windows = _windows(text, count)
+    layers = [
+        (n, head_size, window)
+        if window or not any(windows)  # what Gemma 4 has beside its windows may be of another size
+        else (int(text.get("num_global_key_value_heads") or n), int(text.get("global_head_dim") or head_size), 0)
+        for n, window in zip(kv_heads, windows, strict=True)
+    ]
+    return layers[: count - int(text.get("num_kv_shared_layers") or 0)]  # the last ones read the cache of others
+
+
+def _a_layer(value: Any, count: int) -> list[int] | None:
+    """One number for all layers, or one for each."""
+    values = value if isinstance(value, list) else [value] * count
+    return values if len(values) == count and all(isinstance(one, int) for one in values) else None
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -88,13 +127,12 @@ def _check_kind(source: str, text: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"{source}: the packed KV cache does not support layers of type {unknown}")
 
 
-def _windows(text: Mapping[str, Any], layers: int) -> tuple[int, int]:
-    """How many layers have a sliding window, and how long it is."""
-    window = text.get("sliding_window")
+def _windows(text: Mapping[str, Any], layers: int) -> list[int]:
+    """How many tokens each layer sees; 0 for all."""
+    window, kinds = text.get("sliding_window"), text.get("layer_types")
     if not isinstance(window, int) or text.get("use_sliding_window") is False:
-        return 0, 0
-    kinds = text.get("layer_types")
-    return (sum(kind == "sliding_attention" for kind in kinds) if kinds else layers), window
+        return [0] * layers
+    return [window * (kind == "sliding_attention") for kind in kinds[:layers]] if kinds else [window] * layers
 
 
 def _first(text: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -58,8 +58,10 @@ def _extended(document: dict[str, Any], in_body: bool, asks_for_key: bool) -> di
     components = document.setdefault("components", {})
     components["schemas"] = {**components.get("schemas", {}), **models["$defs"]}
     if asks_for_key:
-        components.setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
-        document["security"] = [{"key": []}]
+        schemes = components.setdefault("securitySchemes", {})
+        schemes["key"] = {"type": "http", "scheme": "bearer"}
+        schemes["x-api-key"] = {"type": "apiKey", "in": "header", "name": "x-api-key"}
+        document["security"] = [{name: []} for name in ("key", "x-api-key")]  # either will do
     for path in LAST_EVENT:
         for operation in document["paths"].get(path, {}).values():
             _say_what_is_added(operation["responses"], path, in_body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from rich.table import Table
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_serve.model_config import read_shape
-from fraqtl_serve.sizing import BASELINE, ModelShape, plan
+from fraqtl_serve.sizing import BASELINE, LayerKind, ModelShape, plan
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-CONCURRENT_BATCHES = 2  # asynchronous scheduling, vLLM's default on GPUs
 
 
 def add_command(commands: Any) -> None:
@@ -50,13 +50,14 @@ def memory(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of what its planner needs, nothing is of interest here
     plans = [
         plan(
             shape,
             args.kv_memory,
             context=args.context or shape.context,
             ranks=args.tensor_parallel_size,
-            in_flight=CONCURRENT_BATCHES * args.max_num_batched_tokens,
+            batched_tokens=args.max_num_batched_tokens,
         )
         for shape in shapes(args)
     ]
@@ -89,7 +90,7 @@ def shapes(args: argparse.Namespace) -> list[ModelShape]:
 
 def read_shapes(path: Path) -> list[ModelShape]:
     try:
-        return [ModelShape(**numbers) for numbers in json.loads(path.read_text(encoding="utf-8"))]
+        return [_shape(numbers) for numbers in json.loads(path.read_text(encoding="utf-8"))]
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
@@ -97,13 +98,24 @@ def read_shapes(path: Path) -> list[ModelShape]:
         raise ConfigError(f"{path} is no list of models with {fields}: {error}") from None
 
 
+def _shape(numbers: dict[str, Any]) -> ModelShape:
+    others = tuple(LayerKind(**other) for other in numbers.get("others", ()))
+    return ModelShape(**{**numbers, "others": others})
+
+
 def heading(planned: dict[str, Any]) -> str:
     model = planned["model"]
     windows = f", {model['windowed_layers']} with a window of {model['window']:,}" if model["windowed_layers"] else ""
     ranks = f" on each of {planned['ranks']} ranks" if planned["ranks"] > 1 else ""
+    others = "".join(
+        f"; {other['layers']} layers"
+        + (f" with a window of {other['window']:,}" if other["window"] else "")
+        + f", {other['kv_heads']} KV heads, head size {other['head_size']}"
+        for other in model.get("others", ())
+    )
     return (
         f"{model['name']}: {model['layers']} layers{windows}, {model['kv_heads']} KV heads, head size "
-        f"{model['head_size']}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
+        f"{model['head_size']}{others}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
     )
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import banner, grammars, openapi, shutdown, tracing
-from fraqtl_serve.accounting import Accounting
+from fraqtl_serve import banner, beams, grammars, openapi, shutdown, tracing
+from fraqtl_serve._vllm import init_logger
+from fraqtl_serve.accounting import Accounting, ask_for_accounts
 from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
 from fraqtl_serve.capacity import make_pool
 from fraqtl_serve.errors import ErrorShape
-from fraqtl_serve.guard import KeyGuard, api_keys
+from fraqtl_serve.guard import KeyGuard, XApiKey, api_keys
 from fraqtl_serve.history import History
 from fraqtl_serve.metrics import Metrics
 from fraqtl_serve.middleware import ReportMiddleware
@@ -21,10 +22,14 @@ from fraqtl_serve.page import router as page_router
 from fraqtl_serve.records import Records, record_of
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
+from fraqtl_serve.start_errors import start_is_over
+from fraqtl_serve.upgrades import DeclinedUpgrades
 from fraqtl_serve.validation import StumblingValidators
 from fraqtl_vllm import garbage
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
+
+logger = init_logger("vllm.fraqtl")
 
 
 class FraqtlEndpoints:
@@ -40,13 +45,15 @@ class FraqtlEndpoints:
         app.include_router(page_router)
         openapi.extend(app, in_body=in_body, asks_for_key=bool(keys))
         app.add_middleware(shutdown.Shutdown)
+        app.add_middleware(DeclinedUpgrades)
         app.add_middleware(ReportMiddleware, in_body=in_body)
         app.add_middleware(StumblingValidators)
         app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
         if keys:
             app.add_middleware(KeyGuard, keys=keys)
         # What is added here comes inside vLLM's own check of the key; --middleware is for what comes outside.
-        args.middleware = [*args.middleware, f"{ErrorShape.__module__}.{ErrorShape.__qualname__}"]
+        outside = [XApiKey, ErrorShape] if keys else [ErrorShape]
+        args.middleware = [*args.middleware, *(f"{each.__module__}.{each.__qualname__}" for each in outside)]
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
@@ -60,24 +67,32 @@ class FraqtlEndpoints:
             metrics.observe(record)
 
         accounting = Accounting(kv_format, keep)
-        accounting.watch(engine_client)
+        if (obstacle := await ask_for_accounts(engine_client)) is None:
+            beams.watch()
+            accounting.watch(engine_client)
+            state.fraqtl_accounting = accounting
+        else:
+            logger.warning(
+                "no response will say what KV memory it used, the engine doesn't tell (%s): "
+                "start with fraqtl-serve serve, or add --scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler",
+                obstacle,
+            )
         grammars.watch(engine_client.output_processor)
         tracing.watch(engine_client.output_processor, accounting.report_of)
         state.fraqtl_stop = shutdown.watch(engine_client, asyncio.get_running_loop())
-        ranks = await engine_client.collective_rpc(METHOD)
-        model = engine_client.vllm_config.model_config
+        workers = await engine_client.collective_rpc(METHOD)  # of the first engine: the others are its equals
         pool = make_pool(
             kv_format,
-            ranks,  # of the first engine: the others are its equals
-            model.max_model_len,
-            str(model.dtype).removeprefix("torch."),
+            workers[0],
+            str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
             engines=len(engine_client.engine_core.engine_ranks_managed),
         )
         metrics.set_pool(pool)
+        start_is_over()
         state.fraqtl_history = History()
         # The loop keeps no task alive by itself: the state does.
         state.fraqtl_sampler = asyncio.create_task(state.fraqtl_history.keep(lambda: load_now().pool_use))
-        state.fraqtl_pool, state.fraqtl_records, state.fraqtl_accounting = pool, records, accounting
+        state.fraqtl_pool, state.fraqtl_records = pool, records
         garbage.collect_as_usual()
         state.fraqtl_announcement = asyncio.create_task(
             banner.announce(pool.capacity(load_now()), args, engine_client, state)

@@ -62,8 +62,6 @@ class Ledger:
     """Those of them that have ended in the engine, whatever the reason."""
     finished: set[str] = field(default_factory=set)
     """Those of them that came to their own end: nobody aborted them."""
-    rounds: dict[str, str] = field(default_factory=dict)
-    """The running round of a beam search, by vLLM's id of its prompt."""
 
     @property
     def is_settled(self) -> bool:

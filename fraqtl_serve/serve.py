@@ -7,21 +7,22 @@ more group in front. Then vLLM's own entry point runs.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve import quiet_log, smollm2, warm_engine
+from fraqtl_serve import quiet_log, smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.front_end import check_front_end
 from fraqtl_serve.plugin_names import allow_plugin
+from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
+from fraqtl_serve.start_stop import StoppedError, stoppable_start
 from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
@@ -29,7 +30,6 @@ from fraqtl_vllm.plugin import BACKEND_NAME
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "fraqtl-demo"
 CPU_KV_CACHE_BYTES = 256 << 20
-TRACEBACK_SWITCH = "FRAQTL_TRACEBACK"
 
 
 def serve(argv: Sequence[str]) -> None:
@@ -42,20 +42,24 @@ def serve(argv: Sequence[str]) -> None:
 
     cli_env_setup()
     args = argparse.Namespace()
-    try:
-        args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
-        _settle_output(args)
-        configure(args)
-        progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
-        warm_engine.offer(args)
-        ServeSubcommand().validate(args)
-        ServeSubcommand.cmd(args)
-    except FraqtlError:
-        raise
-    except Exception as error:
-        if os.environ.get(TRACEBACK_SWITCH):
+    with noted_reasons():
+        try:
+            args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
+            _settle_output(args)
+            configure(args)
+            progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
+            ServeSubcommand().validate(args)
+            with stoppable_start():
+                ServeSubcommand.cmd(args)
+        except FraqtlError:
             raise
-        raise ConfigError(explain(error, args)) from error
+        except KeyboardInterrupt as error:
+            # vLLM's handler of SIGTERM says "terminated".
+            raise StoppedError(signal.SIGTERM if error.args else signal.SIGINT) from None
+        except Exception as error:
+            if os.environ.get(TRACEBACK_SWITCH):
+                raise
+            raise ConfigError(explain(error, args)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -147,6 +151,7 @@ def configure(args: argparse.Namespace) -> None:
     """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
     from fraqtl_serve._vllm import current_platform
 
+    check_front_end(args)
     model = args.model_tag or args.model
     if model is None:
         model = str(DEMO_MODEL)
@@ -159,6 +164,7 @@ def configure(args: argparse.Namespace) -> None:
     check_checkpoint(model)
     args.model = args.model_tag = model
     args.additional_config = _additional_config(args)
+    _choose_kv_memory(args)
     if args.scheduler_cls is None:
         args.scheduler_cls = "fraqtl_vllm.scheduler.accounting_scheduler"
     if _backend_name(args) not in (None, BACKEND_NAME):
@@ -166,8 +172,16 @@ def configure(args: argparse.Namespace) -> None:
     args.attention_backend = BACKEND_NAME
     if current_platform.is_cpu():
         args.enforce_eager = True
-        if args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+
+
+def _choose_kv_memory(args: argparse.Namespace) -> None:
+    """On a CPU without a size from the user: our default, or more if the model's context needs it."""
+    from fraqtl_serve._vllm import current_platform
+
+    given = args.kv_cache_memory_bytes is not None or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if current_platform.is_cpu() and not given:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE_BYTES
+        args.additional_config[KEY]["kv_memory_fits_context"] = True
 
 
 def _prefer(args: argparse.Namespace, **values: Any) -> None:
@@ -203,26 +217,3 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
         section["calibration_cache"] = args.kv_calibration_cache
     read_config({KEY: section})  # refuses what contradicts itself
     return {**config, KEY: section}
-
-
-def explain(error: Exception, args: argparse.Namespace) -> str:
-    """One sentence for an exception that ended the start of the server."""
-    hint = f" ({TRACEBACK_SWITCH}=1 shows where)"
-    for cause in _chain(error):
-        if isinstance(cause, FraqtlError):
-            return str(cause)
-        if isinstance(cause, ValidationError):
-            return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
-        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
-            return f"port {args.port} is taken: choose another with --port"
-    if "Engine core initialization failed" in str(error):
-        return "the engine did not start; the reason stands in its log above" + hint
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}{hint}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes

@@ -28,8 +28,10 @@ EXTENSION_POINTS = {
     "fraqtl_vllm/backend.py": {"vllm.v1.attention.backend", "vllm.platforms"},
     "fraqtl_vllm/cpu_attention.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/cuda_attention.py": {"vllm.v1.attention.backend", "vllm.platforms"},
+    "fraqtl_vllm/cpu_worker.py": {"vllm.platforms"},
     "fraqtl_vllm/layer.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
+    "fraqtl_vllm/start_check.py": {"vllm.platforms"},
     "fraqtl_serve/doctor.py": {"vllm.platforms"},
 }
 REGISTRIES = (

@@ -8,10 +8,10 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from fraqtl_bench import decode_step, kernels, load, overhead, quality, quantiser, recall, texts, totals
+from fraqtl_bench import calibration, decode_step, kernels, load, overhead, quality, quantiser, recall, texts, totals
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (decode_step, kernels, load, overhead, quantiser, recall, quality, texts, totals)
+COMMANDS = (calibration, decode_step, kernels, load, overhead, quantiser, recall, quality, texts, totals)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 SEQUENCES = 4
-LENGTH = 512  # tokens a sequence
-CHUNK = 64  # tokens with consecutive positions
+LENGTH = 512  # tokens a sequence; what fewer and more give: docs/formats.md, "How many tokens calibrate"
+CHUNKS = 8  # of tokens with consecutive positions, in a sequence
 TEXTS = (
     "The harbour lay quiet before dawn. A woman in a grey coat walked to the end of the pier, counted the boats, "
     "and wrote the number into a small book. Eleven had come back; one was missing. She waited until the light of "
@@ -87,11 +87,6 @@ def texts_in_tokens(tokenizer: Any) -> list[list[int]]:
     return rows
 
 
-def sequence_length(longest: int) -> int:
-    """Tokens of each sequence, for a model whose context is `longest` tokens."""
-    return min(LENGTH, longest)
-
-
 def token_rows(texts: Sequence[Sequence[int]], length: int, first_token: int | None) -> list[list[int]]:
     """`SEQUENCES` rows of `length` tokens. texts: the tokens of `TEXTS`, each row starts with another one.
 
@@ -109,23 +104,26 @@ def token_rows(texts: Sequence[Sequence[int]], length: int, first_token: int | N
     return rows
 
 
-def positions(longest: int) -> Tensor:
-    """(SEQUENCES, length) int64, for a model whose context is `longest` tokens."""
-    length = sequence_length(longest)
+def positions(longest: int, length: int = LENGTH) -> Tensor:
+    """(SEQUENCES, tokens of a sequence) int64, for a model whose context is `longest` tokens.
+
+    length: tokens of a sequence at most, `longest` if that is less.
+    """
+    length = min(length, longest)
     near = torch.arange(length)
-    chunks = length // CHUNK
-    last = longest - CHUNK
-    if chunks < 2 or last < length:
+    chunk = length // CHUNKS
+    last = longest - chunk
+    if chunk == 0 or last < length:
         return near.expand(SEQUENCES, length).contiguous()
-    count = chunks - 1
+    count = CHUNKS - 1
     # In float64, whatever torch's default dtype is: vLLM sets it to the model's
-    second = torch.linspace(length, min(length + CHUNK * (count - 1), last), count, dtype=torch.float64)
+    second = torch.linspace(length, min(length + chunk * (count - 1), last), count, dtype=torch.float64)
     low = min(2 * length, max(length, last // 8))
     far = low * (last / low) ** ((torch.arange(2 * count, dtype=torch.float64) + 1) / (2 * count))
     rows = [near]
     for starts in (second, far[0::2], far[1::2]):
-        begin = torch.cat([starts.new_zeros(1), starts]).round().long().repeat_interleave(CHUNK)
-        row = begin + torch.arange(len(begin)) % CHUNK
+        begin = torch.cat([starts.new_zeros(1), starts]).round().long().repeat_interleave(chunk)
+        row = begin + torch.arange(len(begin)) % chunk
         rest = row[-1] + 1 + torch.arange(length - len(row))
         rows.append(torch.cat([row, rest.clamp_max(longest - 1)]))
     return torch.stack(rows)

@@ -7,7 +7,11 @@ half imported.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as VLLM_VERSION
@@ -19,17 +23,36 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
+    from vllm.model_executor.custom_op import CustomOp
+    from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.zen_cpu import ZenCpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+    from vllm.v1.core.kv_cache_utils import (
+        generate_scheduler_kv_cache_config,
+        get_kv_cache_capacity,
+        get_kv_cache_configs,
+    )
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheLayout
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.kv_cache_interface import (
+        AttentionSpec,
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheLayout,
+        SlidingWindowSpec,
+    )
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -39,27 +62,42 @@ SUPPORTED_VERSION = "0.32"
 _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CompilationMode": "vllm.config",
     "CpuPlatform": "vllm.platforms.cpu",
+    "CustomOp": "vllm.model_executor.custom_op",
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
+    "EngineCoreProc": "vllm.v1.engine.core",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
+    "GeluAndMul": "vllm.model_executor.layers.activation",
+    "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "RMSNorm": "vllm.model_executor.layers.layernorm",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
+    "RotaryEmbedding": "vllm.model_executor.layers.rotary_embedding.base",
     "RowParallelLinear": "vllm.model_executor.layers.linear",
     "Scheduler": "vllm.v1.core.sched.scheduler",
+    "SiluAndMul": "vllm.model_executor.layers.activation",
+    "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
+    "ZenCpuPlatform": "vllm.platforms.zen_cpu",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
+    "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
+    "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
     "get_current_vllm_config": "vllm.config",
-    "get_forward_context": "vllm.forward_context",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
+    "get_forward_context": "vllm.forward_context",
+    "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
+    "get_kv_cache_configs": "vllm.v1.core.kv_cache_utils",
+    "get_memory_node_info": "vllm.utils.cpu_resource_utils",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
@@ -73,31 +111,48 @@ __all__ = [
     "VLLM_VERSION",
     "AsyncScheduler",
     "AttentionBackendEnum",
+    "AttentionLayerBase",
     "AttentionSpec",
     "CPUWorker",
     "CompilationMode",
     "CpuPlatform",
+    "CustomOp",
     "EngineCoreOutput",
     "EngineCoreOutputs",
+    "EngineCoreProc",
     "FullAttentionSpec",
+    "GeluAndMul",
+    "GemmaRMSNorm",
     "KVCacheConfig",
     "KVCacheLayout",
+    "RMSNorm",
     "Request",
     "RequestStatus",
+    "RotaryEmbedding",
     "RowParallelLinear",
     "Scheduler",
+    "SiluAndMul",
+    "SlidingWindowSpec",
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",
+    "ZenCpuPlatform",
     "cached_tokenizer_from_config",
+    "engine_core",
     "flash_attn_varlen_func",
+    "generate_scheduler_kv_cache_config",
+    "get_allowed_cpu_list",
     "get_current_vllm_config",
     "get_flash_attn_version",
     "get_forward_context",
+    "get_kv_cache_capacity",
+    "get_kv_cache_configs",
+    "get_memory_node_info",
     "get_tp_group",
     "init_logger",
     "merge_attn_states",
     "register_kernels",
+    "scan_of_vllm_only",
     "set_current_vllm_config",
     "set_forward_context",
 ]
@@ -110,6 +165,29 @@ def check_version(version: str = VLLM_VERSION) -> None:
             f"fraqtl-serve works with vLLM {SUPPORTED_VERSION}.x, but {version} is installed: "
             f"pip install 'vllm=={SUPPORTED_VERSION}.0'"
         )
+
+
+def engine_core() -> Any:
+    """The module in which vLLM's engine starts: it has names of its own for what it imports."""
+    check_version()
+    return import_module("vllm.v1.engine.core")
+
+
+@contextmanager
+def scan_of_vllm_only() -> Iterator[None]:
+    """Where `register_kernels` looks for references to a kernel: in vLLM's own modules.
+
+    It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
+    has been imported, or a client's mocks.
+    """
+    dispatcher: Any = import_module("vllm.triton_utils.dispatcher")
+    everything = dispatcher.sys
+    of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
+    dispatcher.sys = SimpleNamespace(modules=of_vllm)
+    try:
+        yield
+    finally:
+        dispatcher.sys = everything
 
 
 def __getattr__(name: str) -> Any:

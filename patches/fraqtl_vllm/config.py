@@ -37,6 +37,10 @@ class FraqtlConfig(BaseModel):
     refinement: bool = True
     """Whether the newest tokens are read refined (see `fraqtl_kernels.refinement`) where the format has that."""
 
+    kv_memory_fits_context: bool = False
+    """Whether the pool may grow beyond the size it was given until one sequence of the longest context fits, to half of
+    the free memory at most. `fraqtl-serve serve` says so on a CPU where the user gave no size."""
+
     @field_validator("kv_format")
     @classmethod
     def _known_format(cls, name: str) -> str:

@@ -1,5 +1,8 @@
 """The CPU half of the backend: compiled kernels over the pages, for prefill and decode alike.
 
+Where every request has one new token, a layer's write and attention are one compiled call. So vLLM's call to write
+only notes what is to be written, and `forward`, which follows it, does both.
+
 The keys of the running chunk are read back from their pages like all others, and its refinements are what the pages
 would hold, so that chunking, prefix hits and preemption can't change what is attended.
 """
@@ -14,6 +17,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from fraqtl_kernels import cpu
+from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
@@ -29,6 +33,10 @@ class Metadata(AttentionMetadata):
 
     block_table: Tensor
     plan: cpu.AttentionPlan
+    prompts: cpu.AttentionPlan
+    """The part of the plan that is left when `step` is done."""
+    step: cpu.StepPlan | None
+    """The requests with one new token, if there are any."""
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -42,7 +50,17 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
     ) -> Metadata:
         batch = common_attn_metadata
         plan = cpu.plan_attention(batch.query_start_loc.tolist(), batch.seq_lens.tolist())
-        return Metadata(batch.block_table_tensor, plan)
+        return Metadata(batch.block_table_tensor, plan, plan.prompts, _plan_step(batch))
+
+
+def _plan_step(batch: CommonAttentionMetadata) -> cpu.StepPlan | None:
+    if batch.max_query_len == 1:
+        return cpu.StepPlan(batch.seq_lens, batch.block_table_tensor, batch.slot_mapping)
+    single = batch.query_start_loc.diff() == 1
+    if not bool(single.any()):
+        return None
+    rows = batch.query_start_loc[:-1][single].long()
+    return cpu.StepPlan(batch.seq_lens[single], batch.block_table_tensor[single], batch.slot_mapping, rows)
 
 
 class Impl(FraqtlImpl[Metadata]):
@@ -53,8 +71,10 @@ class Impl(FraqtlImpl[Metadata]):
         if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
-            cpu.warm_up()
+            cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype
         self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
+        self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
+        self._step: cpu.DecodeStep | None = None
         if self.kv_sharing_target_layer_name is not None:
             _SHARED.add(self.kv_sharing_target_layer_name)
 
@@ -62,8 +82,40 @@ class Impl(FraqtlImpl[Metadata]):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if kv_cache.numel():
+            self._unwritten = key, value, slot_mapping
+
+    def use_constants(self, constants: LayerConstants) -> None:
+        super().use_constants(constants)
+        self._step = None
+
+    def _write(self, kv_cache: Tensor, slots: Tensor | None = None) -> None:
+        """What was noted, to `slots` instead of those that came with it."""
+        if self._unwritten is not None:
+            key, value, noted = self._unwritten
+            slot_mapping = noted if slots is None else slots
+            self.refinements = cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
+            self._unwritten = None
+
+    def _decode(self, query: Tensor, kv_cache: Tensor, plan: cpu.StepPlan, output: Tensor) -> bool:
+        """Write and attend for the requests of a plan in one call, where the format and the tensors allow that."""
+        if self._step is None or self._step.pool is not kv_cache:
             layout = self.layout(kv_cache)
-            self.refinements = cpu.write(kv_cache, layout, key, value, slot_mapping, self.constants)
+            if not cpu.DecodeStep.supports(layout.format, query.dtype):
+                return False
+            self._step = cpu.DecodeStep(
+                kv_cache,
+                layout,
+                query.dtype,
+                self.constants,
+                scale=self.scale,
+                window=self.sliding_window,
+                soft_cap=self.soft_cap,
+            )
+        key, value, _ = self._unwritten or (None, None, None)
+        if not self._step.takes(query, key, value, output):
+            return False
+        self._step(query, key, value, output, plan)
+        return True
 
     def _take_refinements(self, layer: Any) -> cpu.Refinements | None:
         """What this layer's pages were last given, or those that it shares; forgotten where no other layer asks."""
@@ -88,12 +140,20 @@ class Impl(FraqtlImpl[Metadata]):
     ) -> Tensor:
         if attn_metadata is None:
             return self.attend_without_cache(layer, query, key, value, output)
+        plan, step, slots = attn_metadata.plan, attn_metadata.step, None
+        if step is not None and self._decode(query, kv_cache, step, output):
+            plan = attn_metadata.prompts
+            if not plan.buckets:
+                self._unwritten = None
+                return output
+            slots = step.other_slots
+        self._write(kv_cache, slots)
         cpu.attend(
             query,
             kv_cache,
             self.layout(kv_cache),
             attn_metadata.block_table,
-            attn_metadata.plan,
+            plan,
             output,
             scale=self.scale,
             window=self.sliding_window,

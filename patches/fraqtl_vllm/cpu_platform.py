@@ -5,45 +5,27 @@ Everything that is replaced is listed here:
   custom_ops              "none": layers run their torch versions
   torch.compile           off: it would compile C++ for minutes at every first start
   slot mapping            a torch version of the one Triton kernel that the model runner needs
-  torch.ops._C            Python versions of the three native ops that are left (`NATIVE_OPS`)
+  torch.ops._C            torch versions of the native ops that are left (`native_ops`)
   worker                  ours (`cpu_worker`): the stock one dies of a request with a seed and a long prompt
   executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
   default block size      16 tokens, as on GPUs: the stock kernels that want 128 are not there
+
+vLLM's CPU builds have that extension: there it is `native_cpu_platform`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
-from fraqtl_vllm._vllm import CpuPlatform
-from fraqtl_vllm.plugin import BACKEND_CLASS, BACKEND_NAME
-from fraqtl_vllm.support import check_supported
-
-STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-WORKER = "fraqtl_vllm.cpu_worker.FraqtlCpuWorker"
-
-
-def gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
-    """Sample one token a row: argmax(p / e) with e ~ Exp(1) draws from softmax(logits). (rows,) int64."""
-    noise = torch.empty_like(logits)
-    for row, seed in zip(noise, seeds.tolist(), strict=True):
-        row.exponential_(generator=torch.Generator().manual_seed(seed))
-    return (logits.softmax(-1) / noise).argmax(-1)
-
-
-NATIVE_OPS: dict[str, Callable[..., Any]] = {
-    "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
-    "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
-    "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": gumbel_argmax,
-}
+from fraqtl_vllm.native_ops import NATIVE_OPS
+from fraqtl_vllm.packed_cpu import PackedCpu
+from fraqtl_vllm.plugin import BACKEND_NAME
 
 
 def compute_slot_mapping(
@@ -75,10 +57,11 @@ def compute_slot_mapping(
     slot_mapping[num_tokens:max_num_tokens] = pad_id
 
 
-class CpuWithoutNativeOps(CpuPlatform):
+class CpuWithoutNativeOps(PackedCpu):
     """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
 
     _library: torch.library.Library | None = None
+    _has_slot_mapping = False
 
     @classmethod
     def get_attn_backend_cls(
@@ -88,9 +71,12 @@ class CpuWithoutNativeOps(CpuPlatform):
             raise UnsupportedError(
                 f"--attention-backend {selected_backend.name} needs a GPU: on this machine choose {BACKEND_NAME}"
             )
-        if attn_selector_config.has_sink:
-            raise UnsupportedError("the packed KV cache does not support attention sinks yet")
-        return BACKEND_CLASS
+        return cls.packed_backend(attn_selector_config)
+
+    @classmethod
+    def opaque_attention_op(cls) -> bool:
+        """Nothing is compiled, so nothing has to be hidden from a compiler: layers call attention as a function."""
+        return False
 
     @classmethod
     def import_kernels(cls) -> None:  # vLLM calls it many times in a process
@@ -104,15 +90,11 @@ class CpuWithoutNativeOps(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
         super().check_and_update_config(vllm_config)
-        check_supported(vllm_config)
-        if not vllm_config.cache_config.user_specified_block_size:
-            vllm_config.cache_config.block_size = BLOCK_SIZE_MULTIPLE
+        cls.configure_packed(vllm_config)
         if vllm_config.attention_config.backend is None:
             vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
         vllm_config.compilation_config.custom_ops = ["none"]
         vllm_config.compilation_config.mode = _vllm.CompilationMode.NONE
-        if vllm_config.parallel_config.worker_cls == STOCK_WORKER:
-            vllm_config.parallel_config.worker_cls = WORKER
         if vllm_config.parallel_config.world_size == 1:
             vllm_config.parallel_config.distributed_executor_backend = "uni"
         else:
@@ -120,7 +102,11 @@ class CpuWithoutNativeOps(CpuPlatform):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+        if CpuWithoutNativeOps._has_slot_mapping:  # vLLM calls it for every worker of a process
+            return
+        CpuWithoutNativeOps._has_slot_mapping = True
+        with _vllm.scan_of_vllm_only():
+            _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
 
 
 def _bind_ranks_to_cores(world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which survives a seed.
+"""vLLM's CPU worker, with layers of `cpu_layers.py`, and which survives a seed.
 
 A request with a `seed` has a generator of its own. Where a step ends before its prompt does, vLLM draws a
 token for it all the same, throws it away and turns the generator back, which the CPU's generators can't:
@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.cpu_layers import replace_layers
+from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
 
 
 @contextmanager
@@ -27,6 +31,12 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
 
 
 class FraqtlCpuWorker(CPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_model(*args, **kwargs)
+        if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
+            replace_layers(self.model_runner.get_model())
+        return loaded
+
     def init_device(self) -> None:
         super().init_device()
         runner: Any = self.model_runner

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 BACKEND_NAME = "FRAQTL"
 BACKEND_CLASS = "fraqtl_vllm.backend.FraqtlBackend"
 
+WITHOUT_NATIVE_OPS = "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"
+IN_PLACE_OF = {
+    "vllm.platforms.cpu.CpuPlatform": "fraqtl_vllm.native_cpu_platform.NativeCpu",
+    "vllm.platforms.zen_cpu.ZenCpuPlatform": "fraqtl_vllm.native_cpu_platform.NativeZenCpu",
+}
+"""Our platforms, by those of vLLM that would log at most that they can't use our backend, and serve another cache."""
+
 
 def register() -> None:
-    """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate and tell of their KV pool."""
+    """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate, and tell of their KV pool."""
     _register_backend_name()
     from fraqtl_vllm.calibration.hook import install as install_calibration
     from fraqtl_vllm.pool import install as install_pool
+    from fraqtl_vllm.reasons import install as install_reasons
 
+    install_reasons()
     install_calibration()
     install_pool()
 
@@ -24,14 +35,30 @@ def _register_backend_name() -> None:
 
 
 def platform() -> str | None:
-    """`vllm.platform_plugins`: the CPU platform, where vLLM itself finds none; otherwise inert.
+    """`vllm.platform_plugins`: the CPU platform of ours that fits this vLLM, or None where it runs on something else.
 
     The engine's process unpickles its configuration, which names our backend, before general
     plugins are loaded, but after the platform is looked up: so the name is registered here too.
     """
+    from fraqtl_vllm.distribution import install_name
+
+    install_name()
     _register_backend_name()
+    from fraqtl_vllm.reasons import install as install_reasons
+
+    install_reasons()
     from vllm.platforms import builtin_platform_plugins
 
-    if any(find() is not None for find in builtin_platform_plugins.values()):
+    found = [path for path in map(_found, builtin_platform_plugins.values()) if path is not None]
+    if not found:
+        return WITHOUT_NATIVE_OPS
+    # Of two vLLM itself can't choose one, and says so.
+    return IN_PLACE_OF.get(found[0]) if len(found) == 1 else None
+
+
+def _found(find: Callable[[], str | None]) -> str | None:
+    """What a finder of vLLM's finds; one that fails finds nothing, as for vLLM itself."""
+    try:
+        return find()
+    except Exception:
         return None
-    return "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"

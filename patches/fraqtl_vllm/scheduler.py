@@ -2,23 +2,26 @@
 
 `--scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler` puts an account under the key
 "fraqtl" of the `kv_transfer_params` that vLLM carries from the engine to the API server. The
-server's plugin takes it out again, so clients never see it there.
+server's plugin takes it out again, so clients never see it there. Only to an API server that asked for
+accounts is any sent (`fraqtl_vllm.engine`).
 
 vLLM sends no output for an aborted request. Ours has one, without tokens, that carries the account;
-the API server has forgotten the request by then, and leaves outputs of requests it doesn't know alone.
+it is for the server's plugin alone, which keeps it from vLLM.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from fraqtl_vllm import garbage
+from fraqtl_vllm import engine, garbage
 from fraqtl_vllm._vllm import (
     AsyncScheduler,
     AttentionSpec,
     EngineCoreOutput,
     EngineCoreOutputs,
+    EngineCoreProc,
     FullAttentionSpec,
     KVCacheConfig,
     Request,
@@ -50,7 +53,8 @@ class _Accounting:
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **options)  # type: ignore[call-arg]
-        self._aborted: list[tuple[int, EngineCoreOutput]] = []
+        self._clients: set[int] = set()  # the API servers that take accounts, by vLLM's numbers of them
+        self._last_accounts: defaultdict[int, list[EngineCoreOutput]] = defaultdict(list)  # of aborted requests
         self._allocations = Allocations(self.kv_cache_manager)  # type: ignore[attr-defined]
         self._told: dict[str, tuple[int, ...]] = {}
         self._tables_only_grow = all(
@@ -63,6 +67,15 @@ class _Accounting:
             "block_bytes": block_bytes(kv_cache_config, ranks),
             "baseline_block_bytes": block_bytes(kv_cache_config, ranks, vllm_config.model_config.dtype),
         }
+
+    def send_accounts_to(self, client_index: int) -> None:
+        """From now on, account for the requests of this API server; it promises to take the accounts out again."""
+        self._clients.add(client_index)
+
+    def take_last_accounts(self) -> dict[int, list[EngineCoreOutput]]:
+        """The accounts of aborted requests that were not sent yet, by API server."""
+        taken, self._last_accounts = self._last_accounts, defaultdict(list)
+        return taken
 
     def account(self, request: Request) -> dict[str, Any]:
         """What `request` holds now: tokens, blocks per KV-cache group, and bytes per block.
@@ -96,21 +109,20 @@ class _Accounting:
         return self.account(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
-        account = self.account(request)
+        account = self.account(request) if request.client_index in self._clients else None
         self._allocations.forget(request.request_id)
         self._told.pop(request.request_id, None)
-        if request.status is RequestStatus.FINISHED_ABORTED:
-            # The step after an abort always runs, to tell the workers of it: there it is sent.
+        if account is not None and request.status is RequestStatus.FINISHED_ABORTED:
             account["tokens"] = min(account["tokens"], request.num_computed_tokens)
             last = EngineCoreOutput(request.request_id, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: account})
-            self._aborted.append((request.client_index, last))
+            self._last_accounts[request.client_index].append(last)
         kv_params, ec_params = super()._free_request(request, delay_free_blocks)  # type: ignore[misc]
-        return {**(kv_params or {}), ACCOUNT_KEY: account}, ec_params
+        return (kv_params if account is None else {**(kv_params or {}), ACCOUNT_KEY: account}), ec_params
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        for client in outputs.values():
-            for output in client.outputs:
+        for client_index, client in outputs.items():
+            for output in client.outputs if client_index in self._clients else ():
                 request = self.requests.get(output.request_id)  # type: ignore[attr-defined]
                 # A stop string is found by the API server, after this: its last word must be known by then.
                 if request is not None and request.sampling_params and request.sampling_params.stop:
@@ -118,9 +130,8 @@ class _Accounting:
                         **(output.kv_transfer_params or {}),
                         ACCOUNT_KEY: self._news(request),
                     }
-        for client_index, last in self._aborted:
-            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(last)
-        self._aborted.clear()
+        for client_index, last in self.take_last_accounts().items():  # of requests that no call from outside aborted
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(last)
         return outputs
 
 
@@ -134,6 +145,7 @@ class AccountingAsyncScheduler(_Accounting, AsyncScheduler):
 
 def accounting_scheduler(*, vllm_config: VllmConfig, **options: Any) -> AccountingScheduler | AccountingAsyncScheduler:
     """Called by the engine in place of a scheduler class: only now is it settled which of the two runs."""
+    engine.install(EngineCoreProc)
     garbage.collect_as_usual()  # the engine's start is over
     is_async = vllm_config.scheduler_config.async_scheduling
     return (AccountingAsyncScheduler if is_async else AccountingScheduler)(vllm_config=vllm_config, **options)

@@ -9,9 +9,34 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.config import read_config
+from fraqtl_vllm.config import KEY, read_config
+from fraqtl_vllm.plugin import BACKEND_NAME
 
 ALIBI_MODELS = ("bloom", "mpt", "baichuan")
+
+
+def asks_for_packed_cache(config: _vllm.VllmConfig) -> bool:
+    """Whether somebody wants this engine's KV cache packed: by the name of our backend, or by settings of ours."""
+    attention = config.attention_config
+    chosen = (attention.backend, *attention.backend_per_kind.values())
+    if any(backend is not None and backend.name == BACKEND_NAME for backend in chosen):
+        return True
+    return isinstance(config.additional_config, dict) and KEY in config.additional_config
+
+
+def check_backend_is_chosen(config: _vllm.VllmConfig) -> None:
+    """Raises UnsupportedError if a packed cache was asked for, but another backend was chosen for some layer."""
+    attention = config.attention_config
+    for kind, backend in attention.backend_per_kind.items():
+        if backend.name != BACKEND_NAME:
+            raise UnsupportedError(
+                f"the packed KV cache serves all layers or none: backend_per_kind has {backend.name} for {kind}"
+            )
+    if attention.backend is None or attention.backend.name != BACKEND_NAME:
+        chosen = "no attention backend" if attention.backend is None else f"attention backend {attention.backend.name}"
+        raise UnsupportedError(
+            f"a packed KV cache was asked for together with {chosen}: add --attention-backend {BACKEND_NAME}"
+        )
 
 
 def check_supported(config: _vllm.VllmConfig) -> None:

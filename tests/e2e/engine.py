@@ -28,6 +28,8 @@ class Run:
     cached_tokens: list[int]
     pool: dict[str, Any]
     prompt_logprobs: list[list[float]]
+    kv_transfer_params: list[Any]
+    kv_pool: dict[str, Any]
     log: str
 
 
@@ -42,7 +44,13 @@ def run(
     **engine: Any,
 ) -> Run:
     """Greedy text of every prompt. `rounds` > 1 runs the same prompts again; the last round counts."""
-    options = {"model": str(model), "enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16"}
+    options = {
+        "model": str(model),
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "dtype": "bfloat16",
+        "attention_backend": "FRAQTL",
+    }
     options |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "disable_log_stats": False}
     options |= {"additional_config": {"fraqtl": {"kv_format": kv_format}}, **engine}
     job = {"engine": options, "prompts": prompts, "sampling": sampling or {}, "rounds": rounds}
@@ -87,6 +95,8 @@ def _main(job: dict[str, Any]) -> None:
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "preemptions": counters.get("vllm:num_preemptions", 0),
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
+        "kv_transfer_params": [o.kv_transfer_params for o in outputs],
+        "kv_pool": llm.collective_rpc("fraqtl_kv_pool")[0],
         "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),

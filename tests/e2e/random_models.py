@@ -29,9 +29,49 @@ def random_gemma2(folder: Path) -> Path:
     return _save(Gemma2ForCausalLM(config), folder)
 
 
+def random_gemma3(folder: Path) -> Path:
+    """Five layers with a window for one that sees everything, and a last group that isn't full."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = _config(Gemma3TextConfig, num_hidden_layers=8, head_dim=64, sliding_window=64, query_pre_attn_scalar=64)
+    return _save(Gemma3ForCausalLM(config), folder)
+
+
+def random_mistral(folder: Path) -> Path:
+    """Every layer has a window."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return _save(MistralForCausalLM(_config(MistralConfig, head_dim=64, sliding_window=96)), folder)
+
+
+def random_gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"],
+        n_embd=128,
+        n_head=2,
+        n_layer=2,
+        n_positions=2048,
+        activation_function="gelu_new",
+        initializer_range=0.15,  # so that what an activation does shows
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _save(GPT2LMHeadModel(config), folder)
+
+
+def random_mixtral(folder: Path) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "initializer_range": 0.1}
+    return _save(MixtralForCausalLM(_config(MixtralConfig, **options)), folder)
+
+
 def _config(kind: Any, **options: Any) -> Any:
     torch.manual_seed(0)
-    return kind(**SHAPE, **HEADS, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options)
+    return kind(**{**SHAPE, **HEADS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **options})
 
 
 def _save(model: Any, folder: Path) -> Path:

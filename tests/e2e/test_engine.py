@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import Run, run
+from tests.e2e.engine import DEMO_MODEL, Run, run
 from tests.e2e.prompts import recall_prompt
 from tests.e2e.random_models import random_gemma2, random_llama
 
@@ -111,3 +114,23 @@ def test_preemption_in_a_tiny_pool(prefix_caching: bool) -> None:
 def test_tensor_parallel_2() -> None:
     result = run(PROMPTS, tensor_parallel_size=2, in_process=False)
     assert result.texts == unconstrained().texts
+
+
+def test_two_engines_after_each_other_in_one_process() -> None:
+    """Multiprocessing off: the second one starts where Numba has been imported."""
+    code = """
+import sys
+from vllm import LLM, SamplingParams
+for _ in range(2):
+    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=8 << 20)
+    [answer] = llm.generate(["The farmer"], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    print("SAID", answer.outputs[0].text)
+    del llm
+"""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code, str(DEMO_MODEL)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("SAID")]
+    assert first == second

@@ -86,6 +86,23 @@ def test_clients_say_that_the_key_is_wrong(server: Server) -> None:
     assert (body["type"], body["error"]["type"]) == ("error", "authentication_error")
 
 
+def test_anthropics_client_sends_the_key_its_own_way(server: Server) -> None:
+    def ask(**options: Any) -> Any:
+        with anthropic.Anthropic(base_url=server.url, max_retries=0, timeout=120, **options) as client:
+            return client.messages.create(
+                model=MODEL, max_tokens=30, messages=messages(), extra_body={"temperature": 0}
+            )
+
+    def both(key: str, bearer: str) -> dict[str, Any]:
+        return {"api_key": key, "default_headers": {"Authorization": f"Bearer {bearer}"}}
+
+    for right in ({"api_key": KEY}, both(KEY, KEY)):
+        assert ask(**right).content[0].text == ANSWER
+    for wrong in ({"api_key": "wrong"}, both(KEY, "wrong"), both("wrong", KEY)):
+        with pytest.raises(anthropic.AuthenticationError, match="x-api-key: KEY"):
+            ask(**wrong)
+
+
 def test_preflight(server: Server) -> None:
     asked = {
         "Origin": ORIGIN,

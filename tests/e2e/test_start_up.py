@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
+import pytest
 
 from tests.e2e.engine import DEMO_MODEL
 from tests.e2e.reports import metric
@@ -41,11 +44,28 @@ MLA = {
 }
 
 
+SINKS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "sliding_window": 128,
+}
+
+
 def last_words(*arguments: str, port: int | None = None) -> str:
     """The last line of a server that must fail to start, with exit status 2."""
     server = start(*arguments, port=port)
     try:
-        assert server.process.wait(60) == 2, server.log[-3000:]
+        assert server.process.wait(120) == 2, server.log[-3000:]
         assert not group_members(server)
     finally:
         stop(server)
@@ -93,6 +113,97 @@ def test_corrupt_weights(tmp_path: Path) -> None:
 def test_speculative_decoding() -> None:
     flags = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}')
     assert "does not support speculative decoding" in last_words(*flags)
+
+
+def test_pool_that_holds_no_sequence_and_the_two_ways_out() -> None:
+    """Each of them is tried: the server starts with it."""
+    said = last_words("--kv-cache-memory-bytes", "1M")
+    found = re.fullmatch(
+        r"fraqtl-serve: the longest sequence \(--max-model-len\), 8192 tokens, takes (\d+) bytes of KV memory, but "
+        r"--kv-cache-memory-bytes is 1048576: give --kv-cache-memory-bytes (\d+), or --max-model-len (\d+)",
+        said,
+    )
+    assert found, said
+    need, more, shorter = found.groups()
+    assert need == more
+    for ways in (["--kv-cache-memory-bytes", more], ["--kv-cache-memory-bytes", "1M", "--max-model-len", shorter]):
+        with running(*ways) as server:
+            assert httpx.get(f"{server.url}/plugins/fraqtl/capacity").json()["concurrency"] >= 1
+
+
+def test_pool_that_nobody_chose_fits_a_long_context(tmp_path: Path) -> None:
+    """Two million tokens of the demo model take 1.1 GB, more than our default."""
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    folder = model_folder(tmp_path, **{**config, "max_position_embeddings": 2 << 20})
+    with running(str(folder)) as server:
+        capacity = httpx.get(f"{server.url}/plugins/fraqtl/capacity").json()
+    assert capacity["max_model_len"] == 2 << 20
+    assert capacity["blocks"] == (2 << 20) // 16 + 1
+
+
+def test_attention_sinks(tmp_path: Path) -> None:
+    """Found in the engine's process, where the layers are built."""
+    folder = model_folder(tmp_path, **SINKS)
+    said = last_words(str(folder), "--load-format", "dummy")
+    assert said == "fraqtl-serve: the packed KV cache does not support attention sinks yet"
+
+
+def test_an_operator_that_a_worker_misses(tmp_path: Path) -> None:
+    """Found in a worker's process when the weights are made ready; two of them, and their engine is another one."""
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    said = last_words(str(model_folder(tmp_path, **config)), "--load-format", "dummy", "--tensor-parallel-size", "2")
+    assert said.startswith("fraqtl-serve: the model needs the operator _C.static_scaled_fp8_quant, which this inst"), (
+        said
+    )
+
+
+def test_an_engine_that_is_killed() -> None:
+    server = start()
+    try:
+        wait_for_log(server, "Starting to load model")
+        psutil.Process(engine_of(server)).kill()
+        assert server.process.wait(60) == 2
+    finally:
+        stop(server)
+    said = server.log.strip().splitlines()[-1]
+    assert said.startswith("fraqtl-serve: a process of the engine was killed while it started, mostly because"), said
+    remove_log(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_during_the_start_is_obeyed_at_once(number: signal.Signals) -> None:
+    """Before this, the one was lost and the other put off: the server came up and stayed."""
+    server = start()
+    try:
+        wait_for_log(server, "Starting to load model")
+        sent = time.monotonic()
+        server.process.send_signal(number)
+        assert server.process.wait(10) == 128 + number
+        assert time.monotonic() - sent < 5  # 0.5 s on an idle machine
+        while group_members(server):
+            assert time.monotonic() - sent < 10, group_members(server)
+            time.sleep(0.1)
+        assert f"fraqtl-serve: stopped by {number.name} while it started" in server.log
+        assert "Traceback" not in server.log
+    finally:
+        stop(server)
+        remove_log(server)
+
+
+def wait_for_log(server: Server, text: str) -> None:
+    end = time.monotonic() + 120
+    while text not in server.log:
+        assert server.process.poll() is None and time.monotonic() < end, server.log[-3000:]
+        time.sleep(0.05)
+
+
+def engine_of(server: Server) -> int:
+    """The process id of its engine, which names itself."""
+    [engine] = [
+        p.pid for p in psutil.Process(server.process.pid).children(True) if "EngineCore" in " ".join(p.cmdline())
+    ]
+    return int(engine)
 
 
 def test_taken_port() -> None:

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate, far_from_the_median, static_scale
+from fraqtl_kernels import calibration, reference
+from fraqtl_kernels.calibration import (
+    LEAST_SHRINKAGE,
+    calibrate,
+    cost_of_queries,
+    covariance,
+    far_from_the_median,
+    static_scale,
+)
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import Importance
@@ -145,6 +152,72 @@ def test_preparing_and_restoring_are_inverse_and_keep_the_products() -> None:
     scores = torch.einsum("hqd,nhd->hqn", constants.prepare_queries(query), z)
     exact = torch.einsum("hqd,nhd->hqn", query, key - constants.key.centre.double())
     assert torch.allclose(scores, exact)
+
+
+def correlated(heads: int, size: int) -> Tensor:
+    """Positive definite (heads, D, D) float64, far from a diagonal."""
+    factor = torch.randn(heads, size, 2 * size, dtype=torch.float64)
+    return factor @ factor.mT
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_covariances_against_their_definition(tied: bool) -> None:
+    """In float64, with the noise of every element by itself; one channel is a thousand times as large as the rest."""
+    x, weight = torch.randn(300, 2, 64) @ torch.randn(64, 64) + 1, torch.rand(300, 2)
+    x[..., 7] *= 1000
+    share = weight.double() / weight.double().sum(0)
+    outer = torch.einsum("thi,thj->thij", x.double(), x.double())
+    mean = torch.einsum("th,thij->hij", share, outer)
+    noise = torch.einsum("th,thij->hij", share, outer.square()) - mean.square()
+    variance = mean.diagonal(dim1=1, dim2=2)
+    if tied:
+        variance = variance.unflatten(-1, (2, 32)).mean(1, keepdim=True).expand(-1, 2, -1).flatten(1)
+    target = torch.diag_embed(variance)
+    shrinkage = (noise.sum((1, 2)) * share.square().sum(0) / (mean - target).square().sum((1, 2))).clamp(
+        LEAST_SHRINKAGE, 1
+    )[:, None, None]
+    ridge = 1e-5 * variance.mean(-1)[:, None, None] * torch.eye(64)
+    expected = (1 - shrinkage) * mean + shrinkage * target + ridge
+    unit = expected.diagonal(dim1=1, dim2=2).rsqrt()
+    off = (covariance(x, weight, tied=tied) - expected) * unit[:, :, None] * unit[:, None]
+    assert off.abs().max() < 1e-4
+
+
+def test_queries_of_a_kv_head_count_together() -> None:
+    query = torch.randn(50, 6, 64) * torch.tensor([1.0, 2, 3, 40, 50, 60])[:, None]
+    weight = torch.rand(50, 6)
+    found = cost_of_queries(query, Importance(weight, torch.ones(50, 2)), 2)
+    for head in range(2):
+        own = slice(3 * head, 3 * head + 3)
+        alone = cost_of_queries(query[:, own], Importance(weight[:, own], torch.ones(50, 1)), 1)
+        torch.testing.assert_close(found[head], alone[0])
+
+
+def test_a_basis_multiplies_volumes_by_one_and_evens_costs_and_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the module's docstring says of z, B and F, of matrices that are not rounded."""
+    spread, cost = correlated(2, 64), correlated(2, 64)
+    exact: dict[str, Tensor] = {}
+
+    def keep(centre: Tensor, basis: Tensor, feedback: Tensor) -> None:
+        exact.update(basis=basis, feedback=feedback)
+
+    monkeypatch.setattr(calibration, "make_transform", keep)
+    calibration.find_transform(torch.zeros(2, 64), spread, cost)
+    basis, feedback = exact["basis"], exact["feedback"]
+    torch.testing.assert_close(torch.linalg.slogdet(basis).logabsdet, torch.zeros(2, dtype=torch.float64))
+    ranges = (basis.mT @ spread @ basis).diagonal(dim1=1, dim2=2)
+    # Rounding leaves r_2 of the second half; of the first r_1 - r_2 F
+    error = torch.eye(64, dtype=torch.float64).repeat(2, 1, 1)
+    error[:, 32:, :32] = -feedback
+    inverse = error @ torch.linalg.inv(basis)
+    costs = inverse @ cost @ inverse.mT
+    ideal = torch.linalg.eigvals(spread @ cost).real.log().mean(-1).exp().sqrt()
+    for found in (ranges, costs.diagonal(dim1=1, dim2=2)):
+        torch.testing.assert_close(found, found.mean(-1, keepdim=True).expand_as(found))
+    # The least that pairs allow is the geometric mean, if all products of pairs were alike
+    assert (costs.diagonal(dim1=1, dim2=2).mean(-1) > 0.99 * ideal).all()
+    assert (costs.diagonal(dim1=1, dim2=2).mean(-1) < 1.3 * ideal).all()
+    assert costs[:, 32:, :32].abs().max() < 1e-9 * costs.abs().max()
 
 
 def test_static_scales_reach_the_largest_value() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from fraqtl_kernels.importance import attend
+from fraqtl_kernels.importance import ROWS, attend
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (None, 50.0)])
@@ -64,3 +65,46 @@ def test_what_a_direction_of_a_values_error_costs() -> None:
 def test_without_a_projection_no_direction_is_known() -> None:
     _, importance = attend(torch.randn(4, 2, 64), torch.randn(4, 1, 64), torch.randn(4, 1, 64), sequences=1, scale=1.0)
     assert importance.direction is None
+
+
+def whole(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and factors of queries and values of one sequence, by the formulas of the module, in float64."""
+    q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scores = q @ k.mT * scale
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    tokens = torch.arange(len(query))
+    distance = tokens[:, None] - tokens
+    seen = (distance >= 0) & (distance < (window or len(query)))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    out = weights @ v
+    of_queries = (weights.square() * (v[:, None] - out[:, :, None]).square().sum(-1)).sum(-1)
+    of_values = weights.square().sum(1).unflatten(0, (key.shape[1], -1)).sum(1)
+    return out.transpose(0, 1), of_queries.T, of_values.T
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (ROWS + 9, None), (40, 3.0), (None, 3.0)])
+def test_rows_of_queries_give_what_all_at_once_give(window: int | None, soft_cap: float | None, kv_heads: int) -> None:
+    """Sequences that end within a row of queries, windows shorter and longer than one."""
+    tokens = 2 * ROWS + 17
+    query = torch.randn(2 * tokens, 4, 64)
+    key, value = torch.randn(2, 2 * tokens, kv_heads, 64) + 0.5
+    options = {"scale": 0.3, "window": window, "soft_cap": soft_cap}
+    out, importance = attend(query, key, value, sequences=2, **options)
+    for part in (slice(0, tokens), slice(tokens, None)):
+        expected, of_queries, of_values = whole(query[part], key[part], value[part], **options)
+        torch.testing.assert_close(out[part].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(importance.query[part].double(), of_queries, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(importance.value[part].double(), of_values, rtol=1e-4, atol=1e-5)
+
+
+def test_sixteen_bit_inputs_are_attended_in_float32() -> None:
+    query, key, value = (torch.randn(30, 2, 64).bfloat16() for _ in range(3))
+    out, importance = attend(query, key, value, sequences=1, scale=0.1)
+    expected, *_ = whole(query, key, value, 0.1, None, None)
+    assert out.dtype == importance.query.dtype == importance.value.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)

@@ -100,7 +100,8 @@ def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch
     layers = {name: SimpleNamespace(layer_name=name, impl=impl) for name, impl in (("own", own), ("alone", alone))}
     monkeypatch.setattr(cpu_attention, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
     query, key, value = torch.randn(20, 4, 64), *torch.randn(2, 20, 2, 64).unbind()
-    metadata = cpu_attention.Metadata(torch.tensor([[1, 2]]), cpu.plan_attention([0, 20], [20]))
+    plan = cpu.plan_attention([0, 20], [20])
+    metadata = cpu_attention.Metadata(torch.tensor([[1, 2]]), plan, plan.prompts, None)
     outputs = []
     for impl in (own, alone):
         pool = torch.zeros(3, 2, 16, 68, dtype=torch.uint8)

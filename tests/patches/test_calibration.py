@@ -15,7 +15,7 @@ from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import attend
-from fraqtl_kernels.prompt import token_rows
+from fraqtl_kernels.prompt import CHUNKS, SEQUENCES, positions, token_rows
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files, prompt
 from fraqtl_vllm.calibration.projection import projections
@@ -92,7 +92,7 @@ def test_the_key_changes_with_weights_format_rank_and_context() -> None:
             model.weight.copy_(torch.linspace(-1, 1, 2100).view(7, 300))
             model.weight[0, 0] = weight
             model.bias.zero_()
-        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context, dtype=torch.bfloat16))
         return files.make_key(model, kv_format, rank, config)  # type: ignore[arg-type]
 
     keys = [key(), key(weight=0.25), key(kv_format="k4v2"), key(rank=1), key(context=2048)]
@@ -115,6 +115,16 @@ def test_the_prompt_covers_the_context(longest: int) -> None:
     steps = starts.diff()
     assert (steps[starts[1:] < 900] <= 64).all()  # no gap where most requests are
     assert (steps <= 64 + starts[:-1] * 0.6).all()
+
+
+@pytest.mark.parametrize("length", [64, 128, 256, 512, 1024])
+def test_shorter_sequences_cover_the_context_too(length: int) -> None:
+    """Of one length as many places as of another, from the first to the last."""
+    found = positions(8192, length)
+    assert found.shape == (SEQUENCES, length) and (found[0] == torch.arange(length)).all()
+    assert (found[:, : length // CHUNKS] == torch.arange(length // CHUNKS)).all() and found.max() == 8191
+    starts = found[1:, :: length // CHUNKS].flatten().unique()
+    assert len(starts) == 3 * (CHUNKS - 1) + 1 and (found[:, 1:] > found[:, :-1]).all()
 
 
 def test_the_prompt_fits_short_contexts_and_mrope() -> None:
@@ -196,6 +206,29 @@ def test_the_output_projection_is_found_by_what_it_is(row_parallel: Callable[[in
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), block)
     found = projections(model, {"model.layers.7.self_attn.attn": block.attention}, torch.float32)
     torch.testing.assert_close(found["model.layers.7.self_attn.attn"], expected @ expected.mT, rtol=1e-4, atol=1e-2)
+
+
+def test_weights_that_are_not_what_the_kernel_multiplies_by_are_not_believed(
+    row_parallel: Callable[[int, int], Any],
+) -> None:
+    """As of layers that keep scales elsewhere, order their weights for a kernel, or have thrown them away."""
+    linear = row_parallel(256, 96)
+    matrix = linear.weight.detach().clone()
+    expected = matrix.T.unflatten(0, (4, 64))
+    linear.quant_method = SimpleNamespace(apply=lambda layer, x, bias: x @ matrix.T)
+    block = Block(linear)
+    for weight in (matrix / 3, matrix.flip(0), torch.empty(0), (matrix * 9).to(torch.int8), matrix):
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        found = projections(block, {"a": block.attention}, torch.float32)
+        torch.testing.assert_close(found["a"], expected @ expected.mT, rtol=1e-4, atol=1e-2)
+
+
+def test_a_recorder_tells_of_every_layer() -> None:
+    recorder, told = Recorder(FORMATS["k4v4"], 1), []
+    recorder.on_layer = told.append
+    for layer in "abc":
+        recorder.attend(layer, None, *torch.randn(3, 5, 2, 64), scale=1.0, window=None, soft_cap=None)
+    assert told == [1, 2, 3]
 
 
 def test_an_output_projection_that_is_not_certain_is_left_out(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 import vllm.platforms
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import cpu_platform, plugin
-from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, gumbel_argmax
+from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping
+from fraqtl_vllm.native_ops import gumbel_argmax
 
 ours_only = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"
@@ -133,16 +136,41 @@ def test_native_ops_are_there() -> None:
 # ---- the platform
 
 
-def test_inert_beside_a_builtin_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    builtin = {"tpu": lambda: None, "cuda": lambda: "vllm.platforms.cuda.CudaPlatform"}
-    monkeypatch.setattr(vllm.platforms, "builtin_platform_plugins", builtin)
-    assert plugin.platform() is None
+STAND_IN = "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"
+CUDA, CPU, ZEN = (
+    f"vllm.platforms.{name}" for name in ("cuda.CudaPlatform", "cpu.CpuPlatform", "zen_cpu.ZenCpuPlatform")
+)
 
 
-def test_active_where_vllm_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm.platforms, "builtin_platform_plugins", {"tpu": lambda: None, "cuda": lambda: None})
-    assert plugin.platform() == "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"
+def missing() -> None:
+    raise ModuleNotFoundError("No module named 'vllm.driver'")
+
+
+@pytest.mark.parametrize(
+    ("found", "ours"),
+    [
+        ([None, None], STAND_IN),
+        ([CUDA, None], None),
+        ([None, "vllm.platforms.rocm.RocmPlatform"], None),
+        ([None, CPU], "fraqtl_vllm.native_cpu_platform.NativeCpu"),
+        ([None, ZEN], "fraqtl_vllm.native_cpu_platform.NativeZenCpu"),
+        ([CUDA, CPU], None),  # vLLM refuses to choose
+        ([missing, None], STAND_IN),  # a finder that fails found nothing, for vLLM, too
+        ([missing, CPU], "fraqtl_vllm.native_cpu_platform.NativeCpu"),
+    ],
+)
+def test_platform_that_fits(monkeypatch: pytest.MonkeyPatch, found: list[Any], ours: str | None) -> None:
+    finders = {str(i): f if callable(f) else (lambda f=f: f) for i, f in enumerate(found)}
+    monkeypatch.setattr(vllm.platforms, "builtin_platform_plugins", finders)
+    assert plugin.platform() == ours
     assert AttentionBackendEnum["FRAQTL"].get_path() == "fraqtl_vllm.backend.FraqtlBackend"
+    if ours is not None:
+        resolve_obj_by_qualname(ours)
+
+
+def test_our_platforms_stand_in_place_of_vllms_that_exist() -> None:
+    for theirs, ours in plugin.IN_PLACE_OF.items():
+        assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
 
 
 def test_registering_twice_is_harmless() -> None:
@@ -205,3 +233,22 @@ def test_cores_that_the_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3|4-7")
     cpu_platform._bind_ranks_to_cores(2)
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+
+
+@ours_only
+def test_a_kernel_is_replaced_beside_modules_that_vllm_stumbles_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba, once imported: its llvmlite has an object that has every attribute, so a second engine could not start."""
+    import llvmlite.binding  # noqa: F401
+    from vllm.triton_utils import dispatcher
+
+    name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
+    monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)  # put back afterwards
+    monkeypatch.setattr(CpuWithoutNativeOps, "_has_slot_mapping", False)
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        dispatcher.register_kernels({name: compute_slot_mapping})
+    CpuWithoutNativeOps.register_triton_kernel_overrides()
+    first = ComputeSlotMappingKernel.kernel
+    assert isinstance(first, dispatcher.KernelOverride)
+    assert dispatcher.sys is sys
+    CpuWithoutNativeOps.register_triton_kernel_overrides()  # for the next engine of this process
+    assert ComputeSlotMappingKernel.kernel is first

@@ -1,42 +1,38 @@
+"""How the numbers of a pool get from the engine that plans it to the HTTP server; what they are: test_planner.py."""
+
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from fraqtl_vllm import pool
-from tests.patches.test_scheduler import FULL, PADDED, WINDOW
+from tests.patches.test_scheduler import FULL
 from tests.patches.test_scheduler import pool as make_config
 
 
-def worker(*groups: tuple[Any, int]) -> Any:
-    return SimpleNamespace(
-        model_runner=SimpleNamespace(kv_cache_config=make_config(*groups)),
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
-    )
+def test_a_worker_says_what_was_noted_when_the_pool_was_planned() -> None:
+    config = make_config((FULL, 3))
+    setattr(config, pool.NOTE, {"blocks": 100, "tokens": 1600})
+    for copied in (deepcopy(config), pickle.loads(pickle.dumps(config))):  # by the runner, by the way to its process
+        copied.kv_cache_groups[0].layer_names.append("a layer that shares another's cache")  # as vLLM's runner does
+        worker = SimpleNamespace(model_runner=SimpleNamespace(kv_cache_config=copied))
+        assert pool.kv_pool(worker) == {"blocks": 100, "tokens": 1600}
 
 
-def test_pool_of_one_rank() -> None:
-    assert pool.kv_pool(worker((FULL, 3))) == {
-        "blocks": 100,
-        "block_size": [16],
-        "block_bytes": [6528],  # 3 layers · 2 heads · 16 tokens · 68 bytes
-        "baseline_block_bytes": [24576],
-    }
-
-
-def test_pool_of_several_groups() -> None:
-    said = pool.kv_pool(worker((PADDED, 1), (WINDOW, 2)))
-    assert said["block_size"] == [16, 32]
-    assert said["block_bytes"] == [4096, 2 * 4352]
-    assert said["baseline_block_bytes"] == [8192, 2 * 16384]
-
-
-def test_every_worker_has_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_worker_has_the_method_and_every_engine_plans_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine import core
     from vllm.v1.worker.worker_base import WorkerBase
 
+    seen: list[Any] = []
     monkeypatch.delattr(WorkerBase, pool.METHOD, raising=False)
+    monkeypatch.setattr(core, "get_kv_cache_configs", lambda *arguments: seen.append(arguments) or ["planned"])
     pool.install()
+    pool.install()  # twice is once
     assert getattr(WorkerBase, pool.METHOD) is pool.kv_pool
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
+    assert core.get_kv_cache_configs(config, [{}], [1]) == ["planned"]
+    assert seen == [(config, [{}], [1])]

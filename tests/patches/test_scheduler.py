@@ -97,6 +97,8 @@ def make_scheduler(*groups: tuple[Any, int], world_size: int = 1) -> Any:
         vllm_config=config, kv_cache_config=pool(*(groups or ((FULL, 1), (WINDOW, 1)))), log_stats=True
     )
     assert scheduler.log_stats
+    for client in (0, 3):
+        scheduler.send_accounts_to(client)
     return scheduler
 
 
@@ -223,6 +225,24 @@ def test_account_of_an_aborted_request_is_sent_with_the_next_step() -> None:
     assert [account["blocks"] for account in said] == [[[5], [7]]] * 2
     assert [account["tokens"] for account in said] == [24, 39]  # of the first, only 24 were written yet
     assert scheduler.update_from_output(None, {}) == {}  # said once
+
+
+def test_nobody_gets_accounts_who_did_not_ask() -> None:
+    """Another front end than ours would hand them on to its clients."""
+    scheduler = make_scheduler()
+    for key, status in (("ended", RequestStatus.FINISHED_STOPPED), ("aborted", RequestStatus.FINISHED_ABORTED)):
+        request = admit(scheduler, key, [5], [7])
+        request.status, request.client_index = status, 1
+        assert scheduler._free_request(request)[0] is None
+    scheduler.connector_says = {"remote_host": "10.0.0.1"}
+    request = admit(scheduler, "connected", [5], [7])
+    request.client_index = 1
+    assert scheduler._free_request(request)[0] == {"remote_host": "10.0.0.1"}
+    admit(scheduler, "stops", [5], [7], stop=["\n"]).client_index = 1
+    output = SimpleNamespace(request_id="stops", kv_transfer_params=None)
+    assert sorted(scheduler.update_from_output(None, {1: SimpleNamespace(outputs=[output])})) == [1]
+    assert output.kv_transfer_params is None
+    assert scheduler.take_last_accounts() == {}
 
 
 def test_finished_requests_are_not_sent_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -41,16 +42,26 @@ class FakeProcessor:
     def __init__(self) -> None:
         self.stopped: set[str] = set()  # sequences whose next output completes a stop string
         self.request_states: dict[str, Any] = {}
+        self.external_req_ids: dict[str, list[str]] = {}
         self.seen: list[Any] = []
         self.propagated: list[Exception] = []
 
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
     ) -> None:
-        self.request_states[request.request_id] = SimpleNamespace(request=request, parent_req=parent_req)
+        state = SimpleNamespace(request=request, parent_req=parent_req, queue=queue)
+        self.request_states[request.request_id] = state
+        self.external_req_ids.setdefault(request.external_req_id, []).append(request.request_id)
 
     def abort_requests(self, request_ids: list[str], internal: bool) -> list[str]:
-        return [key for key in request_ids if self.request_states.pop(key, None)]
+        """Ends the answers at once, as vLLM does."""
+        if not internal:
+            request_ids = [key for name in request_ids for key in self.external_req_ids.get(name, ())]
+        states = {key: state for key in request_ids if (state := self.request_states.pop(key, None))}
+        for key, state in states.items():
+            if state.queue is not None:
+                state.queue.put(f"{key} was aborted")
+        return list(states)
 
     def process_outputs(self, engine_core_outputs: list[Any], timestamp: float | None = None) -> str:
         self.seen += engine_core_outputs
@@ -68,7 +79,15 @@ class FakeCore:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.client_index = 3
+        self.called: list[tuple[Any, ...]] = []  # what was asked of all engines
         self.broken: BaseException | None = None  # what sending ends with
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        if self.broken is not None:
+            raise self.broken
+        self.called.append((method, *args))
+        return [None]
 
     async def add_request_async(self, request: Any) -> None:
         if self.broken is not None:
@@ -79,6 +98,7 @@ class FakeCore:
 class FakeEngine:
     def __init__(self, *accounts: dict[str, Any]) -> None:
         self.accounts = accounts
+        self._seen: Counter[str] = Counter()
         self.output_processor = FakeProcessor()
         self.engine_core = FakeCore()
 
@@ -90,15 +110,20 @@ class FakeEngine:
             self.say(key, {ACCOUNT_KEY: said}, finish=True)
         yield f"{prompt} {options}"
 
-    def admit(self, request_id: str, n: int = 1) -> list[str]:
-        """Know a request as vLLM does; returns the engine's own ids of its sequences."""
+    def admit(self, request_id: str, n: int = 1, queue: Any = None) -> list[str]:
+        """Know a request as vLLM does; returns the engine's own ids of its sequences.
+
+        They end with something that no other request has: the first with `-5eed`, a second with this id with `-5eee`.
+        """
+        own = f"{request_id}-{0x5EED + self._seen[request_id]:x}"
+        self._seen[request_id] += 1
         if n == 1:
-            keys, parent = [f"{request_id}-5eed"], None
+            keys, parent = [own], None
         else:
-            keys, parent = [f"{i}_{request_id}-5eed" for i in range(n)], SimpleNamespace(external_req_id=request_id)
+            keys, parent = [f"{i}_{own}" for i in range(n)], SimpleNamespace(external_req_id=request_id)
         for index, key in enumerate(keys):
-            request = SimpleNamespace(request_id=key, external_req_id=key.removesuffix("-5eed"))
-            self.output_processor.add_request(request, "hi", parent, index, None)
+            request = SimpleNamespace(request_id=key, external_req_id=request_id)
+            self.output_processor.add_request(request, "hi", parent, index, queue)
         return keys
 
     def abort(self, key: str) -> None:

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from fraqtl_serve.capacity import Load, Pool
+from fraqtl_serve.capacity import Load
 from fraqtl_serve.guard import KeyGuard
 from fraqtl_serve.history import SECONDS, History
 from fraqtl_serve.page import router as page_router
@@ -21,11 +21,10 @@ from fraqtl_serve.records import Records, RequestRecord
 from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import router
 from tests.serve.fake_engine import account
+from tests.serve.pools import pool
 
 MODEL = "a-model"
-POOL = Pool(
-    "k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="bfloat16"
-)
+POOL = pool("bfloat16")
 NASTY = '<img src=x onerror="document.title=1">'
 LONG = "chatcmpl-" + 120 * "0"
 

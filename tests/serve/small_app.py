@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from fraqtl_serve.accounting import Accounting
 from fraqtl_serve.middleware import LAST_EVENT, ReportMiddleware
+from fraqtl_serve.report import Ledger
 from tests.serve.fake_engine import FakeEngine, account
 
 CHAT = "/v1/chat/completions"
@@ -54,6 +55,22 @@ class Answer:
             self.bodies.append(message.get("body", b""))
 
 
+class OpenedAccounting(Accounting):
+    """Keeps all ledgers that were opened."""
+
+    def __init__(self, kv_format: str) -> None:
+        super().__init__(kv_format)
+        self.opened: list[Ledger] = []
+
+    def open(self, endpoint: str = "") -> Ledger:
+        self.opened.append(super().open(endpoint))
+        return self.opened[-1]
+
+    @property
+    def still_open(self) -> list[Ledger]:
+        return [ledger for ledger in self.opened if not ledger.closed]
+
+
 def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: Any) -> Starlette:
     """vLLM's application in small: every route runs the engine, then answers with `respond()`."""
 
@@ -68,7 +85,7 @@ def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: A
     app.add_middleware(ReportMiddleware, in_body=in_body)
     app.state.args = Namespace(**args)
     app.state.engine = FakeEngine(*ACCOUNTS)
-    app.state.fraqtl_accounting = Accounting("k4v4")
+    app.state.fraqtl_accounting = OpenedAccounting("k4v4")
     app.state.fraqtl_accounting.watch(app.state.engine)
     return app
 
@@ -106,5 +123,5 @@ def messages(*bodies: bytes) -> Callable[[], Any]:
 def ask(app: Starlette, request: dict[str, Any] | None = None, path: str = CHAT, method: str = "POST") -> Answer:
     answer = Answer()
     asyncio.run(app(make_scope(path, method), messages(compact(request or {})), answer.send))
-    assert app.state.fraqtl_accounting._open == {}
+    assert app.state.fraqtl_accounting.still_open == []
     return answer

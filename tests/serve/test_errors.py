@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from fraqtl_serve.errors import ErrorShape
+from fraqtl_serve.errors import NEEDS_KEY, ErrorShape
 from tests.serve.vllm_app import KEY, WITH_KEY, client_of, every_route, make_app
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -114,7 +114,7 @@ ANTHROPIC = {"type": "error", "error": {"type": "not_found_error", "message": "n
     ("body", "status", "message", "kind", "param"),
     [
         (OPENAI, 400, "no", "BadRequestError", "n"),
-        ({"error": "Unauthorized"}, 401, "this server needs its API key: Authorization: Bearer KEY", None, None),
+        ({"error": "Unauthorized"}, 401, NEEDS_KEY, None, None),
         ({"detail": "Not Found"}, 404, f"no route {CHAT}: GET /openapi.json lists them", None, None),
         ({"detail": "the request abc"}, 404, "the request abc", None, None),
         ({"detail": [{"loc": ["body", "n"], "msg": "too big"}]}, 422, "body.n: too big", None, "body.n"),

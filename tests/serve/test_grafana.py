@@ -6,14 +6,14 @@ from itertools import combinations
 
 from prometheus_client import CollectorRegistry
 
-from fraqtl_serve.capacity import Pool
 from fraqtl_serve.metrics import Metrics
 from tests.grafana import DASHBOARD, expressions, metric_names
+from tests.serve.pools import pool
 
 
 def test_every_metric_of_ours_exists() -> None:
     registry = CollectorRegistry()
-    Metrics(registry).set_pool(Pool("k4v4", 10, 16, 100, 400, 128, "bfloat16"))
+    Metrics(registry).set_pool(pool())
     exposed = {sample.name for family in registry.collect() for sample in family.samples}
     used = {name for name in metric_names() if name.startswith("fraqtl:")}
     assert used and used <= exposed

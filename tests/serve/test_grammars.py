@@ -29,7 +29,9 @@ def processor() -> FakeProcessor:
 def admit(processor: FakeProcessor, key: str, *, grammar: bool) -> Queue:
     queue = Queue()
     params = SimpleNamespace(structured_outputs="a grammar" if grammar else None)
-    processor.add_request(SimpleNamespace(request_id=key, sampling_params=params), "hi", None, 0, queue)
+    processor.add_request(
+        SimpleNamespace(request_id=key, external_req_id=key, sampling_params=params), "hi", None, 0, queue
+    )
     return queue
 
 

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette._utils import get_route_path
 from starlette.websockets import WebSocketDisconnect
 
+from fraqtl_serve.asgi import route_path
+from fraqtl_serve.errors import NEEDS_KEY
 from fraqtl_serve.guard import KeyGuard, is_open
 from tests.serve.small_app import Answer, make_scope, messages
 from tests.serve.vllm_app import KEY, WITH_KEY, client_of, every_route, make_app
@@ -46,7 +49,7 @@ def is_refused(response: Any) -> bool:
         return False
     assert response.headers["www-authenticate"] == "Bearer"
     if response.request.method != "HEAD":
-        assert response.json()["error"]["message"] == "this server needs its API key: Authorization: Bearer KEY"
+        assert response.json()["error"]["message"] == NEEDS_KEY
     return True
 
 
@@ -103,6 +106,32 @@ def test_key_is_asked_for(monkeypatch: pytest.MonkeyPatch, path: str, where: str
         assert is_refused(client.get(path, headers={} if wrong is None else {"Authorization": wrong.encode()})), wrong
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/models", "/load", "/plugins/fraqtl/requests"])
+@pytest.mark.parametrize("root_path", ["", "/", "/v"])
+def test_key_in_either_header(monkeypatch: pytest.MonkeyPatch, path: str, root_path: str) -> None:
+    client = client_of(
+        make_app(monkeypatch, "--api-key", "other", KEY, *(["--root-path", root_path] * bool(root_path)))
+    )
+
+    def refused(*headers: tuple[str, str]) -> bool:
+        return is_refused(client.get(path, headers=list(headers)))
+
+    bearer, x = ("Authorization", f"Bearer {KEY}"), ("x-api-key", KEY)
+    wrong, wrong_x = ("Authorization", "Bearer wrong"), ("X-Api-Key", "wrong")
+    for right in ([bearer], [x], [bearer, x], [x, ("authorization", "Bearer other")], [bearer, ("x-api-key", "")]):
+        assert not refused(*right), right
+    assert not refused(("Authorization", ""), x)
+    for rescued in ([wrong, x], [bearer, wrong_x], [x, wrong_x], [wrong_x, x], [bearer, wrong], [wrong, bearer]):
+        assert refused(*rescued), rescued
+    for other in (
+        [wrong_x],
+        [("x-api-key", f"Bearer {KEY}")],
+        [("x-api-key", "")],
+        [("Authorization", f"Basic {KEY}"), x],
+    ):
+        assert refused(*other), other
+
+
 @pytest.mark.parametrize(
     "path", ["//load", "/health/../load", "/metrics/../load", "/metricsx", "/Health/", "/static", "/%2fload", "/docs/x"]
 )
@@ -113,11 +142,24 @@ def test_paths_that_look_open_are_closed(app: FastAPI, path: str) -> None:
     assert answer.status == 401 or (path.startswith("/metrics/") and b"vllm" not in answer.body), answer.body
 
 
-def test_path_below_a_root_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = client_of(make_app(monkeypatch, "--api-key", KEY, "--root-path", "/health"))
-    assert is_refused(client.get("/health/load"))
-    assert is_refused(client.get("/load"))
-    assert client.get("/health/version").status_code == 200
+@pytest.mark.parametrize("root_path", ["/", "/v", "/v1", "/health", "/api/fraqtl", "/metrics"])
+def test_health_never_needs_the_key(monkeypatch: pytest.MonkeyPatch, root_path: str) -> None:
+    """At the addresses at which vLLM has it, with the prefix and without."""
+    app = make_app(monkeypatch, "--api-key", KEY, "--root-path", root_path)
+    client = client_of(app)
+    for path in ("/version", f"{root_path.rstrip('/')}/version"):
+        assert not is_refused(client.get(path)), path
+    for path in ("/load", "/v1/models", f"{root_path.rstrip('/')}/load", f"{root_path.rstrip('/')}/v1/models"):
+        assert is_refused(client.get(path)), path
+
+
+@pytest.mark.parametrize("root_path", ["", "/", "/v", "/v/", "/v1", "/v1/", "/health", "/a/b"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v", "/v/", "/v1/models", "/v/v1/models", "//load", "/health", "/a/b", "/a/bc/d"]
+)
+def test_prefix_is_cut_as_the_router_cuts_it(root_path: str, path: str) -> None:
+    scope = {"path": path, "root_path": root_path}
+    assert route_path(scope) == get_route_path(scope)
 
 
 ORIGIN = "https://example.org"

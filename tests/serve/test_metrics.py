@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fraqtl_serve.capacity import Pool
 from fraqtl_serve.metrics import Metrics
 from fraqtl_serve.records import RequestRecord
 from fraqtl_serve.report import Ledger
 from tests.serve.fake_engine import account
+from tests.serve.pools import pool
 
-POOL = Pool("k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="half")
+POOL = pool()
 
 
 def record(status: Any = "finished", *accounts: dict[str, Any]) -> RequestRecord:
@@ -63,6 +63,7 @@ def test_pool(registry: CollectorRegistry) -> None:
     Metrics(registry).set_pool(POOL)
     assert value(registry, "pool_bytes") == 2176000
     assert value(registry, "ratio") == 8192 / 2176
+    assert (value(registry, "pool_tokens"), value(registry, "pool_baseline_tokens")) == (16000, 4240)
     assert value(registry, "info", kv_format="k4v4", layout="LBHNC") == 1
 
 

@@ -470,7 +470,7 @@ def broken(pieces: list[bytes], then: BaseException | None, seen: list[int], app
 
     async def body() -> AsyncIterator[bytes]:
         for piece in pieces:
-            seen.append(len(app.state.fraqtl_accounting._open))
+            seen.append(len(app.state.fraqtl_accounting.still_open))
             yield piece
         if then is not None:
             raise then
@@ -499,7 +499,7 @@ def test_ledger_is_closed_when_the_client_hangs_up_between_messages() -> None:
 
     asyncio.run(app(make_scope(asgi={"spec_version": "2.3"}), receive, send))
     assert (seen, answer.bodies) == ([1], PLAIN_STREAM[:1])
-    assert app.state.fraqtl_accounting._open == {}
+    assert app.state.fraqtl_accounting.still_open == []
 
 
 def test_ledger_is_closed_when_sending_fails() -> None:
@@ -515,7 +515,7 @@ def test_ledger_is_closed_when_sending_fails() -> None:
     with pytest.raises(ClientDisconnect):
         asyncio.run(app(make_scope(), messages(b"{}"), send))
     assert seen == [1, 1]
-    assert app.state.fraqtl_accounting._open == {}
+    assert app.state.fraqtl_accounting.still_open == []
 
 
 def test_ledger_is_closed_when_the_stream_breaks() -> None:
@@ -525,12 +525,12 @@ def test_ledger_is_closed_when_the_stream_breaks() -> None:
     with pytest.raises(RuntimeError, match="engine died"):
         asyncio.run(app(make_scope(), messages(b"{}"), answer.send))
     assert (seen, answer.bodies) == ([1], PLAIN_STREAM[:1])
-    assert app.state.fraqtl_accounting._open == {}
+    assert app.state.fraqtl_accounting.still_open == []
 
 
 def test_ledger_is_closed_when_the_application_raises() -> None:
     def respond() -> Response:
-        assert len(app.state.fraqtl_accounting._open) == 1
+        assert len(app.state.fraqtl_accounting.still_open) == 1
         raise RuntimeError("engine died")
 
     app = make_app(respond)
@@ -538,4 +538,4 @@ def test_ledger_is_closed_when_the_application_raises() -> None:
     with pytest.raises(RuntimeError, match="engine died"):
         asyncio.run(app(make_scope(), messages(b"{}"), answer.send))
     assert (answer.status, answer.body) == (500, b"Internal Server Error")
-    assert app.state.fraqtl_accounting._open == {}
+    assert app.state.fraqtl_accounting.still_open == []

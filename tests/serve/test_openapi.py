@@ -78,5 +78,5 @@ def test_our_routes_name_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_key_is_a_security_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "security" not in document(monkeypatch)
     found = document(monkeypatch, "--api-key", KEY)
-    assert found["security"] == [{"key": []}]
+    assert found["security"] == [{"key": []}, {"x-api-key": []}]
     assert found["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}

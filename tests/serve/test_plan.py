@@ -18,7 +18,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve.cli import main
 from fraqtl_serve.model_config import read_shape
 from fraqtl_serve.plan import memory
-from fraqtl_serve.sizing import ModelShape, fit, plan
+from fraqtl_serve.sizing import LayerKind, ModelShape, fit, plan
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
 GIB = 1 << 30
@@ -33,14 +33,15 @@ def run(*arguments: str) -> Any:
 def vllm_config() -> Any:
     config = EngineArgs(str(DEMO), enforce_eager=True).create_engine_config()
     config.cache_config.kv_cache_layout = "LBHNC"
+    config.scheduler_config.async_scheduling = True
     return config
 
 
 def vllm_count(
-    config: Any, shape: ModelShape, kv_format: str, available: int, context: int, in_flight: int
+    config: Any, shape: ModelShape, kv_format: str, available: int, context: int, batched_tokens: int
 ) -> tuple[int, float]:
     """(blocks, sequences of the whole context) as vLLM has them when it starts with this memory."""
-    config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens = context, in_flight
+    config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens = context, batched_tokens
     of: dict[str, Any] = {"block_size": 16, "num_kv_heads": shape.kv_heads, "head_size": shape.head_size}
     of |= {"dtype": torch.uint8, "state_content_bytes": FORMATS[kv_format].bytes_per_token(shape.head_size)}
     window = shape.windowed_layers
@@ -67,11 +68,19 @@ def test_vllm_counts_the_same(
     vllm_config: Any, layers: int, kv_heads: int, head_size: int, windowed: int, window: int, kv_format: str
 ) -> None:
     shape = ModelShape("m", layers, kv_heads, head_size, 1 << 20, window, windowed)
-    for context, in_flight in ((1000, 8192), (40960, 2048)):
-        blocks, concurrency = vllm_count(vllm_config, shape, kv_format, 30 * GIB, context, in_flight)
-        found = fit(shape, FORMATS[kv_format], 30 * GIB, context=context, in_flight=in_flight)
+    for context, batched_tokens in ((1000, 8192), (40960, 1024)):
+        blocks, concurrency = vllm_count(vllm_config, shape, kv_format, 30 * GIB, context, batched_tokens)
+        found = fit(shape, FORMATS[kv_format], 30 * GIB, context=context, batched_tokens=batched_tokens)
         assert found.blocks == blocks
         assert found.concurrency == pytest.approx(concurrency)
+
+
+def test_layers_that_differ_are_planned_together() -> None:
+    """16 tokens of 3 layers with 2 heads of 64 and of one with a head of 128 are a block: (3 · 2 · 68 + 132) · 16."""
+    shape = ModelShape("m", 3, 2, 64, 4096, others=(LayerKind(1, 1, 128),))
+    found = fit(shape, FORMATS["k4v4"], GIB, context=4096)
+    assert found.block_bytes == (3 * 2 * 68 + 132) * 16
+    assert (found.blocks, found.tokens) == (GIB // found.block_bytes, GIB // found.block_bytes * 16)
 
 
 def test_worked_out_by_hand() -> None:
@@ -142,6 +151,31 @@ def test_a_window_that_is_not_used(tmp_path: Path) -> None:
     assert (shape.window, shape.windowed_layers) == (0, 0)
 
 
+def test_layers_that_share_the_cache_of_others_take_none(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 4 + ["full_attention"]
+    numbers = {"num_hidden_layers": 10, "num_key_value_heads": 2, "num_attention_heads": 8, "head_dim": 256}
+    numbers |= {"sliding_window": 512, "layer_types": 2 * kinds, "max_position_embeddings": 32768}
+    shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", num_kv_shared_layers=5, **numbers))
+    assert (shape.layers, shape.windowed_layers, shape.window) == (5, 4, 512)
+
+
+def test_layers_that_see_everything_may_be_of_another_size(tmp_path: Path) -> None:
+    numbers = {"num_hidden_layers": 6, "num_key_value_heads": 8, "num_attention_heads": 16, "head_dim": 128}
+    numbers |= {"sliding_window": 512, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+    numbers |= {"num_global_key_value_heads": 2, "global_head_dim": 256, "max_position_embeddings": 8192}
+    shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", **numbers))
+    assert (shape.layers, shape.kv_heads, shape.head_size, shape.windowed_layers) == (5, 8, 128, 5)
+    assert shape.others == (LayerKind(1, 2, 256),)
+
+
+def test_a_number_of_heads_for_every_layer(tmp_path: Path) -> None:
+    numbers = {"num_hidden_layers": 5, "num_attention_heads": 16, "head_dim": 64, "max_position_embeddings": 2048}
+    shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", num_kv_heads=[4, 4, 4, 8, 8], **numbers))
+    assert (shape.layers, shape.kv_heads, shape.others) == (3, 4, (LayerKind(2, 8, 64),))
+    with pytest.raises(FraqtlError, match="num_key_value_heads is no number for every layer"):
+        read_shape(config_file(tmp_path, model_type="of-tomorrow", num_kv_heads=[4, 4], **numbers))
+
+
 def test_a_family_that_nobody_knows(tmp_path: Path) -> None:
     numbers = {"n_layer": 10, "n_head": 16, "n_head_kv": 4, "n_embd": 1024, "n_positions": 512}
     shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", **numbers))
@@ -178,6 +212,18 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     }
     assert set(cells) == set(FORMATS)
     assert cells["k4v4"] == ["8,704", f"{GIB // 8704 * 16:,}", str(GIB // 8704 // 256), "3.76"]
+
+
+def test_a_list_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model: dict[str, Any] = {"name": "m", "layers": 3, "kv_heads": 2, "head_size": 64, "context": 4096}
+    model["others"] = [{"layers": 1, "kv_heads": 1, "head_size": 128, "window": 100}]
+    file = tmp_path / "models.json"
+    file.write_text(json.dumps([model]))
+    run("--models", str(file), "--kv-memory", "1GiB")
+    said = capsys.readouterr().out
+    assert (
+        "m: 3 layers, 2 KV heads, head size 64; 1 layers with a window of 100, 1 KV heads, head size 128; 1 GiB" in said
+    )
 
 
 def test_json_of_bare_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,11 +31,23 @@ def test_oldest_makes_room() -> None:
     assert records.get("r1") == record(1)
 
 
-def test_same_id_again_counts_once_and_last() -> None:
-    records = Records(size=2)
-    for item in (record(1), record(2), record(1, "aborted")):
+def test_requests_with_one_id_are_all_there_and_the_last_is_found() -> None:
+    records = Records(size=3)
+    for item in (record(1), record(2), record(1, "aborted"), record(2, "aborted")):
         records.add(item)
-    assert [(r.id, r.status) for r in records.latest(9)] == [("r1", "aborted"), ("r2", "finished")]
+    assert [(r.id, r.status) for r in records.latest(9)] == [("r2", "aborted"), ("r1", "aborted"), ("r2", "finished")]
+    assert records.get("r2") == record(2, "aborted")
+
+
+def test_very_long_ids_are_kept_short_and_told_apart() -> None:
+    records = Records()
+    ids = ["x" * 200_000 + end for end in "ab"]
+    for request_id in ids:
+        records.add(record_of(ledger(request_id=request_id)))
+    first, second = (records.get(request_id) for request_id in ids)
+    assert first is not None and second is not None and first.id != second.id
+    assert len(first.id) == len(second.id) == 256
+    assert records.get(first.id) == first
 
 
 def ledger(**options: Any) -> Ledger:

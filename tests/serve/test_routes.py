@@ -10,14 +10,15 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from fraqtl_serve.capacity import Load, Pool
+from fraqtl_serve.capacity import Load
 from fraqtl_serve.history import SECONDS, History
 from fraqtl_serve.records import Records, RequestRecord
 from fraqtl_serve.report import KVReport, Ledger
 from fraqtl_serve.routes import router
 from tests.serve.fake_engine import account
+from tests.serve.pools import pool
 
-POOL = Pool("k4v4", 1000, 16, block_bytes=2176, baseline_block_bytes=8192, max_model_len=4096, baseline_dtype="half")
+POOL = pool()
 PATHS = (
     "/plugins/fraqtl/capacity",
     "/plugins/fraqtl/requests",

@@ -93,8 +93,14 @@ class LabCache(DynamicCache):
 
 
 @torch.inference_mode()
-def logits(model: Any, ids: Sequence[int], layers: Sequence[FittedLayer] | None, last: int) -> Tensor:
-    """(last, vocabulary): logits at the last positions of one forward pass over `ids` with the given cache."""
+def logits(
+    model: Any, ids: Sequence[int], layers: Sequence[FittedLayer] | None, last: int, places: Tensor | None = None
+) -> Tensor:
+    """(last, vocabulary): logits of the last tokens of one forward pass over `ids` with the given cache.
+
+    places: (tokens,) positions of `ids`; 0, 1, .. if not given.
+    """
     inputs = torch.tensor([list(ids)], device=model.device)
     cache = LabCache(model.config.get_text_config(), layers)
-    return model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    options = {} if places is None else {"position_ids": places[None].to(model.device)}
+    return model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=last, **options).logits[0]

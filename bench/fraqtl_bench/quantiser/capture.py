@@ -58,7 +58,10 @@ def capture(model: Any, ids: list[int], places: Tensor | None = None) -> Layers:
 
     AttentionInterface.register("fraqtl_capture", attention)
     model.set_attn_implementation("fraqtl_capture")
-    model(torch.tensor([ids]), position_ids=None if places is None else places[None], use_cache=False)
+    # Without a mask transformers takes a jump of positions for the beginning of another text
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    where = None if places is None else places[None]
+    model(torch.tensor([ids]), position_ids=where, attention_mask=mask, use_cache=False)
     return layers
 
 

@@ -30,6 +30,11 @@ class AttentionPlan:
 
     buckets: tuple[Bucket, ...]
 
+    @property
+    def prompts(self) -> AttentionPlan:
+        """Without the requests that have one query token."""
+        return AttentionPlan(tuple(b for b in self.buckets if b.tokens.shape[1] > 1))
+
 
 def plan_attention(query_start: list[int], lengths: list[int]) -> AttentionPlan:
     """Group the requests of a batch: those with one query token together, the others by themselves.

@@ -224,93 +224,157 @@ def _add_values(weights, tile, first, last, size, value):
             value[d] += weight * row[d]
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
-def _decode(
-    q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def attend_run(
+    q,
+    terms,
+    raw,
+    raw16,
+    half,
+    table,
+    positions,
+    first_block,
+    after,
+    head,
+    sizes,
+    midpoints,
+    window,
+    soft_cap,
+    best,
+    sums,
+    values,
 ):
-    """See `decode`. runs: (runs, 3) request of the bucket, its first block and the one after its last.
+    """One run of blocks of one request and KV head.
 
-    q_terms: (3, R, KV heads, M), sum(q), base and sink of `Queries`.
+    q: (M, D). terms: (3, M), sum(q), base and sink of `Queries`. table: (blocks,) of the request. positions: of its
+    query tokens. first_block, after: the run's first block and the one after its last. best, sums: (M,), values:
+    (M, D), the run's results, see the module's docstring.
     sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
     slots from tokens to their refinements (of K and V, 0 if they have none).
     """
     block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
     block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance = sizes[5:]
-    heads, queries, size = q.shape[1], q.shape[2], q.shape[3]
+    queries, size = q.shape
+    tile_bits = np.empty((block_size, size), np.int32)
+    tile = tile_bits.view(np.float32)
+    weights = np.empty(block_size, np.float32)
+    power_bits = np.empty(block_size, np.int32)
+    power = power_bits.view(np.float32)
+    k_scales, v_scales = np.ones(block_size, np.float32), np.ones(block_size, np.float32)
+    sinks = np.zeros(block_size, np.float32)
+    scores = np.empty((queries, block_size), np.float32)
+    scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
+    best[:] = -np.inf
+    sums[:] = 0
+    values[:] = 0
+    newest, oldest = positions[-1], positions[0]
+    for block in range(first_block, after):
+        page = np.int64(table[block]) * block_stride + head * head_stride
+        base = block * block_size
+        begin = max(0, oldest - window + 1 - base) if window > 0 else 0
+        end = min(block_size, newest + 1 - base)
+        reach = min(block_size, end + k_distance)  # refinements included; beyond `end` in the newest block only
+        _load_codes(raw, raw16, half, page, reach, size, k_bits, tile, tile_bits)
+        _score(q, tile, begin, reach, size, scores)
+        if k_groups == 1:
+            _load_scales(raw16, page + ks_offset, reach, power_bits, power, k_scales)
+            signs = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + end]
+            for n in range(end):
+                sinks[n] = np.float32(signs[n] >> 15)
+        if k_bits < 16:
+            for m in range(queries):
+                zero = midpoints[0] * terms[0, m]
+                offset, sink = terms[1, m], terms[2, m]
+                _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
+                for n in range(max(end, k_distance), reach):
+                    scores[m, n - k_distance] += (scores[m, n] - zero) * k_scales[n]
+        reach = min(block_size, end + v_distance)
+        _load_codes(raw, raw16, half, page + v_offset, reach, size, v_bits, tile, tile_bits)
+        if v_groups == 1:
+            _load_scales(raw16, page + vs_offset, reach, power_bits, power, v_scales)
+        elif v_groups > 1:
+            _scale_groups(raw16, half, page + vs_offset, reach, size, v_groups, midpoints[1], tile)
+        for m in range(queries):
+            position = positions[m % positions.shape[0]]
+            last = min(end, position + 1 - base)
+            first = max(begin, position - window + 1 - base) if window > 0 else begin
+            if last <= first:
+                continue
+            row, value = scores[m], values[m]
+            if soft_cap > 0:
+                _cap(row, first, last, soft_cap)
+            top = _highest(row, first, last, best[m])
+            decay = np.exp(best[m] - top)
+            best[m] = top
+            added, added_scaled = _weigh(row, first, last, top, v_scales, weights, power, power_bits)
+            sums[m] = sums[m] * decay + added
+            scaled_sums[m] = scaled_sums[m] * decay + added_scaled
+            if decay != np.float32(1):
+                for d in range(size):
+                    value[d] *= decay
+            _add_values(weights, tile, first, last, size, value)
+            for n in range(max(end, first + v_distance), reach):
+                weight = np.exp(row[n - v_distance] - top) * v_scales[n]
+                scaled_sums[m] += weight
+                finer = tile[n]
+                for d in range(size):
+                    value[d] += weight * finer[d]
+    for m in range(queries):
+        value = values[m]
+        for d in range(size if v_groups <= 1 else 0):
+            value[d] -= midpoints[1] * scaled_sums[m]
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+def _decode(
+    q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
+):
+    """See `decode` and `attend_run`. runs: (runs, 3) request of the bucket, its first block, the one after its last.
+
+    q_terms: (3, R, KV heads, M).
+    """
+    heads = q.shape[1]
     for item in prange(runs.shape[0] * heads):
         run, head = item // heads, item % heads
         request = runs[run, 0]
-        tile_bits = np.empty((block_size, size), np.int32)
-        tile = tile_bits.view(np.float32)
-        weights = np.empty(block_size, np.float32)
-        power_bits = np.empty(block_size, np.int32)
-        power = power_bits.view(np.float32)
-        k_scales, v_scales = np.ones(block_size, np.float32), np.ones(block_size, np.float32)
-        sinks = np.zeros(block_size, np.float32)
-        values = np.zeros((queries, size), np.float32)
-        scores = np.empty((queries, block_size), np.float32)
-        best = np.full(queries, -np.inf, np.float32)
-        sums = np.zeros(queries, np.float32)
-        scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
-        newest, oldest = positions[request, -1], positions[request, 0]
-        for block in range(runs[run, 1], runs[run, 2]):
-            page = np.int64(table[request, block]) * block_stride + head * head_stride
-            base = block * block_size
-            begin = max(0, oldest - window + 1 - base) if window > 0 else 0
-            end = min(block_size, newest + 1 - base)
-            reach = min(block_size, end + k_distance)  # refinements included; beyond `end` in the newest block only
-            _load_codes(raw, raw16, half, page, reach, size, k_bits, tile, tile_bits)
-            _score(q[request, head], tile, begin, reach, size, scores)
-            if k_groups == 1:
-                _load_scales(raw16, page + ks_offset, reach, power_bits, power, k_scales)
-                signs = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + end]
-                for n in range(end):
-                    sinks[n] = np.float32(signs[n] >> 15)
-            if k_bits < 16:
-                for m in range(queries):
-                    zero = midpoints[0] * q_terms[0, request, head, m]
-                    offset, sink = q_terms[1, request, head, m], q_terms[2, request, head, m]
-                    _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
-                    for n in range(max(end, k_distance), reach):
-                        scores[m, n - k_distance] += (scores[m, n] - zero) * k_scales[n]
-            reach = min(block_size, end + v_distance)
-            _load_codes(raw, raw16, half, page + v_offset, reach, size, v_bits, tile, tile_bits)
-            if v_groups == 1:
-                _load_scales(raw16, page + vs_offset, reach, power_bits, power, v_scales)
-            elif v_groups > 1:
-                _scale_groups(raw16, half, page + vs_offset, reach, size, v_groups, midpoints[1], tile)
-            for m in range(queries):
-                position = positions[request, m % positions.shape[1]]
-                last = min(end, position + 1 - base)
-                first = max(begin, position - window + 1 - base) if window > 0 else begin
-                if last <= first:
-                    continue
-                row, value = scores[m], values[m]
-                if soft_cap > 0:
-                    _cap(row, first, last, soft_cap)
-                top = _highest(row, first, last, best[m])
-                decay = np.exp(best[m] - top)
-                best[m] = top
-                added, added_scaled = _weigh(row, first, last, top, v_scales, weights, power, power_bits)
-                sums[m] = sums[m] * decay + added
-                scaled_sums[m] = scaled_sums[m] * decay + added_scaled
-                if decay != np.float32(1):
-                    for d in range(size):
-                        value[d] *= decay
-                _add_values(weights, tile, first, last, size, value)
-                for n in range(max(end, first + v_distance), reach):
-                    weight = np.exp(row[n - v_distance] - top) * v_scales[n]
-                    scaled_sums[m] += weight
-                    finer = tile[n]
-                    for d in range(size):
-                        value[d] += weight * finer[d]
-        for m in range(queries):
-            value = values[m]
-            for d in range(size if v_groups <= 1 else 0):
-                value[d] -= midpoints[1] * scaled_sums[m]
-        highest[run, head] = best
-        total[run, head] = sums
-        out[run, head] = values
+        attend_run(
+            q[request, head],
+            q_terms[:, request, head],
+            raw,
+            raw16,
+            half,
+            table[request],
+            positions[request],
+            runs[run, 1],
+            runs[run, 2],
+            head,
+            sizes,
+            midpoints,
+            window,
+            soft_cap,
+            highest[run, head],
+            total[run, head],
+            out[run, head],
+        )
+
+
+def page_sizes(pool: Tensor, layout: PageLayout, *, refined: bool) -> tuple[int, ...]:
+    """`sizes` of `attend_run`. refined: whether pages hold the refinements of the newest tokens."""
+    k, v = layout.format.k, layout.format.v
+    offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
+    groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
+    distances = tuple(DISTANCE if refined and x.refined else 0 for x in (k, v))
+    return (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets, *distances)
+
+
+def grid_midpoints(layout: PageLayout) -> Any:
+    """(2,) float32: what codes of K and of V are too large by."""
+    return np.array([0.0 if x.is_raw else x.midpoint for x in (layout.format.k, layout.format.v)], np.float32)
+
+
+def pool_bytes(pool: Tensor) -> Any:
+    """All memory from the pool's first byte to the end of its storage, as one array of uint8."""
+    return pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
 
 
 def decode(
@@ -332,18 +396,11 @@ def decode(
     block_table = block_table[
         bucket.rows
     ]  # a copy, so its memory layout, and with it the compiled code, is always the same
-    runs = _split_runs(positions, layout.block_size, pool.shape[1], window)
+    runs = split_runs(positions, layout.block_size, pool.shape[1], window)
     shape = (len(runs), *q.shape[1:3])
     highest, total = q.new_empty(shape), q.new_empty(shape)
     out = q.new_empty(*shape, q.shape[-1])
-    raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
-    k, v = layout.format.k, layout.format.v
-    offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
-    groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
-    # A position's refinements stand in the pages only until the next one comes.
-    distances = tuple(DISTANCE if x.refined and positions.shape[1] == 1 else 0 for x in (k, v))
-    sizes = (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets, *distances)
-    midpoints = (0.0 if k.is_raw else k.midpoint, 0.0 if v.is_raw else v.midpoint)
+    raw = pool_bytes(pool)
     _decode(
         q.numpy(),
         torch.stack([queries.total, queries.base, queries.sink]).numpy(),
@@ -353,8 +410,9 @@ def decode(
         block_table.numpy(),
         positions.numpy(),
         runs.numpy(),
-        sizes,
-        np.array(midpoints, np.float32),
+        # A position's refinements stand in the pages only until the next one comes.
+        page_sizes(pool, layout, refined=positions.shape[1] == 1),
+        grid_midpoints(layout),
         window or 0,
         np.float32(soft_cap or 0),
         highest.numpy(),
@@ -377,7 +435,7 @@ def _kind(vector: VectorFormat) -> int:
     return 17 if vector.raw_dtype == torch.float16 else int(vector.bits)
 
 
-def _split_runs(positions: Tensor, block_size: int, heads: int, window: int | None) -> Tensor:
+def split_runs(positions: Tensor, block_size: int, heads: int, window: int | None) -> Tensor:
     """(runs, 3): request, first block, block after the last; runs of a request next to each other."""
     first = (positions[:, 0] - (window or 1 << 62) + 1).clamp_min(0) // block_size
     after = positions[:, -1] // block_size + 1

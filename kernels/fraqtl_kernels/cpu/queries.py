@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +81,29 @@ def _operand(
             # The vector that the inverse, as rounded, carries back to it
             shift = torch.linalg.solve(transform.inverse.double().mT, sink.double())[..., 0].float()
     return torch.cat([columns, base, sink], -1) * scale, shift
+
+
+def query_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any, Any]:
+    """What turns a query into q', base and sink but for the softmax scale, as NumPy arrays.
+
+    (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D). All float32.
+    """
+    operand, _ = _operand(heads, size, vector, constants, 1.0)
+    matrix = operand[..., :size]
+    if torch.equal(matrix, torch.eye(size).expand_as(matrix)):
+        matrix = matrix[:, :0, :0]
+    parts = (matrix, operand[..., size], operand[..., size + 1])
+    return tuple(x.contiguous().numpy() for x in parts)  # type: ignore[return-value]
+
+
+def output_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any]:
+    """What `restore_output` multiplies with and adds, float32: (KV heads, D, D) or (KV heads, 0, 0), (KV heads, D)."""
+    origin = torch.zeros(1, heads, 1, size, dtype=torch.float32)
+    centre = restore_output(origin, vector, constants)
+    unit = torch.eye(size, dtype=torch.float32).expand(1, heads, size, size).contiguous()
+    matrix = (restore_output(unit, vector, constants) - centre)[0]
+    if vector.centred and constants.value is not None:
+        matrix = _inverse(constants)  # as it is, without the rounding of a sum and a difference
+    if torch.equal(matrix, unit[0]):
+        matrix = matrix[:, :0, :0]
+    return matrix.contiguous().numpy(), centre[0, :, 0].contiguous().numpy()

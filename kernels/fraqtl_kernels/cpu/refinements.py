@@ -24,7 +24,7 @@ BEFORE = DISTANCE - 1  # tokens before a query that it may read refined
 class Finer:
     """What refinements add to the keys, or to the values, of a batch: float32, in the stored basis.
 
-    tokens: (tokens, KV heads, D), anything for tokens without a refinement. earlier: by the first token of a run, the
+    tokens: (tokens, KV heads, D), zero for tokens without a refinement. earlier: by the first token of a run, the
     same of the BEFORE tokens before it, (BEFORE, KV heads, D), zero where there is none.
     """
 
@@ -73,6 +73,9 @@ def read_earlier(
     earlier = {}
     for first in runs.tolist():
         block, offset = divmod(int(slots[first]), size)
+        if offset == 0:  # as most runs begin: nothing comes before
+            earlier[first] = torch.zeros(BEFORE, plane.shape[1], layout.head_size, dtype=torch.float32)
+            continue
         of = torch.arange(offset - BEFORE, offset)
         place = block, slice(None), (of + DISTANCE).clamp_max(size - 1)
         finer = dequantise(unpack(plane[place], vector), scales[place], vector).transpose(0, 1)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.decode import half_table
-from fraqtl_kernels.cpu.encode import PARALLEL_VECTORS, store
+from fraqtl_kernels.cpu.encode import PARALLEL_VECTORS, store_batch
 from fraqtl_kernels.cpu.refinements import Finer, Refinements, find_runs, read_earlier
+from fraqtl_kernels.cpu.sides import Side
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.reference import encode_keys, encode_values, pack
@@ -33,14 +33,12 @@ def write(
     key, value = key[: len(slots)], value[: len(slots)]
     k, v = layout.format.k, layout.format.v
     refinements = _prepare(pool, layout, key, slots)
-    if k.is_scaled:
-        finer = _rows(None if refinements is None else refinements.key, key)
-        at = (layout.block_size, 0, layout.k_scale_offset)
-        store(pool, half_table(), key.float(), slots, k, *at, constants, "key", finer)
-    if v.is_scaled:
-        finer = _rows(None if refinements is None else refinements.value, value)
-        at = (layout.block_size, layout.v_offset, layout.v_scale_offset)
-        store(pool, half_table(), value.float(), slots, v, *at, constants, "value", finer)
+    if len(slots) and (k.is_scaled or v.is_scaled):
+        finer_k, finer_v = (None, None) if refinements is None else (refinements.key, refinements.value)
+        rows_k, rows_v = (None if finer is None else finer.tokens for finer in (finer_k, finer_v))
+        keys = Side.of(key, k, 0, layout.k_scale_offset, constants, "key", rows_k)
+        values = Side.of(value, v, layout.v_offset, layout.v_scale_offset, constants, "value", rows_v)
+        store_batch(pool, slots, keys, values, layout.block_size)
     if not (k.is_scaled and v.is_scaled):
         _store_others(pool, layout, key, value, slots, constants)
     return refinements
@@ -71,11 +69,7 @@ def _finer(
 ) -> Finer | None:
     if not vector.refined or scales is None:
         return None
-    return Finer(torch.zeros(shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs))
-
-
-def _rows(finer: Finer | None, x: Tensor) -> Tensor:
-    return torch.empty(*x.shape[:2], 0, dtype=torch.float32) if finer is None else finer.tokens
+    return Finer(torch.empty(shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs))
 
 
 def _store_others(
@@ -97,7 +91,7 @@ def _store_others(
 
 
 def warm_up_write() -> None:
-    """As `warm_up_decode`, for both ways of `store`."""
+    """As `warm_up_decode`, for both ways of `store_batch`."""
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     for tokens in (1, PARALLEL_VECTORS):

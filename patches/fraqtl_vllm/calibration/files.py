@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.calibration.weights import weight_samples
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
 VERSION = 3  # of the procedure: another number makes every old file unknown
-SAMPLES = 64  # numbers of every weight that go into the key
 _FIELDS = [field.name for field in fields(LayerConstants)]
 
 
@@ -40,10 +40,8 @@ def path_of(folder: str | None, key: str) -> Path:
 def make_key(model: torch.nn.Module, kv_format: str, rank: int, config: _vllm.VllmConfig) -> str:
     """A hash of all that the constants follow from: a sample of every weight, the format, the rank, the context."""
     digest = hashlib.sha256(f"{VERSION} {kv_format} {rank} {config.model_config.max_model_len}".encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+    for name, shape, sample in weight_samples(model, config.model_config.dtype):
+        digest.update(f"{name} {shape} {sample.dtype}".encode())
         digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 

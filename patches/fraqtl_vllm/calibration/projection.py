@@ -1,8 +1,9 @@
 """What a model makes of the output of every query head: W W^T, with W the head's rows of the output projection.
 
 No name in a model says which matrix that is. It is the row-parallel linear layer beside the attention layer, in the
-same module, that takes as many inputs as attention gives. And no weight says what a quantised matrix is: unit vectors
-are sent through the layer's own kernel.
+same module, that takes as many inputs as attention gives. Its weight is taken if the layer's own kernel multiplies
+by it as it stands. Quantised and packed weights don't say what their matrix is: there unit vectors are sent through
+that kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from fraqtl_vllm import _vllm
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
+
+KERNEL_ERROR = 0.02  # of 16-bit products; another scale or order of the weights is off by much more
 
 
 def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,10 +48,27 @@ def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -
     if len(matching) != 1:
         return None
     try:
-        return torch.stack([_gram(matching[0], head, heads, size, dtype) for head in range(heads)])
+        weight = _weight(matching[0], heads * size, dtype)
+        if weight is None:
+            return torch.stack([_gram(matching[0], head, heads, size, dtype) for head in range(heads)])
+        rows = weight.float().T.unflatten(0, (heads, size))
+        return _finite(rows @ rows.mT)
     except Exception as error:  # what the kernels of quantised layers raise is open, and this is no need
         logger.debug("The output projection can't be probed (%s: %s)", type(error).__name__, error)
         return None
+
+
+def _weight(linear: Any, inputs: int, dtype: torch.dtype) -> Tensor | None:
+    """The layer's weight, (outputs, inputs), if a random vector comes out of its kernel as the weight says."""
+    weight = getattr(linear, "weight", None)
+    if weight is None or weight.ndim != 2 or weight.shape[1] != inputs or not weight.is_floating_point():
+        return None
+    probe = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    probe = probe.to(weight.device, dtype)
+    found = linear.quant_method.apply(linear, probe, None).float()
+    expected = probe.float() @ weight.float().T
+    is_same = found.shape == expected.shape and (found - expected).norm() <= KERNEL_ERROR * expected.norm()
+    return weight if is_same else None
 
 
 def _gram(linear: Any, head: int, heads: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +77,10 @@ def _gram(linear: Any, head: int, heads: int, size: int, dtype: torch.dtype) -> 
     units = torch.zeros(size, heads * size, dtype=dtype, device=device)
     units[:, head * size : (head + 1) * size].fill_diagonal_(1)
     rows = linear.quant_method.apply(linear, units, None).float()
-    gram = rows @ rows.T
+    return _finite(rows @ rows.T)
+
+
+def _finite(gram: Tensor) -> Tensor:
     if not gram.isfinite().all():
         raise ValueError("its products are not finite")
     return gram

@@ -84,7 +84,7 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
         layer.impl.recorder = recorder
     try:
         with (
-            progress.counted("calibrating the KV cache, once for this model, layer", recorded) as recorder.on_layer,
+            progress.counted(_line(ours, len(prompt.ids)), recorded) as recorder.on_layer,
             torch.inference_mode(),
             _vllm.set_current_vllm_config(config),
             _vllm.set_forward_context(None, config, num_tokens=len(prompt.ids), skip_compiled=True),
@@ -94,6 +94,10 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
         for layer in layers.values():
             layer.impl.recorder = None
     return recorder.constants
+
+
+def _line(ours: FraqtlConfig, tokens: int) -> str:
+    return f"calibrating the KV cache for {ours.kv_format} with {tokens} tokens, once for this model, layer"
 
 
 def all_ranks(group: Any, has_file: bool) -> bool:

@@ -1,0 +1,34 @@
+// llama.cpp's prompt and decode speed on a GGUF file, by the prebuilt library inside an npm package:
+//   npm install --ignore-scripts node-llama-cpp@3.22.1
+//   taskset -c 0 node llama_cpp.mjs MODEL.gguf f16 2048 32 1      (cache type, prompt tokens, tokens to generate, threads)
+import {getLlama} from "node-llama-cpp";
+
+const [, , path, cacheType, promptTokens, newTokens, threads] = process.argv;
+const [prompt, generated, cores] = [promptTokens, newTokens, threads].map(Number);
+const llama = await getLlama({gpu: false, build: "never", progressLogs: false, logLevel: "error", maxThreads: cores});
+const model = await llama.loadModel({modelPath: path});
+const options = {contextSize: prompt + generated + 64, batchSize: 512, threads: cores, flashAttention: true};
+if (cacheType !== "f16") {
+  options.experimentalKvCacheKeyType = cacheType;
+  options.experimentalKvCacheValueType = cacheType;
+}
+const sequence = (await model.createContext(options)).getSequence();
+
+let state = 1;
+const randomToken = () => 300 + (state = (state * 1103515245 + 12345) % 2147483648) % 700;
+const result = {cache: cacheType, prompt_tokens: prompt, threads: cores, prompt_tokens_per_second: [], decode_tokens_per_second: []};
+for (let round = 0; round < 3; round++) {
+  await sequence.clearHistory();
+  const tokens = Array.from({length: prompt}, randomToken);
+  let start = performance.now();
+  await sequence.evaluateWithoutGeneratingNewTokens(tokens);
+  result.prompt_tokens_per_second.push(prompt / (performance.now() - start) * 1e3);
+  let count = 0;
+  for await (const _ of sequence.evaluate([tokens[5]], {temperature: 0, yieldEogToken: true})) {
+    if (count === 0) start = performance.now();
+    if (++count > generated) break;
+  }
+  result.decode_tokens_per_second.push(generated / (performance.now() - start) * 1e3);
+}
+console.log(JSON.stringify(result));
+process.exit(0);

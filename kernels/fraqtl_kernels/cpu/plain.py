@@ -1,0 +1,124 @@
+"""Codes of one vector without calibration on the CPU, compiled: the rotation, `reference.quantise`, and refinements.
+
+The rotation is H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: log2 |S| rounds of sums and differences and
+|B| products a number, in place of D products.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fraqtl_kernels.cpu.calibrated import scale_of
+from fraqtl_kernels.cpu.lanes import half_bits
+from fraqtl_kernels.rotation import hadamard
+
+_FAST = {"reassoc", "contract", "nsz"}  # not "nnan": NaN must stay NaN
+
+
+@cache
+def rotation_base(size: int) -> Any:
+    """B of H = S ⊗ B, entries ±1, (b, b) float32 with b = 1, 12 or 20."""
+    base = size
+    while base % 2 == 0 and base not in (12, 20):
+        base //= 2
+    return hadamard(base).sign().float().numpy()
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def rotate(x, spare, base):
+    """x <- x · H · sqrt(D), in place. spare: as many numbers as B has rows."""
+    size, width = x.shape[0], base.shape[0]
+    half = width
+    while half < size:
+        for start in range(0, size, 2 * half):
+            low, high = x[start : start + half], x[start + half : start + 2 * half]
+            for d in range(half):
+                a, b = low[d], high[d]
+                low[d], high[d] = a + b, a - b
+        half *= 2
+    if width == 1:
+        return
+    for start in range(0, size, width):
+        for j in range(width):
+            spare[j] = np.float32(0)
+        for i in range(width):
+            row, value = base[i], x[start + i]
+            for j in range(width):
+                spare[j] += value * row[j]
+        for j in range(width):
+            x[start + j] = spare[j]
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _scale_of(x, edge):
+    """max|x| / edge in fp16; NaN if x holds NaN or infinity."""
+    most, broken = np.float32(0), np.float32(0)
+    for d in range(x.shape[0]):
+        most = max(most, abs(x[d]))
+        broken += x[d] * np.float32(0)
+    return scale_of(most, edge) if broken == broken else np.float32(np.nan)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+def _codes_of(x, scale, midpoint, levels, codes):
+    """codes <- clamp(round(x / scale + midpoint), 0, levels), zero where that is no number."""
+    for d in range(x.shape[0]):
+        step = np.rint(x[d] / scale + midpoint)
+        step = min(max(step, np.float32(0)), levels) if step == step else np.float32(0)
+        codes[d] = np.uint8(step)
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def _pack(codes, bits, target):
+    """target <- the codes as `reference.pack` packs them."""
+    row = target.shape[0]
+    if bits == 4:  # by itself, because this vectorises
+        low, high = codes[:row], codes[row:]
+        for i in range(row):
+            target[i] = low[i] | (high[i] << np.uint8(4))
+        return
+    for i in range(row):
+        packed = codes[i]
+        for j in range(1, 8 // bits):
+            packed |= codes[j * row + i] << np.uint8(j * bits)
+        target[i] = packed
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at):
+    """Store the codes and scales of x (D,), and leave in its place what they left of it. codes: (D,) uint8, spare."""
+    edge, midpoint, levels, _ = numbers
+    size = x.shape[0]
+    width = size // groups
+    for group in range(groups):
+        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        scale = _scale_of(part, edge)
+        raw16[scale_at // 2 + group] = np.uint16(half_bits(scale))
+        _codes_of(part, scale, midpoint, levels, its)
+        for d in range(width):
+            part[d] -= (np.float32(its[d]) - midpoint) * scale
+    _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
+
+
+@njit(fastmath=_FAST, cache=True, nogil=True)
+def refine_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at, finer, finer_at):
+    """Code what `encode_plain` left of x. To the pool unless code_at < 0, and to `finer` unless finer_at < 0."""
+    edge, midpoint, levels, _ = numbers
+    size = x.shape[0]
+    width = size // groups
+    for group in range(groups):
+        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        scale = _scale_of(part, edge)
+        _codes_of(part, scale, midpoint, levels, its)
+        if code_at >= 0:
+            raw16[scale_at // 2 + group] = np.uint16(half_bits(scale))
+        if finer_at >= 0:
+            target = finer[finer_at + group * width : finer_at + (group + 1) * width]
+            for d in range(width):
+                target[d] = (np.float32(its[d]) - midpoint) * scale
+    if code_at >= 0:
+        _pack(codes, bits, raw[code_at : code_at + size * bits // 8])

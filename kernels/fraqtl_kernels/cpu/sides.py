@@ -1,0 +1,139 @@
+"""What the compiled write takes of the keys, or of the values, of a batch and of the layer they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.cpu.calibrated import spectrum_of
+from fraqtl_kernels.cpu.plain import rotation_base
+from fraqtl_kernels.cpu.products import panels
+from fraqtl_kernels.formats import VectorFormat
+from fraqtl_kernels.reference import FEEDBACK_GRID
+from fraqtl_kernels.refinement import DISTANCE
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NOTHING = np.empty(0, np.float32)
+_NO_ROTATION = np.empty((0, 0), np.float32)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A layer's constants of its keys or values, for every head one after another, float32:
+
+    the centre (D), the way from it to the sink centre in the basis (D), the basis in panels (D · D), and the feedback,
+    as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID (D/2 · D/2).
+    """
+
+    numbers: Any
+    head_numbers: int
+    is_structured: bool
+    is_shifted: bool
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys or values of a batch.
+
+    x: what is read, to keep it alive. table: `Table.numbers`. finer: refinements to fill, flat. base: of the rotation.
+    whole: address and kind of the numbers, bytes from token to token and from head to head, bits (0: nothing to do),
+    groups, whether calibrated, structured, shifted, numbers of a head in the table, code offset and bytes, scale
+    offset and bytes, slots to a refinement, whether `finer` is to be filled. numbers: edge, midpoint, levels, D^-½.
+    """
+
+    x: Tensor
+    table: Any
+    finer: Any
+    base: Any
+    whole: tuple[int, ...]
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        vector: VectorFormat,
+        code_offset: int,
+        scale_offset: int,
+        constants: LayerConstants,
+        which: str,
+        finer: Tensor | None,
+    ) -> Side:
+        """x: (tokens, KV heads, D), floating point, any strides. which: "key" or "value". finer: (tokens, KV heads, D)
+        float32 <- what the refinements of tokens stand for, zero for those without."""
+        size = x.shape[-1]
+        if not vector.is_scaled:
+            return cls(x, _NOTHING, _NOTHING, _NO_ROTATION, (0,) * 16, (0.0,) * 4)
+        if x.dtype not in _KINDS:
+            x = x.float()
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        table = tables_of(constants)[which] if vector.centred else None
+        each = x.element_size()
+        whole = (
+            x.data_ptr(),
+            _KINDS[x.dtype],
+            x.stride(0) * each,
+            x.stride(1) * each,
+            vector.bits,
+            vector.groups,
+            int(table is not None),
+            int(table is not None and table.is_structured),
+            int(table is not None and table.is_shifted),
+            0 if table is None else table.head_numbers,
+            code_offset,
+            vector.code_bytes(size),
+            scale_offset,
+            vector.scale_bytes,
+            DISTANCE if vector.refined else 0,
+            int(finer is not None),
+        )
+        return cls(
+            x,
+            _NOTHING if table is None else table.numbers,
+            _NOTHING if finer is None else finer.view(-1).numpy(),
+            rotation_base(size) if vector.rotated and table is None else _NO_ROTATION,
+            whole,
+            (vector.edge, vector.midpoint, vector.levels, size**-0.5),
+        )
+
+
+def join(key: Side, value: Side) -> tuple[Any, ...]:
+    """Both in the form that `encode.store_range` takes, the same types for every format."""
+    return (
+        (key.table, value.table),
+        (key.finer, value.finer),
+        (key.base, value.base),
+        np.array([key.whole, value.whole], np.int64),
+        np.array([key.numbers, value.numbers], np.float32),
+    )
+
+
+_PREPARED: WeakKeyDictionary[LayerConstants, dict[str, Table | None]] = WeakKeyDictionary()
+
+
+def tables_of(constants: LayerConstants) -> dict[str, Table | None]:
+    """By "key" and "value"; None without a transform."""
+    if constants not in _PREPARED:
+        _PREPARED[constants] = {"key": _table(constants, "key"), "value": _table(constants, "value")}
+    return _PREPARED[constants]
+
+
+def _table(constants: LayerConstants, which: str) -> Table | None:
+    transform = constants.key if which == "key" else constants.value
+    if transform is None:
+        return None
+    centre = transform.centre.float()
+    sink = constants.sink_centre if which == "key" else None
+    shift = torch.zeros_like(centre) if sink is None else transform.apply(sink.float())
+    spectrum = spectrum_of(transform.feedback)
+    feedback = transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum
+    parts = centre, shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)
+    numbers = torch.cat(parts, 1)
+    return Table(numbers.flatten().contiguous().numpy(), numbers.shape[1], spectrum is not None, sink is not None)

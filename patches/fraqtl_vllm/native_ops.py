@@ -1,0 +1,118 @@
+"""Torch versions of vLLM's compiled operators, for wheels that have no CPU extension.
+
+Those of `torch.ops._C` that vLLM 0.32's decoders reach on x86 and ARM without quantised weights:
+
+  init_cpu_memory_env                           the CPU worker, when it is made
+  greedy_argmax, fused_gumbel_argmax            the sampler
+  gelu_new, gelu_fast, gelu_quick               activations look them up when they are made, and then run other code
+  convert_weight_packed, weight_packed_linear   small linear layers on processors with AMX
+  prepack_moe_weight, cpu_fused_moe             mixtures of experts
+
+Where vLLM's own are loaded these must not be registered. Schemas are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fraqtl_kernels.errors import UnsupportedError
+
+
+def gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
+    """Sample one token a row: argmax(p / e) with e ~ Exp(1) draws from softmax(logits). (rows,) int64."""
+    noise = torch.empty_like(logits)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def gelu_tanh_(out: Tensor, x: Tensor) -> None:
+    """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): what both "gelu_new" and "gelu_fast" mean. Any shape."""
+    out.copy_(F.gelu(x, approximate="tanh"))
+
+
+def gelu_quick_(out: Tensor, x: Tensor) -> None:
+    """x · sigmoid(1.702 x). Any shape."""
+    out.copy_(x * torch.sigmoid(1.702 * x))
+
+
+def keep_weight(weight: Tensor) -> Tensor:
+    """A weight in the layout that `packed_linear` takes: its own."""
+    return weight.view_as(weight)
+
+
+def packed_linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, is_packed: bool) -> None:
+    """out (rows, n) = x (rows, k) · weight (n, k)ᵀ + bias (n,), which vLLM keeps in float32."""
+    out.copy_(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+
+
+def keep_expert_weight(weight: Tensor, packed: Tensor, isa: str) -> None:
+    """`packed`, of the weight's shape, in the layout that `fused_experts` takes: the weight's own."""
+    packed.copy_(weight)
+
+
+def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return run
+
+
+EXPERT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": _gated(F.silu),
+    "gelu": _gated(F.gelu),
+    "gelu_tanh": _gated(lambda x: F.gelu(x, approximate="tanh")),
+}
+
+
+def fused_experts(
+    out: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    weights: Tensor,
+    experts: Tensor,
+    skip_weighted: bool,
+    activation: str,
+    isa: str,
+) -> None:
+    """Every token through its experts, one expert after the other over all its tokens. Raises UnsupportedError.
+
+    out, x: (tokens, hidden). w13: (experts, 2 · inner, hidden), w2: (experts, hidden, inner), their biases without
+    the last axis. weights, experts: (tokens, k). skip_weighted: the router's weights are in `x` already.
+    """
+    if activation not in EXPERT_ACTIVATIONS:
+        valid = ", ".join(EXPERT_ACTIVATIONS)
+        raise UnsupportedError(f"experts with activation {activation} need vLLM's CPU build: without it choose {valid}")
+    activate = EXPERT_ACTIVATIONS[activation]
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in experts.unique().tolist():
+        rows, choices = (experts == expert).nonzero(as_tuple=True)
+        inner = activate(F.linear(x[rows], w13[expert], None if w13_bias is None else w13_bias[expert].to(x.dtype)))
+        found = F.linear(inner, w2[expert], None if w2_bias is None else w2_bias[expert].to(x.dtype)).float()
+        total.index_add_(0, rows, found if skip_weighted else found * weights[rows, choices, None].float())
+    out.copy_(total)
+
+
+NATIVE_OPS: dict[str, Callable[..., Any]] = {
+    "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
+    "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
+    "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": gumbel_argmax,
+    "gelu_new(Tensor(a!) out, Tensor input) -> ()": gelu_tanh_,
+    "gelu_fast(Tensor(a!) out, Tensor input) -> ()": gelu_tanh_,
+    "gelu_quick(Tensor(a!) out, Tensor input) -> ()": gelu_quick_,
+    "convert_weight_packed(Tensor(a) weight) -> Tensor(a)": keep_weight,
+    "weight_packed_linear(Tensor(a!) out, Tensor mat1, Tensor mat2, Tensor? bias, bool is_vnni) -> ()": packed_linear,
+    "prepack_moe_weight(Tensor weight, Tensor(a!) packed_weight, str isa) -> ()": keep_expert_weight,
+    "cpu_fused_moe(Tensor(a!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, str isa) -> ()": fused_experts,
+}
+"""By schema."""

@@ -1,0 +1,187 @@
+"""A decode step in one compiled call, against the reference."""
+
+import pytest
+import torch
+
+from fraqtl_kernels import cpu, reference
+from fraqtl_kernels.cpu.step import DecodeStep, StepPlan
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from tests.kernels.conftest import PagedBatch, make_batch, relative_error
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+LENGTHS = (1, 17, 40, 64, 900, 1700)
+
+
+def new_slots(batch: PagedBatch) -> torch.Tensor:
+    last = batch.lengths - 1
+    block = batch.block_table.gather(1, (last // batch.layout.block_size)[:, None])[:, 0]
+    return block.long() * batch.layout.block_size + last % batch.layout.block_size
+
+
+def rewind(batch: PagedBatch) -> None:
+    """Bring the pages to the state before the newest token of each request, whose slot is poisoned."""
+    size = batch.layout.block_size
+    for r, length in enumerate(batch.lengths.tolist()):
+        token = torch.arange(length - 1)
+        slots = batch.block_table[r, token // size].long() * size + token % size
+        for block in batch.block_table[r, : -(-length // size)].tolist():
+            batch.pool[block] = 0xFF
+        earlier = batch.key[r, : length - 1], batch.value[r, : length - 1]
+        cpu.write(batch.pool, batch.layout, *earlier, slots, batch.constants)
+
+
+def step_and_reference(
+    batch: PagedBatch, window: int | None = None, soft_cap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs of the step, those of the reference over what `cpu.write` stored, and that pool."""
+    rewind(batch)
+    slots = new_slots(batch)
+    rows = torch.arange(len(batch.lengths))
+    key, value = (x[rows, batch.lengths - 1] for x in (batch.key, batch.value))
+    expected_pool = batch.pool.new_zeros(0)
+    storage = batch.pool.untyped_storage().clone()
+    expected_pool = torch.empty(0, dtype=torch.uint8).set_(
+        storage, batch.pool.storage_offset(), batch.pool.shape, batch.pool.stride()
+    )
+    finer = []
+    for r, slot in enumerate(slots):
+        one = slice(r, r + 1)
+        cpu.write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
+        length = int(batch.lengths[r])
+        finer.append(
+            tuple(
+                reference.page_refinements(expected_pool, batch.layout, batch.block_table[r], length, batch.constants)
+            )
+        )
+    options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
+    expected = reference.paged_attention(
+        batch.query,
+        expected_pool,
+        batch.layout,
+        batch.block_table,
+        batch.query_start,
+        batch.lengths,
+        refinements=finer,
+        **options,
+    )
+    # Rows as they come out of one product of a model: queries, keys and values side by side
+    heads, size = batch.key.shape[2:]
+    joined = torch.cat([batch.query.flatten(1), key.flatten(1), value.flatten(1)], 1)
+    width = batch.query.shape[1] * size
+    q, k, v = joined.split([width, heads * size, heads * size], 1)
+    output = torch.full_like(batch.query, float("nan"))
+    step = DecodeStep(
+        batch.pool,
+        batch.layout,
+        batch.query.dtype,
+        batch.constants,
+        scale=batch.scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    plan = StepPlan(batch.lengths, batch.block_table, slots)
+    step(q.unflatten(1, (-1, size)), k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), output, plan)
+    return output, expected, expected_pool
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_step_writes_what_write_does_and_attends_as_the_reference(
+    name: str, dtype: torch.dtype, calibrated: bool
+) -> None:
+    if not DecodeStep.supports(FORMATS[name], dtype):
+        pytest.skip("goes through write and attend")
+    batch = make_batch(
+        name,
+        lengths=LENGTHS,
+        queries=(1,) * len(LENGTHS),
+        dtype=dtype,
+        kv_heads=3,
+        group=3,
+        padding=96,
+        calibrated=calibrated,
+    )
+    output, expected, pool = step_and_reference(batch)
+    assert relative_error(output, expected) < TOLERANCE[dtype]
+    assert torch.equal(batch.pool, pool)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (33, None), (1000, 20.0)])
+def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, soft_cap: float | None) -> None:
+    batch = make_batch(
+        "k4v4",
+        head_size=head_size,
+        lengths=(5, 33, 1300),
+        queries=(1, 1, 1),
+        dtype=torch.bfloat16,
+        group=2,
+        calibrated=True,
+    )
+    output, expected, pool = step_and_reference(batch, window, soft_cap)
+    assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(batch.pool, pool)
+
+
+def test_a_negative_slot_is_not_written_and_none_without_keys() -> None:
+    batch = make_batch("k4v4", lengths=(20, 30), queries=(1, 1), dtype=torch.bfloat16)
+    before = batch.pool.clone()
+    step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
+    output = torch.empty_like(batch.query)
+    key = torch.randn(2, 2, 64).bfloat16()
+    step(batch.query, key, key, output, StepPlan(batch.lengths, batch.block_table, torch.tensor([-1, -1])))
+    assert torch.equal(batch.pool, before)
+    step(batch.query, None, None, output, StepPlan(batch.lengths, batch.block_table, new_slots(batch)))
+    assert torch.equal(batch.pool, before)
+
+
+def test_a_result_does_not_depend_on_the_batch() -> None:
+    lengths = (1, 17, 40, 900)
+    batch = make_batch("k4v4", lengths=lengths, queries=(1,) * 4, dtype=torch.bfloat16, calibrated=True)
+    together, _, _ = step_and_reference(batch)
+    for r in range(4):
+        one = slice(r, r + 1)
+        alone = torch.empty_like(batch.query[one])
+        step = DecodeStep(
+            batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
+        )
+        plan = StepPlan(batch.lengths[one], batch.block_table[one], new_slots(batch)[one])
+        step(batch.query[one], None, None, alone, plan)
+        assert torch.equal(alone, together[one])
+
+
+def test_rows_may_stand_anywhere_in_the_batch() -> None:
+    batch = make_batch("k4v4", lengths=(20, 30, 50), queries=(1, 1, 1), dtype=torch.bfloat16, calibrated=True)
+    output, _, pool = step_and_reference(batch)
+    step = DecodeStep(
+        batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
+    )
+    rows = torch.tensor([5, 0, 3])
+    query = torch.full((7, *batch.query.shape[1:]), float("nan"), dtype=torch.bfloat16)
+    query[rows] = batch.query
+    apart = torch.full_like(query, float("nan"))
+    step(query, None, None, apart, StepPlan(batch.lengths, batch.block_table, torch.full((7,), -1), rows))
+    assert torch.equal(apart[rows], output)
+    assert apart[[1, 2, 4, 6]].isnan().all()
+    key, value = torch.zeros(7, 2, 64).bfloat16(), torch.zeros(7, 2, 64).bfloat16()
+    last = torch.arange(3), batch.lengths - 1
+    key[rows], value[rows] = batch.key[last], batch.value[last]
+    rewind(batch)
+    slots = torch.full((7,), -1)
+    slots[rows] = new_slots(batch)
+    plan = StepPlan(batch.lengths, batch.block_table, slots, rows)
+    step(query, key, value, apart, plan)
+    assert torch.equal(batch.pool, pool)
+    assert torch.equal(apart[rows], output)
+    assert plan.other_slots.eq(-1).all()
+
+
+def test_a_step_says_which_tensors_it_takes() -> None:
+    batch = make_batch("k4v4", lengths=(20,), queries=(1,), dtype=torch.bfloat16)
+    step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
+    key = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
+    assert step.takes(batch.query, key, key, torch.empty_like(batch.query))
+    assert not step.takes(batch.query, key.float(), key, torch.empty_like(batch.query))
+    assert not step.takes(torch.zeros(1, 4, 128, dtype=torch.bfloat16)[..., ::2], None, None, batch.query)
+    assert not step.takes(torch.zeros(1, 4, 80, dtype=torch.bfloat16)[..., :64], None, None, batch.query)

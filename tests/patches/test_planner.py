@@ -1,0 +1,232 @@
+"""Plans against vLLM's own: what it counts when it starts with such layers, and in which memory it refuses to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_capacity,
+    get_kv_cache_configs,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+
+from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_vllm import planner, pool
+
+DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
+MEMORY = 300 << 20
+LENGTH = 8192
+
+
+def layer(format_name: str, heads: int = 2, head_size: int = 64, window: int = 0) -> Any:
+    """A layer's spec as our backend hands it to vLLM."""
+    content = FORMATS[format_name].bytes_per_token(head_size)
+    of: dict[str, Any] = {"block_size": 16, "num_kv_heads": heads, "head_size": head_size}
+    of |= {"dtype": torch.uint8, "state_content_bytes": content}
+    return SlidingWindowSpec(sliding_window=window, **of) if window else FullAttentionSpec(**of)
+
+
+STRUCTURES: dict[str, list[dict[str, int]]] = {
+    "uniform": [{}] * 6,
+    "one in six sees everything": [{"window": 512} if i % 6 != 5 else {} for i in range(18)],
+    "the last group is not full": [{"window": 512} if i % 6 != 5 else {} for i in range(20)],
+    "half and half": [{"window": 1024 * (i % 2)} for i in range(10)],
+    "windows only": [{"window": 100}] * 5,
+    "two windows": [{"window": 100 + 400 * (i % 2)} for i in range(8)],
+    "KV heads differ": [{"heads": 1 << (i % 3)} for i in range(7)],
+    "KV heads and head sizes differ": [{"heads": 1 + i % 3, "head_size": 64 << (i % 2)} for i in range(6)],
+    "full layers have more heads": [{"window": 512, "heads": 2} if i % 3 else {"heads": 4} for i in range(9)],
+    "full layers have longer heads": [{"window": 512} if i % 3 else {"head_size": 128} for i in range(9)],
+}
+every_structure = pytest.mark.parametrize("layers", STRUCTURES.values(), ids=STRUCTURES.keys())
+
+
+def specs(format_name: str, layers: list[dict[str, int]]) -> dict[str, Any]:
+    return {f"layers.{i}": layer(format_name, **of) for i, of in enumerate(layers)}
+
+
+@pytest.fixture
+def config() -> Any:
+    made = EngineArgs(str(DEMO), enforce_eager=True, max_model_len=LENGTH).create_engine_config()
+    made.cache_config.kv_cache_layout = "LBHNC"
+    made.scheduler_config.max_num_batched_tokens = 2048
+    return made
+
+
+def started(config: Any, ranks: list[dict[str, Any]], memory: list[int]) -> tuple[list[KVCacheConfig], int, float]:
+    """vLLM's pools, and the tokens and sequences of its log line."""
+    pools = get_kv_cache_configs(config, ranks, memory)
+    return pools, *get_kv_cache_capacity(config, generate_scheduler_kv_cache_config(pools))
+
+
+@every_structure
+@pytest.mark.parametrize("kv_format", ["k4v4", "k8v8", "bf16"])
+def test_pool_and_baseline_are_what_vllm_counts(config: Any, layers: list[dict[str, int]], kv_format: str) -> None:
+    packed = specs(kv_format, layers)
+    pools, tokens, concurrency = started(config, [packed], [MEMORY])
+    said = pool.numbers(config, [packed], pools)
+    assert (said["blocks"], said["tokens"], said["concurrency"]) == (pools[0].num_blocks, tokens, concurrency)
+    assert MEMORY - said["block_bytes"] < said["blocks"] * said["block_bytes"] <= MEMORY
+
+    plain, tokens, concurrency = started(config, [specs("bf16", layers)], [said["blocks"] * said["block_bytes"]])
+    assert (said["baseline_blocks"], said["baseline_tokens"]) == (plain[0].num_blocks, tokens)
+    assert said["baseline_concurrency"] == concurrency
+
+
+@every_structure
+def test_the_least_memory_and_the_longest_sequence(config: Any, layers: list[dict[str, int]]) -> None:
+    packed = [specs("k4v4", layers)]
+    need = planner.memory_for_one(config, packed)
+    get_kv_cache_configs(config, packed, need)
+    with pytest.raises(ValueError, match="KV cache is needed"):
+        get_kv_cache_configs(config, packed, [need[0] - 1])
+    memory = [need[0] * 3 // 4]
+    longest = planner.longest_sequence(config, packed, memory)
+    assert 0 < longest < LENGTH
+    config.model_config.max_model_len = longest
+    get_kv_cache_configs(config, packed, memory)
+    config.model_config.max_model_len = longest + 1
+    with pytest.raises(ValueError, match="KV cache is needed"):
+        get_kv_cache_configs(config, packed, memory)
+
+
+def test_less_than_a_sequence_can_be_planned(config: Any) -> None:
+    uniform = [specs("bf16", [{}] * 4)]
+    half = planner.plan(config, uniform, [LENGTH * 4 * 512 // 2])
+    assert (half.tokens, half.concurrency) == (LENGTH // 2, 0.5)
+    nothing = planner.plan(config, uniform, [100])
+    assert (nothing.blocks, nothing.tokens, nothing.concurrency) == (0, 0, 0)
+    assert planner.longest_sequence(config, uniform, [100]) == 0
+
+
+def test_ranks_hold_parts_of_the_same_blocks(config: Any) -> None:
+    packed = specs("k4v4", [{}] * 4)
+    pools, tokens, _ = started(config, [packed, packed], [MEMORY, MEMORY // 2])
+    said = pool.numbers(config, [packed, packed], pools)
+    assert said["block_bytes"] == 2 * 4 * 2 * 16 * 68
+    assert said["blocks"] == MEMORY // 2 // (4 * 2 * 16 * 68)
+    assert said["tokens"] == tokens
+    assert said["baseline_block_bytes"] == 2 * 4 * 2 * 16 * 256
+
+
+def test_layers_that_lie_on_two_stages(config: Any) -> None:
+    """Pipeline stages of unequal length: the one with the larger blocks decides how many there are."""
+    packed = specs("k4v4", STRUCTURES["one in six sees everything"])
+    stages = [dict(list(packed.items())[:12]), dict(list(packed.items())[12:])]
+    plain = [planner.unpacked(stage, torch.bfloat16) for stage in stages]
+    pools, tokens, _ = started(config, stages, [MEMORY, MEMORY])
+    said = pool.numbers(config, stages, pools)
+    assert said["tokens"] == tokens
+    _, tokens, _ = started(config, plain, [t.kv_cache_tensors[0].size for t in pools])
+    assert said["baseline_tokens"] == tokens
+
+
+def test_an_override_of_the_blocks_is_ours_alone(config: Any) -> None:
+    """The baseline has the same memory, not the same number of blocks."""
+    packed = specs("k4v4", [{}] * 4)
+    config.cache_config.num_gpu_blocks_override = 1000
+    pools, _, _ = started(config, [packed], [MEMORY])
+    said = pool.numbers(config, [packed], pools)
+    assert (said["blocks"], said["baseline_blocks"]) == (1000, 1000 * 68 // 256)
+
+
+# ---- where nothing fits
+
+
+def ours(config: Any, **settings: Any) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    config.attention_config.backend = AttentionBackendEnum["FRAQTL"]
+    config.additional_config = {"fraqtl": settings}
+    return config
+
+
+def planned(config: Any, memory: int, layers: list[dict[str, int]] = STRUCTURES["uniform"]) -> Any:
+    return pool.plan_pools(get_kv_cache_configs, config, [specs("k4v4", layers)], [memory])
+
+
+NEED = (LENGTH // 16 + 1) * 6 * 2 * 16 * 68
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"kv_cache_memory_bytes": 4 << 20}, f"--kv-cache-memory-bytes is {4 << 20}"),
+        ({"kv_cache_memory_bytes": None}, f"--gpu-memory-utilization 0.5 leaves {4 << 20}"),
+    ],
+)
+def test_too_little_memory(config: Any, settings: dict[str, Any], given: str) -> None:
+    vars(config.cache_config).update(settings, gpu_memory_utilization=0.5)
+    with pytest.raises(ConfigError) as error:
+        planned(ours(config), 4 << 20)
+    said = str(error.value)
+    assert said.startswith(f"the longest sequence (--max-model-len), {LENGTH} tokens, takes {NEED} bytes of KV memory")
+    assert f"but {given}: give --kv-cache-memory-bytes {NEED}, or --max-model-len " in said
+    assert planned(config, NEED)
+    config.model_config.max_model_len = int(said.split()[-1])
+    assert planned(config, 4 << 20)
+
+
+def test_too_little_memory_by_the_environment(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    config.cache_config.kv_cache_memory_bytes = 1 << 30
+    config.model_config.max_model_len = 1 << 22
+    with pytest.raises(ConfigError, match=f"but VLLM_CPU_KVCACHE_SPACE=1 gives {1 << 30}: give"):
+        planned(ours(config), 1 << 30)
+
+
+def test_too_few_blocks(config: Any) -> None:
+    config.cache_config.num_gpu_blocks_override = 100
+    with pytest.raises(ConfigError) as error:
+        planned(ours(config), MEMORY)
+    wanted = LENGTH // 16 + 1
+    assert f"--num-gpu-blocks-override 100 makes it {100 * 6 * 2 * 16 * 68}" in str(error.value)
+    assert f"give --num-gpu-blocks-override {wanted}, or --max-model-len {99 * 16}" in str(error.value)
+    config.cache_config.num_gpu_blocks_override = wanted
+    assert planned(config, MEMORY)
+
+
+def test_not_even_a_block(config: Any) -> None:
+    config.cache_config.kv_cache_memory_bytes = 1000
+    with pytest.raises(ConfigError, match=f"is 1000: give --kv-cache-memory-bytes {NEED}$"):
+        planned(ours(config), 1000)
+
+
+def test_other_refusals_of_vllm_stay(config: Any) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ValueError("layers of no known kind")
+
+    with pytest.raises(ValueError, match="layers of no known kind"):
+        pool.plan_pools(refuse, ours(config), [specs("k4v4", [{}])], [MEMORY])
+
+
+def test_other_backends_are_left_alone(config: Any) -> None:
+    config.attention_config.backend = None
+    [made] = planned(config, MEMORY)
+    assert not hasattr(made, pool.NOTE)
+    with pytest.raises(ValueError, match="KV cache is needed"):
+        planned(config, 4 << 20)
+
+
+def test_memory_that_nobody_chose_grows_to_one_sequence(config: Any) -> None:
+    config.cache_config.kv_cache_memory_bytes = 1 << 20
+    [made] = planned(ours(config, kv_memory_fits_context=True), 1 << 20)
+    assert made.num_blocks == LENGTH // 16 + 1
+    assert config.cache_config.kv_cache_memory_bytes == NEED
+    [made] = planned(config, MEMORY)
+    assert made.num_blocks == MEMORY // (6 * 2 * 16 * 68)  # enough is left as it is
+
+
+def test_memory_grows_to_half_of_what_is_free(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    free = SimpleNamespace(available_memory=6 << 20)
+    monkeypatch.setattr("fraqtl_vllm._vllm.get_memory_node_info", lambda node: free, raising=False)
+    with pytest.raises(ConfigError, match=f"half of the free memory is {3 << 20}: give --kv-cache-memory-bytes {NEED}"):
+        planned(ours(config, kv_memory_fits_context=True), 1 << 20)

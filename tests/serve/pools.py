@@ -1,0 +1,24 @@
+"""A pool as a worker tells of it: layers of one kind, 16 tokens a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fraqtl_serve.capacity import Pool, make_pool
+
+SAID: dict[str, Any] = {
+    "max_model_len": 4096,
+    "block_size": 16,
+    "block_bytes": 2176,
+    "blocks": 1000,
+    "tokens": 16000,
+    "concurrency": 1000 / 256,
+    "baseline_block_bytes": 8192,
+    "baseline_blocks": 265,
+    "baseline_tokens": 4240,
+    "baseline_concurrency": 265 / 256,
+}
+
+
+def pool(dtype: str = "half", engines: int = 1, **said: Any) -> Pool:
+    return make_pool("k4v4", SAID | said, dtype, engines)
