@@ -81,7 +81,7 @@ def test_forced_tool_call(client: OpenAI, choice: object) -> None:
         model="smollm2",
         messages=[{"role": "user", "content": "What is the weather in Paris?"}],
         temperature=0,
-        max_tokens=48,
+        max_tokens=128,
         tools=[TOOL],  # type: ignore[list-item]
         tool_choice=choice,  # type: ignore[arg-type]
         parallel_tool_calls=False,

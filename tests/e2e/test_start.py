@@ -1,15 +1,12 @@
-"""What users see of a start, and that its helpers end with it."""
+"""What users see of a start."""
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 import httpx
-import pytest
 
-from tests.e2e.server import Server, group_members, remove_log, running, start, stop, wait_until_ready
+from tests.e2e.server import Server, running
 
 QUESTION = {
     "model": "fraqtl-demo",
@@ -53,22 +50,3 @@ def test_a_few_lines_and_what_is_served() -> None:
 def test_vllms_own_level_brings_its_log_back() -> None:
     with running(environment={"VLLM_LOGGING_LEVEL": "INFO"}) as server:
         assert "Available routes are:" in server.log and "Enforce eager set" in server.log
-
-
-@pytest.mark.parametrize("wait", [False, True], ids=["while it starts", "when it serves"])
-def test_a_killed_server_leaves_no_process(wait: bool) -> None:
-    server = start(log_level=None)
-    try:
-        if wait:
-            wait_until_ready(server)
-        else:
-            time.sleep(2)
-        os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
-        end = time.monotonic() + 60
-        while group_members(server) and time.monotonic() < end:
-            time.sleep(0.2)
-        assert group_members(server) == []
-    finally:
-        stop(server)
-        remove_log(server)
