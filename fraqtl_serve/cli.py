@@ -6,6 +6,7 @@ Imports little until it knows what is asked. The engine's process imports this f
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -45,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
-    from fraqtl_serve import quiet_log, warm_engine
+    from fraqtl_serve import quiet_log
     from fraqtl_serve.plugin_names import allow_plugin
     from fraqtl_vllm import progress
 
+    # Python's resource tracker outlives a start that failed, and would have the last word on what vLLM left open.
+    given = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [given, "ignore:resource_tracker:UserWarning"]))
     garbage.collect_rarely()
     allow_plugin()
     quiet_log.begin(arguments)
@@ -57,7 +61,6 @@ def _begin(arguments: list[str]) -> None:
     if "--quiet" not in arguments:
         progress.begin()
         progress.say(f"{PROGRAM} {version(PROGRAM)}: importing vLLM")
-    warm_engine.begin()
 
 
 def _parser() -> argparse.ArgumentParser:

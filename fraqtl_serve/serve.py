@@ -16,7 +16,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve import quiet_log, smollm2, warm_engine
+from fraqtl_serve import quiet_log, smollm2
 from fraqtl_serve.body_limit import DEFAULT_BYTES
 from fraqtl_serve.checkpoint import check_checkpoint
 from fraqtl_serve.front_end import check_front_end
@@ -48,7 +48,6 @@ def serve(argv: Sequence[str]) -> None:
             _settle_output(args)
             configure(args)
             progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
-            warm_engine.offer(args)
             ServeSubcommand().validate(args)
             with stoppable_start():
                 ServeSubcommand.cmd(args)

@@ -36,7 +36,6 @@ from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.rotation import hadamard
-from fraqtl_kernels.threads import in_parallel
 
 SINK_DISTANCE = 3.0  # times the median distance from the median key: no ordinary key is as far
 LARGEST_RATIO = 64.0  # of two paired deviations: more would push codes off the grid
@@ -44,7 +43,6 @@ LEAST_SHRINKAGE = 0.02
 QUERY_FLOOR, VALUE_FLOOR = 0.1, 0.3  # what importance counts at least, in units of its mean
 DIRECTION_FLOOR = 0.1  # and what every direction of a value does
 Find = Callable[[Tensor, Tensor, Tensor], Transform]
-Found = tuple[Transform | None, Tensor | None, Tensor | None]  # how to store, sink centre, static steps
 _RIDGE = 1e-5  # of the mean variance, for channels that never move
 _TINY = 1e-6
 
@@ -65,48 +63,36 @@ def calibrate(
     place of `find_transform`, for comparisons. Returns fp32 and bf16 tensors on the device of `key`.
     """
     find = find or find_transform
-
-    def of_keys() -> Found:
-        x = key.float()
-        transform, sink_centre = _for_keys(x, query.float(), importance, find) if format.k.centred else (None, None)
-        return transform, sink_centre, static_scale(x, format.k) if format.k.static else None
-
-    def of_values() -> Found:
-        x = value.float()
-        transform = _for_values(x, importance, find) if format.v.centred else None
-        return transform, None, static_scale(x, format.v) if format.v.static else None
-
-    jobs: tuple[Callable[[], Found], ...] = (of_keys, of_values)
-    done = in_parallel(lambda job: job(), jobs) if key.device.type == "cpu" else [job() for job in jobs]
-    (for_keys, sink_centre, key_scale), (for_values, _, value_scale) = done
-    return LayerConstants.of(for_keys, for_values, sink_centre, key_scale, value_scale)
-
-
-def _for_keys(key: Tensor, query: Tensor, importance: Importance | None, find: Find) -> tuple[Transform, Tensor | None]:
-    """Also the sink centre, None where no key is a sink."""
-    is_sink = far_from_the_median(key)
-    ordinary = (~is_sink).float()
-    centre = mean_of(key, ordinary)
-    spread = covariance(key - centre, ordinary, tied=True)
-    found = find(centre, spread, cost_of_queries(query, importance, key.shape[1]))
-    if not is_sink.any():
-        return found, None
-    return found, torch.where(is_sink.any(0)[:, None], mean_of(key, is_sink.float()), centre)
-
-
-def _for_values(value: Tensor, importance: Importance | None, find: Find) -> Transform:
-    weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
-    centre = mean_of(value, weight)
-    spread = covariance(value - centre, weight, tied=False)
-    return find(centre, spread, cost_of_directions(spread, importance))
+    key, query, value = (x.float() for x in (key, query, value))
+    sink_centre = None
+    for_keys = for_values = None
+    if format.k.centred:
+        is_sink = far_from_the_median(key)
+        centre = mean_of(key, (~is_sink).float())
+        spread = covariance(key - centre, (~is_sink).float(), tied=True)
+        for_keys = find(centre, spread, cost_of_queries(query, importance, key.shape[1]))
+        if is_sink.any():
+            sink_centre = torch.where(is_sink.any(0)[:, None], mean_of(key, is_sink.float()), centre)
+    if format.v.centred:
+        weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
+        centre = mean_of(value, weight)
+        spread = covariance(value - centre, weight, tied=False)
+        for_values = find(centre, spread, cost_of_directions(spread, importance))
+    return LayerConstants.of(
+        for_keys,
+        for_values,
+        sink_centre,
+        static_scale(key, format.k) if format.k.static else None,
+        static_scale(value, format.v) if format.v.static else None,
+    )
 
 
 def cost_of_queries(query: Tensor, importance: Importance | None, kv_heads: int) -> Tensor:
     """G: (KV heads, D, D) float64. query: (tokens, query heads, D)."""
 
     def by_kv_head(x: Tensor) -> Tensor:
-        """(tokens, query heads, ...) -> (query heads a KV head x tokens, KV heads, ...)"""
-        return x.transpose(0, 1).unflatten(0, (kv_heads, -1)).flatten(1, 2).transpose(0, 1)
+        """(tokens, query heads, ...) -> (tokens x query heads a KV head, KV heads, ...)"""
+        return x.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
 
     weight = torch.ones_like(query[..., 0]) if importance is None else importance.query
     return covariance(by_kv_head(query), floored(by_kv_head(weight), QUERY_FLOOR), tied=True)
@@ -134,8 +120,7 @@ def static_scale(x: Tensor, vector: VectorFormat) -> Tensor:
 
 def far_from_the_median(key: Tensor) -> Tensor:
     """Which keys (tokens, KV heads, D) are sinks: (tokens, KV heads) bool."""
-    median = key.permute(1, 2, 0).contiguous().median(-1).values  # over what lies together, which is quicker
-    distance = (key - median).norm(dim=-1)
+    distance = (key - key.median(0).values).norm(dim=-1)
     return distance > SINK_DISTANCE * distance.median(0).values
 
 
@@ -151,19 +136,16 @@ def covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
     x: (tokens, heads, D). weight: (tokens, heads). tied: the diagonal is averaged over each pair (i, i + D/2).
     With t_ij the target and m_ij = mean of x_i x_j, the share of the target is Σ Var(m_ij) / Σ (m_ij - t_ij)².
     """
+    x, weight = x.double(), weight.double()
     weight = weight / weight.sum(0).clamp_min(_TINY)
-    # In float32, 30 times as fast: an error of 1e-7 of m_ii m_jj, and never less than 0.02 of the diagonal is added
-    by_head = x.transpose(0, 1).contiguous()
-    mean = ((by_head * weight.T[..., None]).mT @ by_head).double()
-    weight = weight.double()
-    # Σ (mean of x_i² x_j²) needs no matrix: it is the mean of |x|⁴
-    fourth = (weight * x.square().sum(-1).double().square()).sum(0)
-    noise = (fourth - mean.square().sum((1, 2))) * weight.square().sum(0)
+    mean = torch.einsum("th,thi,thj->hij", weight, x, x)
+    squares = torch.einsum("th,thi,thj->hij", weight, x.square(), x.square())
+    noise = (squares - mean.square()) * weight.square().sum(0)[:, None, None]
     variance = mean.diagonal(dim1=1, dim2=2)
     if tied:
         variance = variance.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
     target = torch.diag_embed(variance)
-    share = noise / (mean - target).square().sum((1, 2))
+    share = noise.sum((1, 2)) / (mean - target).square().sum((1, 2))
     share = share.nan_to_num(1.0, posinf=1.0).clamp(LEAST_SHRINKAGE, 1.0)[:, None, None]
     ridge = _RIDGE * variance.mean(-1)[:, None, None] + _TINY**2
     return (1 - share) * mean + share * target + ridge * torch.eye(x.shape[-1]).to(mean)
@@ -172,8 +154,9 @@ def covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
 def find_transform(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
     """Basis and feedback of the module's docstring. centre: (heads, D). spread, cost: S and G, (heads, D, D)."""
     half = spread.shape[-1] // 2
-    root = torch.linalg.cholesky(cost)  # as good as G^½, which is root times a rotation, and what follows is the same
-    variance, axes = torch.linalg.eigh(root.mT @ spread @ root)
+    values, axes = torch.linalg.eigh(cost)
+    root = (axes * values.sqrt()[:, None]) @ axes.mT  # G^½
+    variance, axes = torch.linalg.eigh(root @ spread @ root)
     variance, axes = variance.flip(-1), axes.flip(-1)
     deviation = variance.clamp_min(0).sqrt()
     a = deviation[:, :half]
@@ -184,8 +167,6 @@ def find_transform(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
     even = (a * b).pow(0.25)[:, None]
     rotation = hadamard(half).to(spread)
     basis = torch.cat([(cosine * u + sine * v) * even @ rotation, (cosine * v - sine * u) * even @ rotation], -1)
-    # Every pair multiplies the determinant by 1 / (ab) and, for `even`, by sqrt(ab)
-    logarithm = root.diagonal(dim1=1, dim2=2).log().sum(-1) - (a * b).log().sum(-1) / 2
-    basis = basis / logarithm.div(2 * half).exp()[:, None, None]
+    basis = basis / torch.linalg.slogdet(basis).logabsdet.div(2 * half).exp()[:, None, None]
     feedback = rotation.T @ torch.diag_embed((b - a) / (a * b).sqrt()) @ rotation
     return make_transform(centre, basis, feedback)

@@ -18,7 +18,7 @@ import pytest
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve import doctor, plugin_names, serve, warm_engine
+from fraqtl_serve import doctor, plugin_names, serve
 from fraqtl_serve._vllm import current_platform
 from fraqtl_serve.cli import main
 from fraqtl_vllm import garbage, progress
@@ -42,7 +42,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.delenv(serve.TRACEBACK_SWITCH, raising=False)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # else the command line would choose its quiet log
-    monkeypatch.setenv(warm_engine.OFF, "1")  # or this process would have a fork server from here on
     monkeypatch.setenv(progress.SWITCH, "0")
     monkeypatch.delenv(progress.SWITCH)
     yield
