@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
+from numba import get_num_threads
 from torch import Tensor
 
 from fraqtl_kernels import cpu, reference
@@ -14,6 +19,7 @@ from fraqtl_kernels.cpu import sides
 from fraqtl_kernels.cpu.calibrated import spectrum_of
 from fraqtl_kernels.cpu.encode import TILE
 from fraqtl_kernels.cpu.products import multiply, panels
+from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.refinement import DISTANCE
@@ -128,3 +134,37 @@ def test_tokens_without_a_refinement_have_none(name: str) -> None:
     for finer in (running.key, running.value):
         assert finer is not None
         assert (finer.tokens[has_one] != 0).any(-1).all() and not finer.tokens[~has_one].any()
+
+
+def test_every_part_is_done_once_on_as_many_threads_as_numba_has() -> None:
+    meeting = threading.Barrier(get_num_threads())
+    done: list[tuple[int, int]] = []
+
+    def run(begin: int, end: int) -> None:
+        meeting.wait(10)  # so that all run at once, or none goes on
+        done.append((begin, end))
+
+    share(run, 11)
+    assert len(done) == get_num_threads()
+    assert sorted(n for begin, end in done for n in range(begin, end)) == list(range(11))
+
+
+def test_what_a_part_raises_comes_out() -> None:
+    def run(begin: int, end: int) -> None:
+        if end == 11:
+            raise ValueError("the last")
+
+    with pytest.raises(ValueError, match="the last"):
+        share(run, 11)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_threads_are_there_after_a_fork() -> None:
+    share(lambda begin, end: None, 11)  # the parent has some now
+    child = multiprocessing.get_context("fork").Process(target=share, args=(lambda begin, end: None, 11))
+    child.start()
+    child.join(20)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()

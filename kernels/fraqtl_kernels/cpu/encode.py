@@ -9,7 +9,7 @@ else is in its batch.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from fraqtl_kernels.cpu.calibrated import encode, refine, scale_of
@@ -17,11 +17,11 @@ from fraqtl_kernels.cpu.calibrated import extent as extent_of
 from fraqtl_kernels.cpu.lanes import WIDTH, half_bits, load, load_bfloat16, load_float16, load_float32, store
 from fraqtl_kernels.cpu.plain import encode_plain, refine_plain, rotate
 from fraqtl_kernels.cpu.products import ROWS, multiply
+from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.cpu.sides import Side, join
 
 TILE = 4 * ROWS  # tokens
 PARALLEL_VECTORS = 128  # fewer are done before other threads have woken up
-_AT_ONCE = 4  # tiles that a thread takes
 
 _NEGATIVE = 0x8000  # the sign bit of a scale
 
@@ -145,32 +145,24 @@ def store_tile(head, first, last, arrays, whole, numbers, slots, pool, raw16, pl
 
 @njit(cache=True, nogil=True)
 def store_range(begin, end, tables, finer, bases, whole, numbers, slots, pool, places):
-    """Encode tiles begin .. end - 1 of a batch into its slots, and refinements into those behind them.
+    """Encode tiles begin .. end - 1 of a batch's tokens into its slots, and refinements into those behind them.
 
-    Tiles count from 0 to 2 · heads · ceil(tokens / TILE) - 1: first all of the keys, head by head, so that the matrices
-    of one stay in the cache, then those of the values. tables .. numbers: `sides.join`; a side without scales of its
-    own is left out here. slots: (tokens,) int64, negative: skip. pool: its bytes, (n,) uint8 of an even n, from the
-    first page on. places: block size, bytes from block to block and from head to head, heads, D.
+    Head by head, so that the matrices of one stay in the cache, first the keys. tables .. numbers: `sides.join`; a
+    side without scales of its own is left out here. slots: (tokens,) int64, negative: skip. pool: its bytes, (n,) uint8
+    of an even n, from the first page on. places: block size, bytes from block to block and from head to head, heads, D.
     """
     heads, size = places[3], places[4]
-    tiles = (slots.shape[0] + TILE - 1) // TILE
-    rows = min(TILE, slots.shape[0] + ROWS - 1)  # `multiply` works on whole ROWS
+    first, after = begin * TILE, min(end * TILE, slots.shape[0])
     raw16 = pool.view(np.uint16)
-    spaces = make_spaces(rows, size)
-    for item in range(begin, end):
-        which, head, first = item // (heads * tiles), item // tiles % heads, item % tiles * TILE
+    spaces = make_spaces(min(TILE, after - first + ROWS - 1), size)  # `multiply` works on whole ROWS
+    for item in range(2 * heads):
+        which, head = item // heads, item % heads
         if whole[which, 4] == 0:
             continue
-        last = min(first + TILE, slots.shape[0])
         arrays = tables[which], finer[which], bases[which]
-        store_tile(head, first, last, arrays, whole[which], numbers[which], slots, pool, raw16, places, spaces)
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def _store_parallel(count, tables, finer, bases, whole, numbers, slots, pool, places):
-    for part in prange((count + _AT_ONCE - 1) // _AT_ONCE):
-        end = min((part + 1) * _AT_ONCE, count)
-        store_range(part * _AT_ONCE, end, tables, finer, bases, whole, numbers, slots, pool, places)
+        for token in range(first, after, TILE):
+            last = min(token + TILE, after)
+            store_tile(head, token, last, arrays, whole[which], numbers[which], slots, pool, raw16, places, spaces)
 
 
 def store_batch(pool: Tensor, slots: Tensor, key: Side, value: Side, block_size: int) -> None:
@@ -182,8 +174,8 @@ def store_batch(pool: Tensor, slots: Tensor, key: Side, value: Side, block_size:
     raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
     places = (block_size, pool.stride(0), pool.stride(1), heads, size)
     arguments = *join(key, value), slots.contiguous().numpy(), raw, places
-    count = 2 * heads * (-(-tokens // TILE))
+    tiles = -(-tokens // TILE)
     if 2 * tokens * heads < PARALLEL_VECTORS:
-        store_range(0, count, *arguments)
+        store_range(0, tiles, *arguments)
     else:
-        _store_parallel(count, *arguments)
+        share(lambda begin, end: store_range(begin, end, *arguments), tiles)

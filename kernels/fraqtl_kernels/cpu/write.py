@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.encode import PARALLEL_VECTORS, store_batch
+from fraqtl_kernels.cpu.encode import store_batch
 from fraqtl_kernels.cpu.refinements import Finer, Refinements, find_runs, read_earlier
 from fraqtl_kernels.cpu.sides import Side
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
@@ -91,9 +91,8 @@ def _store_others(
 
 
 def warm_up_write() -> None:
-    """As `warm_up_decode`, for both ways of `store_batch`."""
+    """As `warm_up_decode`."""
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
-    for tokens in (1, PARALLEL_VECTORS):
-        x = torch.zeros(tokens, 1, 64, dtype=torch.float32)
-        write(pool, layout, x, x, torch.full((tokens,), -1))
+    x = torch.zeros(1, 1, 64, dtype=torch.float32)
+    write(pool, layout, x, x, torch.full((1,), -1))
