@@ -7,6 +7,19 @@ don't inherit the switch.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 if os.environ.get("FRAQTL_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test sets for a server that it starts in this process must not reach the engines of later tests."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -216,7 +216,7 @@ def test_the_default_dtype_does_not_matter(format_name: str) -> None:
     batch = make_batch(format_name, lengths=(40, 33), queries=(20, 1))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        cpu.warm_up()
+        cpu.warm_up(FORMATS[format_name], torch.bfloat16)
         plan = cpu.plan_attention([0, 20, 21], [40, 33])
         output = torch.empty_like(batch.query)
         options = {"scale": batch.scale, "constants": batch.constants}
