@@ -1,9 +1,9 @@
 // llama.cpp's prompt and decode speed on a GGUF file, by the prebuilt library inside an npm package:
 //   npm install --ignore-scripts node-llama-cpp@3.22.1
-//   taskset -c 0 node llama_cpp.mjs MODEL.gguf f16 2048 32 1      (cache type, prompt tokens, tokens to generate, threads)
+//   taskset -c 0 node llama_cpp.mjs MODEL.gguf f16 2048 32 1 3   (cache type, prompt and new tokens, threads, rounds)
 import {getLlama} from "node-llama-cpp";
 
-const [, , path, cacheType, promptTokens, newTokens, threads] = process.argv;
+const [, , path, cacheType, promptTokens, newTokens, threads, rounds] = process.argv;
 const [prompt, generated, cores] = [promptTokens, newTokens, threads].map(Number);
 const llama = await getLlama({gpu: false, build: "never", progressLogs: false, logLevel: "error", maxThreads: cores});
 const model = await llama.loadModel({modelPath: path});
@@ -14,10 +14,10 @@ if (cacheType !== "f16") {
 }
 const sequence = (await model.createContext(options)).getSequence();
 
-let state = 1;
+let state = Date.now() % 2147483648;
 const randomToken = () => 300 + (state = (state * 1103515245 + 12345) % 2147483648) % 700;
 const result = {cache: cacheType, prompt_tokens: prompt, threads: cores, prompt_tokens_per_second: [], decode_tokens_per_second: []};
-for (let round = 0; round < 3; round++) {
+for (let round = 0; round < Number(rounds ?? 3); round++) {
   await sequence.clearHistory();
   const tokens = Array.from({length: prompt}, randomToken);
   let start = performance.now();

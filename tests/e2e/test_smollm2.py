@@ -25,7 +25,7 @@ FORCED = {"type": "function", "function": {"name": "get_weather"}}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running("smollm2", "--max-model-len", "2048", log_level=None) as server:
+    with running("smollm2", log_level=None) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
 from fraqtl_kernels.cpu.nearest import add_nearest
-from fraqtl_kernels.cpu.prefill import prefill
+from fraqtl_kernels.cpu.prefill import LastTile, prefill
 from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
 from fraqtl_kernels.cpu.refinements import Refinements
 from fraqtl_kernels.cpu.tiles import Bucket, attend_tiles
@@ -85,8 +85,8 @@ def attend(
     without them requests with more than one query token read nothing refined. Same result as
     `reference.paged_attention`.
     """
-    heads = pool.shape[1]
-    for bucket in plan.buckets:
+    heads, last_tile = pool.shape[1], LastTile()
+    for bucket in reversed(plan.buckets):  # a request's last queries first, which see all of a tile
         q = query[bucket.tokens].to(torch.float32)
         rows, count, query_heads, size = q.shape
         # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
@@ -99,7 +99,7 @@ def attend(
             if soft_cap:
                 out, total = attend_tiles(*batch, window, soft_cap, apart)
             else:
-                out, total = prefill(*batch, window, apart)
+                out, total = prefill(*batch, window, apart, last_tile)
             if refinements is not None:
                 out = add_nearest(out, total, *batch, refinements, window, soft_cap)
         out = restore_output(out, layout.format.v, constants)

@@ -7,6 +7,8 @@ workspace is one tile, whatever the context.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,23 @@ from fraqtl_kernels.refinement import DISTANCE, is_refined
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+class LastTile:
+    """The keys and values made last, which other queries of the same request may see a part of."""
+
+    def __init__(self) -> None:
+        self._place: tuple[int, int] | None = None
+        self._tile = (torch.empty(0, 0, 0), torch.empty(0, 0, 0))
+
+    def read(
+        self, place: tuple[int, int], tokens: int, make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The first `tokens` of the tile at `place`, (request, position): out of `make` if it isn't the last one."""
+        if self._place != place or self._tile[0].shape[2] < tokens:
+            self._place, self._tile = place, make()
+        key, value = self._tile
+        return key[:, :, :tokens], value[:, :, :tokens]
+
+
 def prefill(
     queries: Queries,
     planes: Planes,
@@ -27,8 +46,10 @@ def prefill(
     bucket: Bucket,
     window: int | None,
     apart: bool = False,
+    last_tile: LastTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one request. apart: without the tokens that queries read refined.
+    """Attention of one request. apart: without the tokens that queries read refined. last_tile: of the same layer, best
+    handed from the request's last queries to its first.
 
     Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored, and the logarithms
     (1, KV heads, M, 1) of the softmax sums. The centre of the keys is left out: softmax is blind to it.
@@ -39,6 +60,7 @@ def prefill(
     q = queries.q.view(1, heads * group, count, size)
     out = torch.zeros_like(q)
     total = q.new_full((1, heads * group, count, 1), -torch.inf)
+    tiles = LastTile() if last_tile is None or window is not None else last_tile  # one for a window is spoilt below
     positions = bucket.positions[0]
     for blocks, position in key_tiles(layout, block_table, bucket, window):
         first = int(position[0, 0])
@@ -48,11 +70,15 @@ def prefill(
         bias, blind = _hide(positions, first, used, window, layout.block_size if apart else None)
         if bool(blind.all()):
             continue
-        key = _keys(queries, planes, layout, blocks)[:, :, :used]
-        value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)[:, :, :used]
+
+        def make(blocks: Tensor = blocks) -> tuple[Tensor, Tensor]:
+            key = _keys(queries, planes, layout, blocks)
+            value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)
+            return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+
+        key, value = tiles.read((int(bucket.rows[0]), first), used, make)
         if gone:
             key[:, :, :gone], value[:, :, :gone] = 0, 0
-        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         part, lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
         # A query that sees nothing of this tile: its lse says so, its output is not to be used.
         lse = lse.view(1, -1, count, 1).masked_fill(blind, -torch.inf)
