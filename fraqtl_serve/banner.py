@@ -50,7 +50,8 @@ def request(url: str, name: str, *, chat: bool, key: bool) -> str:
     question = DEMO_QUESTION if name == "fraqtl-demo" else QUESTION
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": "The capital"}
     path = "chat/completions" if chat else "completions"
-    body = json.dumps({"model": name, **asked, **({} if chat else {"max_tokens": 32})})
+    # Greedily, as the small models that answer here are at their best; a base model never ends by itself
+    body = json.dumps({"model": name, **asked, "temperature": 0, **({} if chat else {"max_tokens": 32})})
     header = ' -H "Authorization: Bearer $API_KEY"' if key else ""
     command = f"curl {url}/v1/{path}{header} -H 'Content-Type: application/json'"
     return f"{command} \\\n              -d {shlex.quote(body)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from argparse import Namespace
 
@@ -36,10 +37,12 @@ def test_the_request_is_one_command() -> None:
     command = block().split("ask it")[1]
     words = shlex.split(command)
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
-    assert words[-2:] == [
-        "-d",
-        '{"model": "smollm2", "messages": [{"role": "user", "content": "What is the capital of France?"}]}',
-    ]
+    assert words[-2] == "-d"
+    assert json.loads(words[-1]) == {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+    }
 
 
 def test_a_quote_in_the_question_survives_the_shell() -> None:
