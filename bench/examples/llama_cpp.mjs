@@ -1,7 +1,7 @@
 // llama.cpp's prompt and decode speed on a GGUF file, by the prebuilt library inside an npm package:
 //   npm install --ignore-scripts node-llama-cpp@3.22.1
 //   taskset -c 0 node llama_cpp.mjs MODEL.gguf f16 2048 32 1 3   (cache type, prompt and new tokens, threads, rounds)
-import {getLlama} from "node-llama-cpp";
+import {getLlama, GgmlType} from "node-llama-cpp";
 
 const [, , path, cacheType, promptTokens, newTokens, threads, rounds] = process.argv;
 const [prompt, generated, cores] = [promptTokens, newTokens, threads].map(Number);
@@ -9,8 +9,11 @@ const llama = await getLlama({gpu: false, build: "never", progressLogs: false, l
 const model = await llama.loadModel({modelPath: path});
 const options = {contextSize: prompt + generated + 64, batchSize: 512, threads: cores, flashAttention: true};
 if (cacheType !== "f16") {
-  options.experimentalKvCacheKeyType = cacheType;
-  options.experimentalKvCacheValueType = cacheType;
+  // By number: a name that the library doesn't know, such as one in small letters, it takes for f16 without a word
+  const type = GgmlType[cacheType.toUpperCase()];
+  if (type === undefined) throw new Error(`llama.cpp has no type ${cacheType}`);
+  options.experimentalKvCacheKeyType = type;
+  options.experimentalKvCacheValueType = type;
 }
 const sequence = (await model.createContext(options)).getSequence();
 
