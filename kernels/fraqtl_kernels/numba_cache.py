@@ -2,21 +2,28 @@
 
 Numba takes NUMBA_CACHE_DIR, else the package's own `__pycache__`, else the user's cache folder, and refuses to decorate
 a function where none of them can be written: a read-only installation and no home. Then a temporary folder has to do.
+
+What is there is used again while no source of this package has changed. By itself Numba looks at the file of the
+function only, and would go on with a caller that has an older function of another file compiled into it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numba
+from numba.core import caching
 
 from fraqtl_kernels.errors import ConfigError
 
+PACKAGE = Path(__file__).parent
 logger = logging.getLogger("fraqtl_kernels")
 
 
@@ -38,6 +45,7 @@ class KernelCache:
 @cache
 def kernel_cache() -> KernelCache:
     """The folder, made to work if it must be. Called before a kernel is decorated. Raises ConfigError without any."""
+    _stamp_by_all_sources()
     folder = _numbas_choice()
     if folder is not None:
         return KernelCache(folder, is_temporary=False)
@@ -52,6 +60,18 @@ def kernel_cache() -> KernelCache:
     found = KernelCache(temporary, is_temporary=True)
     logger.warning("%s", found)
     return found
+
+
+def _stamp_by_all_sources() -> None:
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    stamp, numbas = digest.hexdigest(), caching._SourceFileBackedLocatorMixin.get_source_stamp
+
+    def of_package(locator: Any) -> Any:
+        return stamp if PACKAGE in Path(locator._py_file).parents else numbas(locator)
+
+    caching._SourceFileBackedLocatorMixin.get_source_stamp = of_package
 
 
 def _numbas_choice() -> Path | None:

@@ -77,3 +77,24 @@ def test_doctor_calls_it_a_problem(sealed: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "problem: no folder for Numba's compiled kernels can be written, so they are kept in" in done.stderr
     assert "set NUMBA_CACHE_DIR to a folder that stays" in done.stderr
+
+
+CALL = """
+import inspect
+from fraqtl_kernels.cpu.layers import norm
+found = [f for _, f in inspect.getmembers(norm) if hasattr(f, "_cache")]
+assert found
+print({str(f._cache._cache_file._source_stamp) for f in found})
+"""
+
+
+def test_a_change_in_another_file_makes_kernels_compile_again(sealed: Path, tmp_path: Path) -> None:
+    """Callers have their callees' code in them, wherever those stand."""
+    before = ask(sealed, CALL, TMPDIR=str(tmp_path))
+    assert before.returncode == 0, before.stderr
+    assert ask(sealed, CALL, TMPDIR=str(tmp_path)).stdout == before.stdout
+    other = sealed / "fraqtl_kernels" / "cpu" / "layers" / "bits.py"
+    times = other.stat()
+    other.write_text(other.read_text().replace("import", "import  ", 1))
+    os.utime(other, (times.st_atime, times.st_mtime))
+    assert ask(sealed, CALL, TMPDIR=str(tmp_path)).stdout != before.stdout

@@ -1,7 +1,7 @@
 """CPU decode attention, compiled: few queries a request, all of its keys, straight from the pages.
 
 The work is split into runs of blocks of one (request, KV head), so that a single long request keeps
-all cores busy. A run walks its pages once: the codes of a block become floats in a buffer that
+all cores busy. A run walks its pages once: the codes of some blocks become floats in a buffer that
 stays in the first-level cache, all query heads of the KV head use it, and an online softmax
 (Milakov & Gimelshein, arXiv 1805.02867) keeps a maximum, a sum and a weighted value a query.
 `combine` joins the runs of a request: out = Σ e^(max_i - max) · acc_i / Σ e^(max_i - max) · sum_i.
@@ -26,6 +26,7 @@ from fraqtl_kernels.refinement import DISTANCE
 
 RUN_TOKENS = 512  # no run is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
+TILE_FLOATS = 4096  # of codes turned to floats at once: half a first-level cache
 
 # Not "ninf" and "nnan": hidden keys are -inf, and a NaN must come out as one.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -58,11 +59,12 @@ def _load_nibbles(raw, start, count, size, tile):
     """The same of 4-bit codes."""
     width = size // 2
     for n in range(count):
-        codes, lower, upper = raw[start + n * width : start + (n + 1) * width], tile[n, :width], tile[n, width:]
+        codes, row = raw[start + n * width : start + (n + 1) * width], tile[n]
+        lower, upper = row[:width], row[width:]
         for d in range(width):
-            lower[d] = np.float32(codes[d] & 15)
+            lower[d] = np.float32(np.int32(codes[d]) & np.int32(15))
         for d in range(width):
-            upper[d] = np.float32(codes[d] >> 4)
+            upper[d] = np.float32(np.int32(codes[d]) >> np.int32(4))
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -255,32 +257,39 @@ def attend_run(
     block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
     block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance = sizes[5:]
     queries, size = q.shape
-    tile_bits = np.empty((block_size, size), np.int32)
+    gang = max(1, TILE_FLOATS // (block_size * size))
+    tokens = gang * block_size
+    tile_bits = np.empty((tokens, size), np.int32)
     tile = tile_bits.view(np.float32)
-    weights = np.empty(block_size, np.float32)
-    power_bits = np.empty(block_size, np.int32)
+    weights = np.empty(tokens, np.float32)
+    power_bits = np.empty(tokens, np.int32)
     power = power_bits.view(np.float32)
-    k_scales, v_scales = np.ones(block_size, np.float32), np.ones(block_size, np.float32)
-    sinks = np.zeros(block_size, np.float32)
-    scores = np.empty((queries, block_size), np.float32)
+    k_scales, v_scales = np.ones(tokens, np.float32), np.ones(tokens, np.float32)
+    sinks = np.zeros(tokens, np.float32)
+    scores = np.empty((queries, tokens), np.float32)
     scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
     best[:] = -np.inf
     sums[:] = 0
     values[:] = 0
     newest, oldest = positions[-1], positions[0]
-    for block in range(first_block, after):
-        page = np.int64(table[block]) * block_stride + head * head_stride
+    block = first_block
+    while block < after:
+        # Whole blocks together, the newest by itself: it has the refinements, beyond its end
+        blocks = max(1, min(gang, after - block, (newest + 1) // block_size - block))
         base = block * block_size
         begin = max(0, oldest - window + 1 - base) if window > 0 else 0
-        end = min(block_size, newest + 1 - base)
-        reach = min(block_size, end + k_distance)  # refinements included; beyond `end` in the newest block only
-        _load_codes(raw, raw16, half, page, reach, size, k_bits, tile, tile_bits)
+        end = min(blocks * block_size, newest + 1 - base)
+        reach = end if blocks > 1 else min(block_size, end + k_distance)
+        for i in range(blocks):
+            page = np.int64(table[block + i]) * block_stride + head * head_stride
+            part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
+            _load_codes(raw, raw16, half, page, count, size, k_bits, tile[part], tile_bits[part])
+            if k_groups == 1:
+                _load_scales(raw16, page + ks_offset, count, power_bits, power, k_scales[part])
+                signs, sunk = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + count], sinks[part]
+                for n in range(count):
+                    sunk[n] = np.float32(signs[n] >> 15)
         _score(q, tile, begin, reach, size, scores)
-        if k_groups == 1:
-            _load_scales(raw16, page + ks_offset, reach, power_bits, power, k_scales)
-            signs = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + end]
-            for n in range(end):
-                sinks[n] = np.float32(signs[n] >> 15)
         if k_bits < 16:
             for m in range(queries):
                 zero = midpoints[0] * terms[0, m]
@@ -288,12 +297,15 @@ def attend_run(
                 _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
                 for n in range(max(end, k_distance), reach):
                     scores[m, n - k_distance] += (scores[m, n] - zero) * k_scales[n]
-        reach = min(block_size, end + v_distance)
-        _load_codes(raw, raw16, half, page + v_offset, reach, size, v_bits, tile, tile_bits)
-        if v_groups == 1:
-            _load_scales(raw16, page + vs_offset, reach, power_bits, power, v_scales)
-        elif v_groups > 1:
-            _scale_groups(raw16, half, page + vs_offset, reach, size, v_groups, midpoints[1], tile)
+        reach = end if blocks > 1 else min(block_size, end + v_distance)
+        for i in range(blocks):
+            page = np.int64(table[block + i]) * block_stride + head * head_stride
+            part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
+            _load_codes(raw, raw16, half, page + v_offset, count, size, v_bits, tile[part], tile_bits[part])
+            if v_groups == 1:
+                _load_scales(raw16, page + vs_offset, count, power_bits, power, v_scales[part])
+            elif v_groups > 1:
+                _scale_groups(raw16, half, page + vs_offset, count, size, v_groups, midpoints[1], tile[part])
         for m in range(queries):
             position = positions[m % positions.shape[0]]
             last = min(end, position + 1 - base)
@@ -319,6 +331,7 @@ def attend_run(
                 finer = tile[n]
                 for d in range(size):
                     value[d] += weight * finer[d]
+        block += blocks
     for m in range(queries):
         value = values[m]
         for d in range(size if v_groups <= 1 else 0):
