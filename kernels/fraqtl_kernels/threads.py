@@ -7,10 +7,12 @@ and the cores have other work too, most of the time goes by in these waits: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,37 +20,36 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within the context, torch's operations in this thread stay on its core. Other threads are not concerned."""
-    before = torch.get_num_threads()
-    _set_threads(1)
-    try:
-        yield
-    finally:
-        _set_threads(before)
-
-
 def in_parallel(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
     """[function(item) for item in items], every item on a core, as many at once as torch uses threads.
 
-    For work on the CPU. Inference mode is as outside. Raises what `function` raises first.
+    For work on the CPU. Inference mode is as outside. Raises what `function` raises first. Where torch has an OpenMP
+    library of its own that isn't found, items come one after another.
     """
-    workers = min(torch.get_num_threads(), len(items))
+    openmp = _openmp()
+    if openmp is None:
+        return [function(item) for item in items]
     inference = torch.is_inference_mode_enabled()
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's first question to torch sets its number; then it is ours to set
+        openmp.omp_set_num_threads(1)
 
     def call(item: In) -> Out:
         with torch.inference_mode(inference):
             return function(item)
 
-    with one_thread():
-        if workers < 2:
-            return [call(item) for item in items]
-        # Threads that are new take their number from `one_thread` too, but only before their first operation
-        with ThreadPoolExecutor(workers, "fraqtl", _set_threads, (1,)) as pool:
-            return list(pool.map(call, items))
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(items))), "fraqtl", begin) as pool:
+        return list(pool.map(call, items))
 
 
-def _set_threads(count: int) -> None:
-    """torch.set_num_threads, which vLLM replaces in its CPU workers by a function that only warns."""
-    torch._C.set_num_threads(count)
+@cache
+def _openmp() -> Any:
+    """The OpenMP library that torch runs on, or None.
+
+    torch.set_num_threads won't do: it also tells the matrix library, in the whole process and for good, to share
+    products where they are shared already, and torch's attention on two cores takes seven times as long from then on.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    paths = [path for name in ("libgomp", "libomp", "libiomp") for path in sorted(folder.glob(f"{name}*.so*"))]
+    return ctypes.CDLL(str(paths[0])) if paths else None

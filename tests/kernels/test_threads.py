@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fraqtl_kernels.threads import in_parallel, one_thread
+from fraqtl_kernels import threads as threads_module
+from fraqtl_kernels.threads import in_parallel
 
 
 @pytest.fixture(params=[1, 3])
@@ -52,8 +55,23 @@ def test_an_error_comes_out_and_the_threads_are_given_back(threads: int) -> None
     assert torch.get_num_threads() == threads
 
 
-def test_one_thread_where_vllm_has_replaced_torchs_function(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    with one_thread():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == threads
+WITHOUT_IT = """
+import torch
+from fraqtl_kernels.threads import in_parallel
+
+torch._C.set_num_threads = torch.set_num_threads = None  # not to be called
+found = in_parallel(lambda n: torch.ones(64, 64) @ torch.ones(64, 64) * n, range(4))
+assert [float(x[0, 0]) for x in found] == [0, 64, 128, 192]
+"""
+
+
+def test_torchs_number_is_never_set() -> None:
+    """That would slow the attention of the whole process down for good."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_torchs_library_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_module, "_openmp", lambda: None)
+    found = in_parallel(lambda item: (item, threading.get_ident()), range(3))
+    assert found == [(item, threading.get_ident()) for item in range(3)]
