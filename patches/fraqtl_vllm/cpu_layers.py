@@ -48,6 +48,8 @@ def replace_layers(model: nn.Module) -> None:
 
 def _linear(layer: Any) -> Callable[..., Tensor] | None:
     weight: Tensor = layer.weight
+    if weight.is_meta:  # the head of a model that only pools
+        return None
     if weight.dim() != 2 or weight.dtype not in HALVES or not weight.is_contiguous() or not weight.numel():
         return None
     wide = WideLinear(weight)
