@@ -6,14 +6,14 @@ import time
 
 import httpx
 
+from fraqtl_serve.banner import DEMO_QUESTION
 from tests.e2e.server import Server, running
 
 QUESTION = {
     "model": "fraqtl-demo",
-    "messages": [
-        {"role": "user", "content": "The code for apple is 4821. The code for tiger is 1357.\nThe code for apple?"}
-    ],
+    "messages": [{"role": "user", "content": DEMO_QUESTION}],
     "temperature": 0,
+    "max_tokens": 40,
 }
 
 
