@@ -1,13 +1,16 @@
-"""What users see of a start."""
+"""What users see of a start, and what is left of a server that is killed."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import httpx
+import pytest
 
 from fraqtl_serve.banner import DEMO_QUESTION
-from tests.e2e.server import Server, running
+from tests.e2e.server import Server, group_members, remove_log, running, start, stop, wait_until_ready
 
 QUESTION = {
     "model": "fraqtl-demo",
@@ -50,3 +53,25 @@ def test_a_few_lines_and_what_is_served() -> None:
 def test_vllms_own_level_brings_its_log_back() -> None:
     with running(environment={"VLLM_LOGGING_LEVEL": "INFO"}) as server:
         assert "Available routes are:" in server.log and "Enforce eager set" in server.log
+
+
+LINGERS = pytest.mark.xfail(strict=True, reason="vLLM's engine doesn't notice that its API server was killed")
+
+
+@pytest.mark.parametrize("serves", [False, pytest.param(True, marks=LINGERS)], ids=["it starts", "it serves"])
+def test_a_server_that_is_killed_leaves_no_process(serves: bool) -> None:
+    server = start(log_level=None)
+    try:
+        if serves:
+            wait_until_ready(server)
+        else:
+            time.sleep(2)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+        end = time.monotonic() + 60
+        while group_members(server) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert group_members(server) == []
+    finally:
+        stop(server)
+        remove_log(server)

@@ -181,15 +181,12 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
         if vector.is_raw:
             assert torch.equal(a, b)
             continue
-        alike = torch.ones(a.shape[:-1], dtype=torch.bool)
+        # The reference rotates in float64. A value on the edge of two codes may fall to the other side, no more.
+        steps = (reference.unpack(a, vector).int() - reference.unpack(b, vector).int()).abs()
+        assert steps.max() <= 1 and steps.float().mean() < 5e-3  # bf16 numbers often lie on an edge
         if a_scale is not None:
             a_scale, b_scale = (x.transpose(1, 2).flatten(0, 1)[used].float() for x in (a_scale, b_scale))
-            alike = torch.isclose(a_scale, b_scale, rtol=2**-10, atol=0).view(*alike.shape, -1).all(-1)
-            # A rest on the edge of FEEDBACK_GRID may make another of the eight scales the best; one vector in thousands
-            assert (~alike).sum() <= (1 if vector.centred and calibrated else 0)
-        # The reference rotates in float64. A value on the edge of two codes may fall to the other side, no more.
-        steps = (reference.unpack(a, vector).int() - reference.unpack(b, vector).int()).abs()[alike]
-        assert steps.max() <= 1 and steps.float().mean() < 5e-3  # bf16 numbers often lie on an edge
+            assert torch.allclose(a_scale, b_scale, rtol=2**-10, atol=0)
     rows = layout.planes(ours).k.view(torch.uint8).transpose(1, 2).flatten(0, 1)
     untouched = torch.ones(len(rows), dtype=torch.bool)
     untouched[torch.cat([used, behind]) if layout.format.k.refined else used] = False
