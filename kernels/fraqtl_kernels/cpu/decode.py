@@ -9,7 +9,6 @@ stays in the first-level cache, all query heads of the KV head use it, and an on
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numba import get_num_threads, njit, prange
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY
+from fraqtl_kernels.cpu.codes import FAST, half_table, load_codes, load_scales, scale_groups
 from fraqtl_kernels.cpu.queries import Queries, prepare_queries
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
@@ -28,97 +28,11 @@ RUN_TOKENS = 512  # no run is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
 TILE_FLOATS = 4096  # of codes turned to floats at once: half a first-level cache
 
-# Not "ninf" and "nnan": hidden keys are -inf, and a NaN must come out as one.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
 _LOG2_E = np.float32(1.4426950408889634)
 _LN_2 = np.float32(0.6931471805599453)
 
 
-@cache
-def half_table() -> Any:
-    """The float32 value of every fp16 bit pattern: 256 KiB, one look-up a scale."""
-    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
-
-
-# One function a width: in one with branches, Numba keeps counting references to every slice, which costs more than the
-# loops. Rows are sliced before their loop, because an index that might be negative keeps it from vectorising.
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_pairs(raw, start, count, size, tile):
-    """`count` rows of 2-bit codes from byte `start` of the pool, as floats."""
-    width = size // 4
-    for n in range(count):
-        codes, target = raw[start + n * width : start + (n + 1) * width], tile[n]
-        for part in range(4):
-            quarter = target[part * width : (part + 1) * width]
-            for d in range(width):
-                quarter[d] = np.float32((codes[d] >> (2 * part)) & 3)
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_nibbles(raw, start, count, size, tile):
-    """The same of 4-bit codes."""
-    width = size // 2
-    for n in range(count):
-        codes, row = raw[start + n * width : start + (n + 1) * width], tile[n]
-        lower, upper = row[:width], row[width:]
-        for d in range(width):
-            lower[d] = np.float32(np.int32(codes[d]) & np.int32(15))
-        for d in range(width):
-            upper[d] = np.float32(np.int32(codes[d]) >> np.int32(4))
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_bytes(raw, start, count, size, tile):
-    """The same of 8-bit codes."""
-    codes, target = raw[start : start + count * size], tile.reshape(-1)
-    for i in range(count * size):
-        target[i] = np.float32(codes[i])
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_bfloat16(raw16, start, count, size, tile_bits):
-    """`count` rows of bfloat16 from byte `start` of the pool, as the bits of floats."""
-    words, target = raw16[start // 2 : start // 2 + count * size], tile_bits.reshape(-1)
-    for i in range(count * size):
-        target[i] = np.int32(words[i]) << 16
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_float16(raw16, half, start, count, size, tile):
-    """`count` rows of float16 from byte `start` of the pool, as floats."""
-    words, target = raw16[start // 2 : start // 2 + count * size], tile.reshape(-1)
-    for i in range(count * size):
-        target[i] = half[words[i]]
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
-    """`count` rows of what is stored from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
-    if bits == 4:
-        _load_nibbles(raw, start, count, size, tile)
-    elif bits == 2:
-        _load_pairs(raw, start, count, size, tile)
-    elif bits == 8:
-        _load_bytes(raw, start, count, size, tile)
-    elif bits == 16:
-        _load_bfloat16(raw16, start, count, size, tile_bits)
-    else:
-        _load_float16(raw16, half, start, count, size, tile)
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
-    """Codes become numbers where a row has several scales: from byte `start` of the pool, `groups` a row."""
-    width = size // groups
-    for n in range(count):
-        for group in range(groups):
-            part = tile[n][group * width : (group + 1) * width]
-            scale = half[raw16[start // 2 + n * groups + group]]
-            for d in range(width):
-                part[d] = (part[d] - midpoint) * scale
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _exp(x, power, power_bits, count):
     """x[:count] = e^x for x <= 0, to a few units in the last place; vectorises, which libm's does not.
 
@@ -138,20 +52,7 @@ def _exp(x, power, power_bits, count):
         x[i] = e * power[i] if x[i] > np.float32(-87.0) else (x[i] if x[i] != x[i] else np.float32(0))
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
-def _load_scales(raw16, start, count, words, floats, scales):
-    """`count` fp16 scales from byte `start` of the pool as floats, their signs left out. floats: words' bits as floats.
-
-    Exponent and mantissa in their places of a float32, times 2^112 for the difference of the exponents' biases.
-    """
-    halves = raw16[start // 2 : start // 2 + count]
-    for n in range(count):
-        words[n] = np.int32(halves[n] & 0x7FFF) << 13
-    for n in range(count):
-        scales[n] = floats[n] * np.float32(2.0**112) if floats[n] < np.float32(2.0**-96) else np.float32(np.nan)
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _score_two(first, second, tile, begin, end, size, first_scores, second_scores):
     """scores[n] = query · tile[n] of two queries, for tokens begin .. end - 1."""
     for n in range(begin, end):
@@ -163,7 +64,7 @@ def _score_two(first, second, tile, begin, end, size, first_scores, second_score
         first_scores[n], second_scores[n] = a, b
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _score(queries, tile, begin, end, size, scores):
     """scores[m, n] = queries[m] · tile[n] for tokens begin .. end - 1."""
     last = queries.shape[0] - 1
@@ -172,20 +73,20 @@ def _score(queries, tile, begin, end, size, scores):
         _score_two(queries[m], queries[other], tile, begin, end, size, scores[m], scores[other])
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _scale_scores(row, count, zero, offset, sink, scales, sinks):
     """Products with codes become scores, for tokens 0 .. count - 1."""
     for n in range(count):
         row[n] = (row[n] - zero) * scales[n] + (offset + sinks[n] * sink)
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _cap(row, first, last, soft_cap):
     for n in range(first, last):
         row[n] = soft_cap * np.tanh(row[n] / soft_cap)
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _highest(row, first, last, top):
     """The largest of `top` and row[first:last]; NaN if one is."""
     broken = np.float32(0)
@@ -195,7 +96,7 @@ def _highest(row, first, last, top):
     return top if broken == broken else broken
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _weigh(row, first, last, top, scales, weights, power, power_bits):
     """weights[i] = e^(row[first + i] - top) · scales[first + i]; returns their sums without and with the scales."""
     count, scores, of_values = last - first, row[first:last], scales[first:last]
@@ -210,7 +111,7 @@ def _weigh(row, first, last, top, scales, weights, power, power_bits):
     return added, added_scaled
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _add_values(weights, tile, first, last, size, value):
     """value += Σ weights[n - first] · tile[n] for tokens first .. last - 1, four at a time."""
     fours = first + (last - first) // 4 * 4
@@ -226,7 +127,7 @@ def _add_values(weights, tile, first, last, size, value):
             value[d] += weight * row[d]
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def attend_run(
     q,
     terms,
@@ -283,9 +184,9 @@ def attend_run(
         for i in range(blocks):
             page = np.int64(table[block + i]) * block_stride + head * head_stride
             part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
-            _load_codes(raw, raw16, half, page, count, size, k_bits, tile[part], tile_bits[part])
+            load_codes(raw, raw16, half, page, count, size, k_bits, tile[part], tile_bits[part])
             if k_groups == 1:
-                _load_scales(raw16, page + ks_offset, count, power_bits, power, k_scales[part])
+                load_scales(raw16, page + ks_offset, count, power_bits, power, k_scales[part])
                 signs, sunk = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + count], sinks[part]
                 for n in range(count):
                     sunk[n] = np.float32(signs[n] >> 15)
@@ -301,11 +202,11 @@ def attend_run(
         for i in range(blocks):
             page = np.int64(table[block + i]) * block_stride + head * head_stride
             part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
-            _load_codes(raw, raw16, half, page + v_offset, count, size, v_bits, tile[part], tile_bits[part])
+            load_codes(raw, raw16, half, page + v_offset, count, size, v_bits, tile[part], tile_bits[part])
             if v_groups == 1:
-                _load_scales(raw16, page + vs_offset, count, power_bits, power, v_scales[part])
+                load_scales(raw16, page + vs_offset, count, power_bits, power, v_scales[part])
             elif v_groups > 1:
-                _scale_groups(raw16, half, page + vs_offset, count, size, v_groups, midpoints[1], tile[part])
+                scale_groups(raw16, half, page + vs_offset, count, size, v_groups, midpoints[1], tile[part])
         for m in range(queries):
             position = positions[m % positions.shape[0]]
             last = min(end, position + 1 - base)
@@ -338,7 +239,7 @@ def attend_run(
             value[d] -= midpoints[1] * scaled_sums[m]
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _decode(
     q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
 ):

@@ -10,6 +10,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from fraqtl_kernels.cpu.codes import FAST
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.refinements import BEFORE, Finer, Refinements
 from fraqtl_kernels.cpu.tiles import Bucket
@@ -18,10 +19,8 @@ from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.reference import dequantise, unpack
 from fraqtl_kernels.refinement import DISTANCE
 
-_FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "ninf" and "nnan", as in `decode.py`
 
-
-@njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+@njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
 def _add_nearest(q, base, keys, values, first, block_size, distance, window, soft_cap, out, total):
     """See `add_nearest`. q, out: (heads, group, count, D). base, total: (heads, group, count).
 

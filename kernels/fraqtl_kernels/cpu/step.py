@@ -11,10 +11,8 @@ than on its arithmetic. Tensors come as addresses, which cost nothing to hand ov
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,16 +22,16 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, half_table, page_sizes, pool_bytes, split_runs
+from fraqtl_kernels.cpu.codes import FAST, half_table
+from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, page_sizes, pool_bytes, split_runs
 from fraqtl_kernels.cpu.encode import make_spaces, store_tile
 from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
 from fraqtl_kernels.cpu.products import ROWS
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
+from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.cpu.sides import Side, join
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
-
-_FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "ninf" and "nnan", as in `decode.py`
 
 
 @intrinsic
@@ -46,13 +44,13 @@ def _pointer(_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), cast
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _row(address, start, size, like):
     """Numbers start .. start + size - 1 behind an address, in the dtype of `like`."""
     return carray(_pointer(address + start * like.itemsize), (size,), like.dtype)
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _store(side, address, stride, like, row, head, size, slots, raw, raw16, store, spaces):
     """The key (side 0) or value (side 1) of one token and head, into its slot."""
     tables, finer, bases, whole, numbers, places, raw_at = store
@@ -71,7 +69,7 @@ def _store(side, address, stride, like, row, head, size, slots, raw, raw16, stor
         target[d] = source[d]
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _prepare_query(query, matrix, offset, sink, scale, target, terms):
     """target <- scale · q times the matrix, terms <- sum(target), scale · q·offset, scale · q·sink."""
     size = target.shape[0]
@@ -93,7 +91,7 @@ def _prepare_query(query, matrix, offset, sink, scale, target, terms):
     terms[0], terms[1], terms[2] = total, a, b
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms):
     """Step 1 of items begin .. end - 1."""
     matrix, offset, sink, scale = reading
@@ -112,7 +110,7 @@ def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16
             )
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+@njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
 def _join(runs, head, m, best, sums, values, weights):
     """Of one query, the sum of what its runs found goes to its first run; see the docstring of `decode.py`."""
     first, after = runs
@@ -135,7 +133,7 @@ def _join(runs, head, m, best, sums, values, weights):
                 target[d] += share * other[d]
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _finish(begin, end, rows, address, stride, like, starts, best, sums, values, restoring):
     """Step 3 of items begin .. end - 1."""
     matrix, centre = restoring
@@ -161,7 +159,7 @@ def _finish(begin, end, rows, address, stride, like, starts, best, sums, values,
                     out[d] = from_float(found[d], out[d])
 
 
-@njit(fastmath=_FAST, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _run(
     number,
     begin,
@@ -236,33 +234,16 @@ def _run(
 
 
 def _run_all(tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
-    """All steps, on as many threads as Numba has where that pays.
-
-    Python's own threads: `_run` lets go of the lock, and a parallel version of it would take Numba longer to compile
-    than all other kernels together.
-    """
+    """All steps, on as many threads as Numba has where that pays."""
     threads, items, work = get_num_threads(), tokens * heads, runs * heads
     if threads == 1 or work < 2:
         _run(0, 0, items, *arguments)
     elif items >= threads:
-        _share(threads, 0, items, arguments)
+        share(lambda begin, end: _run(0, begin, end, *arguments), items)
     else:
         _run(1, 0, items, *arguments)
-        _share(threads, 2, work, arguments)
+        share(lambda begin, end: _run(2, begin, end, *arguments), work)
         _run(3, 0, items, *arguments)
-
-
-def _share(threads: int, number: int, parts: int, arguments: tuple[Any, ...]) -> None:
-    edges = [parts * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(_run, number, begin, end, *arguments) for begin, end in pairwise(edges[1:])]
-    _run(number, 0, edges[1], *arguments)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="decode-step")
 
 
 @dataclass
