@@ -26,14 +26,14 @@ def in_parallel(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]
     For work on the CPU. Inference mode is as outside. Raises what `function` raises first. Where torch has an OpenMP
     library of its own that isn't found, items come one after another.
     """
-    openmp = _openmp()
-    if openmp is None:
+    library = openmp()
+    if library is None:
         return [function(item) for item in items]
     inference = torch.is_inference_mode_enabled()
 
     def begin() -> None:
         torch.get_num_threads()  # a thread's first question to torch sets its number; then it is ours to set
-        openmp.omp_set_num_threads(1)
+        library.omp_set_num_threads(1)
 
     def call(item: In) -> Out:
         with torch.inference_mode(inference):
@@ -44,7 +44,7 @@ def in_parallel(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]
 
 
 @cache
-def _openmp() -> Any:
+def openmp() -> Any:
     """The OpenMP library that torch runs on, or None.
 
     torch.set_num_threads won't do: it also tells the matrix library, in the whole process and for good, to share

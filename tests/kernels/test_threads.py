@@ -72,6 +72,6 @@ def test_torchs_number_is_never_set() -> None:
 
 
 def test_without_torchs_library_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads_module, "_openmp", lambda: None)
+    monkeypatch.setattr(threads_module, "openmp", lambda: None)
     found = in_parallel(lambda item: (item, threading.get_ident()), range(3))
     assert found == [(item, threading.get_ident()) for item in range(3)]
