@@ -159,7 +159,7 @@ def test_what_a_part_raises_comes_out() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_threads_are_there_after_a_fork() -> None:
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent() -> None:
     share(lambda begin, end: None, 11)  # the parent has some now
     child = multiprocessing.get_context("fork").Process(target=share, args=(lambda begin, end: None, 11))
     child.start()

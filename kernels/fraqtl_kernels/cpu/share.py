@@ -9,6 +9,7 @@ step of 16 tokens then took four times as long as alone.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -17,13 +18,16 @@ from numba import get_num_threads
 from fraqtl_kernels.threads import openmp
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_team_of: int | None = None  # the process whose threads they are; a forked child waits for them for ever
 
 
 def share(run: Callable[[int, int], None], parts: int) -> None:
     """run(begin, end) over parts 0 .. parts - 1, in as many even pieces as Numba has threads.
 
-    Raises what one of them raises. Where torch's OpenMP library isn't found, the pieces come one after another.
+    Raises what one of them raises. Where torch's OpenMP library isn't found, and in a child that was forked after its
+    parent had threads, the pieces come one after another.
     """
+    global _team_of
     threads = max(1, min(get_num_threads(), parts))
     pieces = iter(list(pairwise(parts * i // threads for i in range(threads + 1))))
     failed: list[BaseException] = []
@@ -37,9 +41,10 @@ def share(run: Callable[[int, int], None], parts: int) -> None:
             failed.append(error)
 
     library = openmp()
-    if library is None or threads == 1:
+    if library is None or threads == 1 or _team_of not in (None, os.getpid()):
         take(None)
     else:
+        _team_of = os.getpid()
         library.GOMP_parallel(_Region(take), None, threads, 0)
     if failed:
         raise failed[0]

@@ -34,17 +34,21 @@ def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
     assert decode_error(Case(format=name, dtype=dtype)) <= TOLERANCE[dtype]
 
 
+EVERY_OFFSET = (1, 2, 3, 4, 16, 17, *range(21, 35))  # in blocks of 16, the first, the second or the third
+
+
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_refined])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_the_newest_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype) -> None:
     """Also where windows cut through them, and where they alone are a program's share."""
-    for window, soft_cap, splits in ((None, None, 3), (None, 5.0, 1), (1, None, 2), (3, None, 2), (5, None, 1)):
+    every = ((None, None, 3), (None, 5.0, 1), (1, None, 2), (3, None, 2), (5, None, 1))
+    for window, soft_cap, splits in every if dtype == torch.bfloat16 else every[::3]:
         case = Case(
             format=name,
             dtype=dtype,
             block_size=block_size,
-            lengths=tuple(range(1, 36)) if block_size == 16 else (1, 3, 4, 33, 60, 61, 62, 63, 64, 65, 129),
-            queries=(1,) * (35 if block_size == 16 else 11),
+            lengths=EVERY_OFFSET if block_size == 16 else (1, 3, 4, 33, 60, 61, 62, 63, 64, 65, 129),
+            queries=(1,) * (len(EVERY_OFFSET) if block_size == 16 else 11),
             window=window,
             soft_cap=soft_cap,
             splits=splits,
