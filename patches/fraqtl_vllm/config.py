@@ -41,6 +41,10 @@ class FraqtlConfig(BaseModel):
     """Whether the pool may grow beyond the size it was given until one sequence of the longest context fits, to half of
     the free memory at most. `fraqtl-serve serve` says so on a CPU where the user gave no size."""
 
+    cpu_weight_copies: bool | None = None
+    """Whether linear layers keep their weights a second time in the order that oneDNN multiplies them in, on processors
+    with 16-bit matrix units. By default they do where all copies fit into a quarter of the free memory."""
+
     @field_validator("kv_format")
     @classmethod
     def _known_format(cls, name: str) -> str:

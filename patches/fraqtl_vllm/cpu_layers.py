@@ -7,9 +7,11 @@ weights on a CPU; the others through `_forward_method`, which `CustomOp.forward`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,15 @@ from fraqtl_kernels.cpu.layers.bits import DTYPES
 from fraqtl_kernels.cpu.layers.gate import GELU_TANH, SILU, gate
 from fraqtl_kernels.cpu.layers.linear import WideLinear
 from fraqtl_kernels.cpu.layers.norm import RMSNorm
+from fraqtl_kernels.cpu.layers.packed import PackedLinear
 from fraqtl_kernels.cpu.layers.rotary import RotaryEmbedding
 from fraqtl_vllm import _vllm
 
 HALVES = (torch.bfloat16, torch.float16)
 FEW_ROWS_WITH_UNIT = 2  # so few are a matter of memory and not of arithmetic, matrix unit or not
+SHARE_FOR_COPIES = 1 / 4  # of the free memory, what second copies of weights may take
+
+logger = logging.getLogger("fraqtl_vllm")
 
 
 def has_matrix_unit(dtype: torch.dtype) -> bool:
@@ -35,31 +41,56 @@ def has_matrix_unit(dtype: torch.dtype) -> bool:
     return torch.cpu._is_amx_fp16_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def replace_layers(model: nn.Module) -> None:
-    """Exchange what can be exchanged in a model whose weights are loaded."""
+def replace_layers(model: nn.Module, *, copies: bool | None = None) -> None:
+    """Exchange what can be exchanged in a model whose weights are loaded.
+
+    copies: whether weights are kept a second time where that is faster; by default where they fit.
+    """
+    if copies is None:
+        copies = _copies_fit(model)
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "cpu_linear"):
-            if (linear := _linear(layer)) is not None:
+            if (linear := _linear(layer, copies=copies)) is not None:
                 layer.cpu_linear = linear
         elif isinstance(layer, _vllm.CustomOp) and (forward := _forward(layer)) is not None:
             layer._forward_method = forward
 
 
-def _linear(layer: Any) -> Callable[..., Tensor] | None:
-    weight: Tensor = layer.weight
+def _copies_fit(model: nn.Module) -> bool:
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "cpu_linear")]
+    copied = (x.weight for x in layers if _is_known(x.weight) and _gains_by_copy(x.weight.dtype))
+    needed = sum(weight.nbytes for weight in copied)
+    fit = needed <= SHARE_FOR_COPIES * psutil.virtual_memory().available
+    if needed and fit:
+        logger.info("Linear layers keep a second copy of their weights, %.0f MiB, for oneDNN", needed / 2**20)
+    return fit
+
+
+def _is_known(weight: Tensor) -> bool:
     if weight.is_meta:  # the head of a model that only pools
-        return None
-    if weight.dim() != 2 or weight.dtype not in HALVES or not weight.is_contiguous() or not weight.numel():
+        return False
+    return weight.dim() == 2 and weight.dtype in HALVES and weight.is_contiguous() and weight.numel() > 0
+
+
+def _gains_by_copy(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and has_matrix_unit(dtype)
+
+
+def _linear(layer: Any, *, copies: bool) -> Callable[..., Tensor] | None:
+    weight: Tensor = layer.weight
+    if not _is_known(weight):
         return None
     wide = WideLinear(weight)
     if not has_matrix_unit(weight.dtype):
         return lambda x, _weight, bias: wide(x, bias)
     plain = weight.detach()  # a parameter of vLLM's goes through `__torch_function__` first
+    packed = PackedLinear(weight) if copies and _gains_by_copy(weight.dtype) else None
 
     def linear(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
-        few = x.numel() <= FEW_ROWS_WITH_UNIT * x.shape[-1]
-        return wide(x, bias) if few else nn.functional.linear(x, plain, bias)
+        if x.numel() <= FEW_ROWS_WITH_UNIT * x.shape[-1]:
+            return wide(x, bias)
+        return nn.functional.linear(x, plain, bias) if packed is None else packed(x, bias)
 
     return linear
 

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.config import read_config
 from fraqtl_vllm.cpu_layers import replace_layers
 from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
 
@@ -34,7 +35,8 @@ class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_model(*args, **kwargs)
         if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
-            replace_layers(self.model_runner.get_model())
+            copies = read_config(self.vllm_config.additional_config).cpu_weight_copies
+            replace_layers(self.model_runner.get_model(), copies=copies)
         return loaded
 
     def init_device(self) -> None:
