@@ -3,7 +3,7 @@
     taskset -c 0 python bench/examples/where_a_step_goes.py MODEL --kv-formats bf16 k4v4 --batch 1 --context 2048
 
 One process per format, vLLM's engine in it, hooks before and after every layer. Random prompts, greedy answers.
-On more than one core give it the OpenMP library of torch, as vLLM does for its engine: LD_PRELOAD=.../torch/lib/libgomp.so.1
+On more than one core preload torch's OpenMP library, as vLLM does for its engine: LD_PRELOAD=.../torch/lib/libgomp.so.1
 """
 
 from __future__ import annotations
