@@ -19,6 +19,7 @@ def register() -> None:
     """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate, and tell of their KV pool."""
     _register_backend_name()
     from fraqtl_vllm.calibration.hook import install as install_calibration
+    from fraqtl_vllm.orphans import end_with_parent
     from fraqtl_vllm.pool import install as install_pool
     from fraqtl_vllm.reasons import install as install_reasons
     from fraqtl_vllm.stock_cpu import install as install_refusal
@@ -27,6 +28,7 @@ def register() -> None:
     install_calibration()
     install_pool()
     install_refusal()
+    end_with_parent()
 
 
 def _register_backend_name() -> None:

@@ -55,10 +55,7 @@ def test_vllms_own_level_brings_its_log_back() -> None:
         assert "Available routes are:" in server.log and "Enforce eager set" in server.log
 
 
-LINGERS = pytest.mark.xfail(strict=True, reason="vLLM's engine doesn't notice that its API server was killed")
-
-
-@pytest.mark.parametrize("serves", [False, pytest.param(True, marks=LINGERS)], ids=["it starts", "it serves"])
+@pytest.mark.parametrize("serves", [False, True], ids=["it starts", "it serves"])
 def test_a_server_that_is_killed_leaves_no_process(serves: bool) -> None:
     server = start(log_level=None)
     try:
