@@ -110,7 +110,11 @@ def main() -> None:
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(name, {kind: round(value, 2) for kind, value in found[name][-1].items()}, flush=True)
     if args.out:
-        results.save(args.out, {"batch": args.batch, "context": args.context, "steps": args.steps, "ms": found})
+        made_by = " ".join(["python bench/examples/where_a_step_goes.py", *sys.argv[1:]])
+        results.save(
+            args.out,
+            {"command": made_by, "batch": args.batch, "context": args.context, "steps": args.steps, "ms": found},
+        )
 
 
 if __name__ == "__main__":

@@ -143,7 +143,9 @@ def main() -> None:
     for dtype, kv_format in ARMS:
         arms.append(arm(args.model, dtype, kv_format))
         print(json.dumps(arms[-1]), flush=True)
-        results.save(args.out, {"arms": arms})
+        results.save(
+            args.out, {"command": " ".join(["python bench/examples/why_texts_differ.py", *sys.argv[1:]]), "arms": arms}
+        )
 
 
 if __name__ == "__main__":
