@@ -34,10 +34,22 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
 class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_model(*args, **kwargs)
+        self._replace_layers()
+        return loaded
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._replace_layers()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._replace_layers()
+
+    def _replace_layers(self) -> None:
+        """After every change of weights, of which layers of ours may have copies."""
         if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
             copies = read_config(self.vllm_config.additional_config).cpu_weight_copies
             replace_layers(self.model_runner.get_model(), copies=copies)
-        return loaded
 
     def init_device(self) -> None:
         super().init_device()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fraqtl_vllm.cpu_worker import generators_put_aside
+from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.cpu_worker import FraqtlCpuWorker, generators_put_aside
 
 
 def runner_with(generators: dict[int, Any], unfinished: list[bool]) -> Any:
@@ -39,3 +40,20 @@ def test_generators_of_the_cpu_still_cannot_be_turned_back() -> None:
     """If they can one day, this worker has nothing left to do."""
     with pytest.raises(RuntimeError, match="does not use offset"):
         torch.Generator().get_offset()
+
+
+@pytest.mark.parametrize("change", ["reload_weights", "finish_weight_update"])
+def test_new_weights_reach_layers_that_keep_a_copy(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    layer.cpu_linear = None
+    worker = FraqtlCpuWorker.__new__(FraqtlCpuWorker)
+    worker.vllm_config = SimpleNamespace(additional_config={"fraqtl": {"cpu_weight_copies": True}})
+    worker.model_runner = SimpleNamespace(get_model=lambda: layer)
+    monkeypatch.setattr(CPUWorker, "load_model", lambda _: None)
+    monkeypatch.setattr(CPUWorker, change, lambda _: layer.weight.data.copy_(torch.randn(96, 64)))
+    worker.load_model()
+    getattr(worker, change)()
+    x = torch.randn(5, 64).bfloat16()
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(x, layer.weight)
+        torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), expected, rtol=1e-2, atol=1e-2)
