@@ -1,7 +1,7 @@
 """Before anything imports torch or Triton, which read these when they load.
 
 Triton's interpreter runs the GPU kernels here. Threads of torch that have nothing to do sleep instead of spinning on
-cores where other tests and their servers run: with two workers on two cores that is six times as fast.
+cores where other tests and their servers run.
 
 FRAQTL_TEST_DEVICE=cuda runs the same tests, compiled, on a GPU. Servers and engines that tests start
 don't inherit the switch.

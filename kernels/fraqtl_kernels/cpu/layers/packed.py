@@ -1,6 +1,6 @@
 """Linear layers whose weights lie as oneDNN multiplies them, for processors with 16-bit matrix units.
 
-torch puts the weights into that order anew at every call, which takes most of the time of a step of a few tokens.
+torch puts the weights into that order anew at every call, however few the rows are.
 """
 
 from __future__ import annotations
