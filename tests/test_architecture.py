@@ -98,6 +98,43 @@ def test_vllm_stands_in_one_module_of_a_package(package: str) -> None:
     assert wrong == []
 
 
+ORACLE = "fraqtl_kernels.reference"
+
+
+def names(source: str) -> Iterator[str]:
+    """Every module or name that is imported, written out."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import fraqtl_kernels.reference",
+        "from fraqtl_kernels import reference",
+        "from fraqtl_kernels.reference import pack",
+    ],
+)
+def test_an_import_of_the_oracle_is_seen(source: str) -> None:
+    assert any(name.startswith(ORACLE) for name in names(source))
+
+
+@pytest.mark.parametrize("package", ["fraqtl_kernels", "fraqtl_vllm", "fraqtl_serve"])
+def test_only_tests_and_benchmarks_use_the_oracle(package: str) -> None:
+    found = [f for f in files(package) for name in names(f.read_text(encoding="utf-8")) if name.startswith(ORACLE)]
+    assert found == []
+
+
+def test_the_oracle_uses_nothing_that_it_checks() -> None:
+    """Of this project it takes what formats, pages and constants mean, and no codec and no kernel."""
+    source = (SOURCES["fraqtl_kernels"] / "reference.py").read_text(encoding="utf-8")
+    ours = {module.removeprefix("fraqtl_kernels.") for module in imports(source) if module.startswith("fraqtl_kernels")}
+    assert ours <= {"constants", "errors", "formats", "pages", "refinement", "rotation"}
+
+
 def test_no_source_names_a_package_registry() -> None:
     """Where packages come from is the machine's own setting."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()

@@ -27,6 +27,10 @@ from fraqtl_kernels.errors import UnsupportedError, one_of
 HEAD_SIZES = (64, 80, 96, 128, 256)
 SCALE_DTYPE = torch.float16
 SCALE_BYTES = 2
+LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
+SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which is best is mostly a matter of luck
+FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
+FEEDBACK_LIMIT = 2.0
 
 
 @dataclass(frozen=True)

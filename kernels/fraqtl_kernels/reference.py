@@ -1,4 +1,7 @@
-"""The plain-torch meaning of every format and kernel. Slow, obvious, and what tests compare with."""
+"""The plain-torch meaning of every format and kernel. Slow, obvious, and what tests and benchmarks compare with.
+
+Production imports nothing of it.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.formats import SCALE_DTYPE, VectorFormat
+from fraqtl_kernels.formats import (
+    FEEDBACK_GRID,
+    FEEDBACK_LIMIT,
+    LARGEST_SCALE,
+    SCALE_CHOICES,
+    SCALE_DTYPE,
+    VectorFormat,
+)
 from fraqtl_kernels.pages import PageLayout, Planes
 from fraqtl_kernels.refinement import DISTANCE, is_refined, newest
 from fraqtl_kernels.rotation import hadamard
-
-LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
-SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which is best is mostly a matter of luck
-FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
-FEEDBACK_LIMIT = 2.0
 
 
 def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
@@ -89,11 +94,8 @@ def quantise_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
 
 def dequantise(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., D) codes and the scales of `quantise` -> (..., D) values: (code - midpoint) · |scale|."""
-    scale = scale.to(dtype).abs()
-    steps = codes.to(dtype) - vector.midpoint
-    if vector.groups == 1:
-        return steps * scale.unsqueeze(-1)
-    return (steps.unflatten(-1, (vector.groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
+    scales = scale.to(dtype).abs().reshape(*codes.shape[:-1], vector.groups)
+    return (codes.to(dtype) - vector.midpoint) * scales.repeat_interleave(codes.shape[-1] // vector.groups, -1)
 
 
 def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
@@ -164,19 +166,19 @@ def _required(scale: Tensor | None) -> Tensor:
 
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
     """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
-    parts = codes.chunk(8 // vector.bits, -1)
-    packed = parts[0].clone()
-    for j, part in enumerate(parts[1:], 1):
-        packed |= part << (j * vector.bits)
+    size = codes.shape[-1] * vector.bits // 8
+    packed = codes.new_zeros(*codes.shape[:-1], size)
+    for d in range(codes.shape[-1]):
+        packed[..., d % size] += codes[..., d] * 2 ** (d // size * vector.bits)
     return packed
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
-    if vector.bits == 8:
-        return packed
-    shifts = range(0, 8, vector.bits)
-    return torch.cat([(packed >> shift) & vector.levels for shift in shifts], -1)
+    size = packed.shape[-1]
+    columns = range(size * 8 // vector.bits)
+    codes = [packed[..., d % size].int() // 2 ** (d // size * vector.bits) % 2**vector.bits for d in columns]
+    return torch.stack(codes, -1).to(torch.uint8)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:

@@ -34,7 +34,7 @@ from fraqtl_kernels.cpu.lanes import (
     store_bytes,
     total,
 )
-from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
+from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
 from fraqtl_kernels.rotation import hadamard
 
 assert len(SCALE_CHOICES) == WIDTH

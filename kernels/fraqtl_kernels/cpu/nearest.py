@@ -10,13 +10,13 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from fraqtl_kernels.codec import dequantise, unpack
 from fraqtl_kernels.cpu.codes import FAST
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.refinements import BEFORE, Finer, Refinements
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.reference import dequantise, unpack
 from fraqtl_kernels.refinement import DISTANCE
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.codec import rotate, unrotate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import VectorFormat
-from fraqtl_kernels.reference import rotate, unrotate
 
 
 @dataclass(frozen=True)

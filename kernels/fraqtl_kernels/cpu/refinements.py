@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.codec import dequantise, unpack
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.reference import dequantise, unpack
 from fraqtl_kernels.refinement import DISTANCE
 
 BEFORE = DISTANCE - 1  # tokens before a query that it may read refined

@@ -14,8 +14,7 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.cpu.calibrated import spectrum_of
 from fraqtl_kernels.cpu.plain import rotation_base
 from fraqtl_kernels.cpu.products import panels
-from fraqtl_kernels.formats import VectorFormat
-from fraqtl_kernels.reference import FEEDBACK_GRID
+from fraqtl_kernels.formats import FEEDBACK_GRID, VectorFormat
 from fraqtl_kernels.refinement import DISTANCE
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

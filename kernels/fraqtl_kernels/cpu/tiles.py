@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.codec import dequantise, unpack
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.reference import dequantise, unpack
 from fraqtl_kernels.refinement import is_refined
 
 TILE_TOKENS = 4096  # keys gathered at once

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.codec import pack, quantise_static
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.encode import store_batch
 from fraqtl_kernels.cpu.refinements import Finer, Refinements, find_runs, read_earlier
 from fraqtl_kernels.cpu.sides import Side
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.reference import encode_keys, encode_values, pack
 
 
 def write(
@@ -83,11 +83,13 @@ def _store_others(
         slots, key, value = slots[used], key[used], value[used]
     place = slots // layout.block_size, slice(None), slots % layout.block_size
     if not k.is_scaled:
-        planes.k[place] = key.to(planes.k.dtype) if k.is_raw else pack(encode_keys(key.float(), k, constants)[0], k)
+        planes.k[place] = _plain(key, k, constants.key_scale, planes.k.dtype)
     if not v.is_scaled:
-        planes.v[place] = (
-            value.to(planes.v.dtype) if v.is_raw else pack(encode_values(value.float(), v, constants)[0], v)
-        )
+        planes.v[place] = _plain(value, v, constants.value_scale, planes.v.dtype)
+
+
+def _plain(x: Tensor, vector: VectorFormat, step: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if vector.is_raw else pack(quantise_static(x.float(), step, vector), vector)
 
 
 def warm_up_write() -> None:

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, LARGEST_SCALE, SCALE_CHOICES
 from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning, check_contiguous, page_shape
 from fraqtl_kernels.gpu.tiles import dot16, load_parts, part_columns, rotate_parts, round16, store_parts
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.reference import FEEDBACK_GRID, FEEDBACK_LIMIT, LARGEST_SCALE, SCALE_CHOICES
 from fraqtl_kernels.refinement import DISTANCE
 
 _DISTANCE = tl.constexpr(DISTANCE)
