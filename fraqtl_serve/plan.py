@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +58,34 @@ def memory(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+@contextmanager
+def only_errors_of_vllm() -> Iterator[None]:
+    """Nothing else that vLLM says while its planner is loaded is of interest here."""
+    logger, asked = logging.getLogger("vllm"), os.environ.get("VLLM_LOGGING_LEVEL")
+    level = logger.level
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM sets the level by it when it is first imported
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if asked is None:
+            del os.environ["VLLM_LOGGING_LEVEL"]
+
+
 def run(args: argparse.Namespace) -> None:
-    # Nothing that vLLM says while its planner is loaded is of interest here.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    plans = [
-        plan(
-            shape,
-            args.kv_memory,
-            context=args.context or shape.context,
-            ranks=args.tensor_parallel_size,
-            batched_tokens=args.max_num_batched_tokens,
-            async_scheduling=args.async_scheduling,
-        )
-        for shape in shapes(args)
-    ]
+    with only_errors_of_vllm():
+        plans = [
+            plan(
+                shape,
+                args.kv_memory,
+                context=args.context or shape.context,
+                ranks=args.tensor_parallel_size,
+                batched_tokens=args.max_num_batched_tokens,
+                async_scheduling=args.async_scheduling,
+            )
+            for shape in shapes(args)
+        ]
     if args.json:
         print(json.dumps(plans if args.models else plans[0], indent=1))
         return

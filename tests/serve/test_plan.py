@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,14 @@ def test_what_is_wrong_is_said_in_one_sentence(
         run(*arguments)
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_vllm_logs_afterwards_as_before(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    run("--layers", "2", "--kv-heads", "2", "--head-size", "64", "--context", "512")
+    assert (logger.level, os.environ.get("VLLM_LOGGING_LEVEL")) == (logging.INFO, None)
 
 
 def test_models_that_cannot_be_downloaded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
