@@ -1,4 +1,4 @@
-"""What pages hold, as float32 numbers in a buffer that stays in the first-level cache, compiled."""
+"""Codes of formats that attention doesn't read as they are stored, as float32 numbers in a buffer, compiled."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 def half_table() -> Any:
     """The float32 value of every fp16 bit pattern: 256 KiB, one look-up a scale."""
     return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
+
+
+@njit(cache=True, nogil=True)
+def are_direct(bits, groups):
+    """Whether attention reads rows of `bits` with `groups` scales each as they are stored, and not as floats."""
+    return groups <= 1 and bits != 2
 
 
 # One function a width: in one with branches, Numba keeps counting references to every slice, which costs more than the
@@ -55,38 +61,18 @@ def _load_bytes(raw, start, count, size, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _load_bfloat16(raw16, start, count, size, tile_bits):
-    """`count` rows of bfloat16 from byte `start` of the pool, as the bits of floats."""
-    words, target = raw16[start // 2 : start // 2 + count * size], tile_bits.reshape(-1)
-    for i in range(count * size):
-        target[i] = np.int32(words[i]) << 16
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _load_float16(raw16, half, start, count, size, tile):
-    """`count` rows of float16 from byte `start` of the pool, as floats."""
-    words, target = raw16[start // 2 : start // 2 + count * size], tile.reshape(-1)
-    for i in range(count * size):
-        target[i] = half[words[i]]
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def load_codes(raw, raw16, half, start, count, size, bits, tile, tile_bits):
-    """`count` rows of what is stored from byte `start` of the pool as floats; bits 16: bfloat16, 17: float16."""
+def _load_codes(raw, start, count, size, bits, tile):
+    """`count` rows of what is stored from byte `start` of the pool as floats."""
     if bits == 4:
         _load_nibbles(raw, start, count, size, tile)
     elif bits == 2:
         _load_pairs(raw, start, count, size, tile)
-    elif bits == 8:
-        _load_bytes(raw, start, count, size, tile)
-    elif bits == 16:
-        _load_bfloat16(raw16, start, count, size, tile_bits)
     else:
-        _load_float16(raw16, half, start, count, size, tile)
+        _load_bytes(raw, start, count, size, tile)
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
+def _scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
     """Codes become numbers where a row has several scales: from byte `start` of the pool, `groups` a row."""
     width = size // groups
     for n in range(count):
@@ -98,13 +84,12 @@ def scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def load_scales(raw16, start, count, words, floats, scales):
-    """`count` fp16 scales from byte `start` of the pool as floats, their signs left out. floats: words' bits as floats.
-
-    Exponent and mantissa in their places of a float32, times 2^112 for the difference of the exponents' biases.
-    """
-    halves = raw16[start // 2 : start // 2 + count]
-    for n in range(count):
-        words[n] = np.int32(halves[n] & 0x7FFF) << 13
-    for n in range(count):
-        scales[n] = floats[n] * np.float32(2.0**112) if floats[n] < np.float32(2.0**-96) else np.float32(np.nan)
+def load_pages(raw, raw16, half, numbers, head, sizes, side, midpoints, count, tile):
+    """tile <- the first `count` keys (side 0) or values (side 1) of pages. sizes: of `decode.attend_run`."""
+    block_size, bits, groups, size = sizes[0], sizes[1 + side], sizes[3 + side], tile.shape[1]
+    for i in range((count + block_size - 1) // block_size):
+        page = np.int64(numbers[i]) * sizes[5] + head * sizes[6]
+        rows, part = min(block_size, count - i * block_size), tile[i * block_size :]
+        _load_codes(raw, page + side * sizes[7], rows, size, bits, part)
+        if groups > 1:
+            _scale_groups(raw16, half, page + sizes[8 + side], rows, size, groups, midpoints[side], part)

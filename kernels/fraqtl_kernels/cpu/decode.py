@@ -1,9 +1,9 @@
 """CPU decode attention, compiled: few queries a request, all of its keys, straight from the pages.
 
 The work is split into runs of blocks of one (request, KV head), so that a single long request keeps
-all cores busy. A run walks its pages once: the codes of some blocks become floats in a buffer that
-stays in the first-level cache, all query heads of the KV head use it, and an online softmax
-(Milakov & Gimelshein, arXiv 1805.02867) keeps a maximum, a sum and a weighted value a query.
+all cores busy. A run walks its pages once, some at a time: all query heads of the KV head go over
+the codes together (`rows.py`), and an online softmax (Milakov & Gimelshein, arXiv 1805.02867) keeps a
+maximum, a sum and a weighted value a query (`softmax.py`).
 `combine` joins the runs of a request: out = Σ e^(max_i - max) · acc_i / Σ e^(max_i - max) · sum_i.
 """
 
@@ -17,8 +17,10 @@ from numba import get_num_threads, njit, prange
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY
-from fraqtl_kernels.cpu.codes import FAST, half_table, load_codes, load_scales, scale_groups
+from fraqtl_kernels.cpu.codes import FAST, are_direct, half_table, load_pages
 from fraqtl_kernels.cpu.queries import Queries, prepare_queries
+from fraqtl_kernels.cpu.rows import FLOATS, adder, run_rows, scorer
+from fraqtl_kernels.cpu.softmax import highest, load_scales, scale_scores, weigh
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
@@ -26,105 +28,15 @@ from fraqtl_kernels.refinement import DISTANCE
 
 RUN_TOKENS = 512  # no run is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
+TILE_TOKENS = 256  # scored at once
 TILE_FLOATS = 4096  # of codes turned to floats at once: half a first-level cache
-
-_LOG2_E = np.float32(1.4426950408889634)
-_LN_2 = np.float32(0.6931471805599453)
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _exp(x, power, power_bits, count):
-    """x[:count] = e^x for x <= 0, to a few units in the last place; vectorises, which libm's does not.
-
-    e^x = 2^n · e^r with n = round(x · log2 e), |r| <= ln(2)/2 and a Taylor polynomial for e^r.
-    """
-    for i in range(count):
-        y = max(x[i], np.float32(-87.0))
-        n = np.floor(y * _LOG2_E + np.float32(0.5))
-        r = y - n * _LN_2
-        e = np.float32(1 / 5040) * r + np.float32(1 / 720)
-        e = e * r + np.float32(1 / 120)
-        e = e * r + np.float32(1 / 24)
-        e = e * r + np.float32(1 / 6)
-        e = e * r + np.float32(0.5)
-        e = (e * r + np.float32(1)) * r + np.float32(1)
-        power_bits[i] = (np.int32(n) + np.int32(127)) << 23
-        x[i] = e * power[i] if x[i] > np.float32(-87.0) else (x[i] if x[i] != x[i] else np.float32(0))
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _score_two(first, second, tile, begin, end, size, first_scores, second_scores):
-    """scores[n] = query · tile[n] of two queries, for tokens begin .. end - 1."""
-    for n in range(begin, end):
-        row = tile[n]
-        a, b = np.float32(0), np.float32(0)
-        for d in range(size):
-            a += first[d] * row[d]
-            b += second[d] * row[d]
-        first_scores[n], second_scores[n] = a, b
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _score(queries, tile, begin, end, size, scores):
-    """scores[m, n] = queries[m] · tile[n] for tokens begin .. end - 1."""
-    last = queries.shape[0] - 1
-    for m in range(0, queries.shape[0], 2):
-        other = min(m + 1, last)  # an odd one is taken twice
-        _score_two(queries[m], queries[other], tile, begin, end, size, scores[m], scores[other])
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _scale_scores(row, count, zero, offset, sink, scales, sinks):
-    """Products with codes become scores, for tokens 0 .. count - 1."""
-    for n in range(count):
-        row[n] = (row[n] - zero) * scales[n] + (offset + sinks[n] * sink)
+SLACK = 8  # scores beyond the last one that may be overwritten, see `rows.score_rows`
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _cap(row, first, last, soft_cap):
     for n in range(first, last):
         row[n] = soft_cap * np.tanh(row[n] / soft_cap)
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _highest(row, first, last, top):
-    """The largest of `top` and row[first:last]; NaN if one is."""
-    broken = np.float32(0)
-    for n in range(first, last):
-        top = max(top, row[n])
-        broken += row[n] * np.float32(0)
-    return top if broken == broken else broken
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _weigh(row, first, last, top, scales, weights, power, power_bits):
-    """weights[i] = e^(row[first + i] - top) · scales[first + i]; returns their sums without and with the scales."""
-    count, scores, of_values = last - first, row[first:last], scales[first:last]
-    for i in range(count):
-        weights[i] = scores[i] - top
-    _exp(weights, power, power_bits, count)
-    added, added_scaled = np.float32(0), np.float32(0)
-    for i in range(count):
-        added += weights[i]
-        weights[i] *= of_values[i]
-        added_scaled += weights[i]
-    return added, added_scaled
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _add_values(weights, tile, first, last, size, value):
-    """value += Σ weights[n - first] · tile[n] for tokens first .. last - 1, four at a time."""
-    fours = first + (last - first) // 4 * 4
-    for n in range(first, fours, 4):
-        a, b, c, e = tile[n], tile[n + 1], tile[n + 2], tile[n + 3]
-        i = n - first
-        at_a, at_b, at_c, at_e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for d in range(size):
-            value[d] += at_a * a[d] + at_b * b[d] + at_c * c[d] + at_e * e[d]
-    for n in range(fours, last):
-        row, weight = tile[n], weights[n - first]
-        for d in range(size):
-            value[d] += weight * row[d]
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -153,85 +65,91 @@ def attend_run(
     query tokens. first_block, after: the run's first block and the one after its last. best, sums: (M,), values:
     (M, D), the run's results, see the module's docstring.
     sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
-    slots from tokens to their refinements (of K and V, 0 if they have none).
+    slots from tokens to their refinements (of K and V, 0 if they have none), addresses of `rows.scorer`, `rows.adder`.
     """
     block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
-    block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance = sizes[5:]
+    block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance, k_rows, v_rows = sizes[5:]
     queries, size = q.shape
-    gang = max(1, TILE_FLOATS // (block_size * size))
+    together = positions.shape[0] == 1  # all queries see the same keys
+    k_direct, v_direct = are_direct(k_bits, k_groups), are_direct(v_bits, v_groups)
+    gang = max(1, (TILE_TOKENS if k_direct and v_direct else TILE_FLOATS // size) // block_size)
     tokens = gang * block_size
-    tile_bits = np.empty((tokens, size), np.int32)
-    tile = tile_bits.view(np.float32)
-    weights = np.empty(tokens, np.float32)
-    power_bits = np.empty(tokens, np.int32)
-    power = power_bits.view(np.float32)
-    k_scales, v_scales = np.ones(tokens, np.float32), np.ones(tokens, np.float32)
-    sinks = np.zeros(tokens, np.float32)
-    scores = np.empty((queries, tokens), np.float32)
+    tile = np.empty((1 if k_direct and v_direct else tokens, size), np.float32)
+    in_tile = np.arange(gang).astype(np.int32)
+    k_scales, v_scales = np.ones(tokens + SLACK, np.float32), np.ones(tokens + SLACK, np.float32)
+    scores, weights = np.empty((2, queries, tokens + SLACK), np.float32)
     scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
     best[:] = -np.inf
     sums[:] = 0
     values[:] = 0
+    pages = raw.ctypes.data + head * head_stride
     newest, oldest = positions[-1], positions[0]
     block = first_block
     while block < after:
         # Whole blocks together, the newest by itself: it has the refinements, beyond its end
         blocks = max(1, min(gang, after - block, (newest + 1) // block_size - block))
+        numbers = table[block : block + blocks]
         base = block * block_size
         begin = max(0, oldest - window + 1 - base) if window > 0 else 0
         end = min(blocks * block_size, newest + 1 - base)
-        reach = end if blocks > 1 else min(block_size, end + k_distance)
+        k_reach = end if blocks > 1 else min(block_size, end + k_distance)
+        v_reach = end if blocks > 1 else min(block_size, end + v_distance)
         for i in range(blocks):
-            page = np.int64(table[block + i]) * block_stride + head * head_stride
-            part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
-            load_codes(raw, raw16, half, page, count, size, k_bits, tile[part], tile_bits[part])
+            page, at = pages + np.int64(numbers[i]) * block_stride, i * block_size
             if k_groups == 1:
-                load_scales(raw16, page + ks_offset, count, power_bits, power, k_scales[part])
-                signs, sunk = raw16[(page + ks_offset) // 2 : (page + ks_offset) // 2 + count], sinks[part]
-                for n in range(count):
-                    sunk[n] = np.float32(signs[n] >> 15)
-        _score(q, tile, begin, reach, size, scores)
-        if k_bits < 16:
-            for m in range(queries):
-                zero = midpoints[0] * terms[0, m]
-                offset, sink = terms[1, m], terms[2, m]
-                _scale_scores(scores[m], end, zero, offset, sink, k_scales, sinks)  # before `begin` nobody reads
-                for n in range(max(end, k_distance), reach):
-                    scores[m, n - k_distance] += (scores[m, n] - zero) * k_scales[n]
-        reach = end if blocks > 1 else min(block_size, end + v_distance)
-        for i in range(blocks):
-            page = np.int64(table[block + i]) * block_stride + head * head_stride
-            part, count = slice(i * block_size, (i + 1) * block_size), min(block_size, reach - i * block_size)
-            load_codes(raw, raw16, half, page + v_offset, count, size, v_bits, tile[part], tile_bits[part])
+                load_scales(page + ks_offset, block_size, k_scales, at)
             if v_groups == 1:
-                load_scales(raw16, page + vs_offset, count, power_bits, power, v_scales[part])
-            elif v_groups > 1:
-                scale_groups(raw16, half, page + vs_offset, count, size, v_groups, midpoints[1], tile[part])
+                load_scales(page + vs_offset, block_size, v_scales, at)
+        source = pages, numbers.ctypes.data, block_stride
+        if not k_direct:
+            load_pages(raw, raw16, half, numbers, head, sizes, 0, midpoints, k_reach, tile)
+            source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
+        to = scores.ctypes.data, tokens + SLACK
+        run_rows(k_rows, (queries, q.ctypes.data, *source, block_size, 0, k_reach, *to))
         for m in range(queries):
+            row, weight, value = scores[m], weights[m], values[m]
+            if k_bits < 16:
+                zero = midpoints[0] * terms[0, m]
+                for n in range(max(end, k_distance), k_reach):
+                    row[n] = (row[n] - zero) * abs(k_scales[n])
+                scale_scores(row, end, zero, terms[1, m], terms[2, m], k_scales)  # nobody reads before `begin`
+                for n in range(max(end, k_distance), k_reach):
+                    row[n - k_distance] += row[n]
             position = positions[m % positions.shape[0]]
             last = min(end, position + 1 - base)
             first = max(begin, position - window + 1 - base) if window > 0 else begin
             if last <= first:
                 continue
-            row, value = scores[m], values[m]
             if soft_cap > 0:
                 _cap(row, first, last, soft_cap)
-            top = _highest(row, first, last, best[m])
+            top = highest(row, first, last, best[m])
             decay = np.exp(best[m] - top)
             best[m] = top
-            added, added_scaled = _weigh(row, first, last, top, v_scales, weights, power, power_bits)
+            added, added_scaled = weigh(row, first, last, top, v_scales, weight)
             sums[m] = sums[m] * decay + added
+            for n in range(max(end, first + v_distance), v_reach):
+                weight[n] = np.exp(row[n - v_distance] - top) * abs(v_scales[n])
+                added_scaled += weight[n]
             scaled_sums[m] = scaled_sums[m] * decay + added_scaled
             if decay != np.float32(1):
                 for d in range(size):
                     value[d] *= decay
-            _add_values(weights, tile, first, last, size, value)
-            for n in range(max(end, first + v_distance), reach):
-                weight = np.exp(row[n - v_distance] - top) * v_scales[n]
-                scaled_sums[m] += weight
-                finer = tile[n]
-                for d in range(size):
-                    value[d] += weight * finer[d]
+        source = pages + v_offset, numbers.ctypes.data, block_stride
+        if not v_direct:
+            load_pages(raw, raw16, half, numbers, head, sizes, 1, midpoints, v_reach, tile)
+            source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
+        for m in range(1 if together else queries):
+            count, first, last = queries, begin, end
+            if not together:
+                position = positions[m % positions.shape[0]]
+                first = max(begin, position - window + 1 - base) if window > 0 else begin
+                count, last = 1, min(end, position + 1 - base)
+            where = (count, values[m].ctypes.data, *source, block_size)
+            by = weights[m].ctypes.data, tokens + SLACK
+            if first < last:
+                run_rows(v_rows, (*where, first, last, *by))
+            if max(end, first + v_distance) < v_reach:
+                run_rows(v_rows, (*where, max(end, first + v_distance), v_reach, *by))
         block += blocks
     for m in range(queries):
         value = values[m]
@@ -278,7 +196,11 @@ def page_sizes(pool: Tensor, layout: PageLayout, *, refined: bool) -> tuple[int,
     offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
     groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
     distances = tuple(DISTANCE if refined and x.refined else 0 for x in (k, v))
-    return (layout.block_size, _kind(k), _kind(v), *groups, pool.stride(0), pool.stride(1), *offsets, *distances)
+    bits, size = (_kind(k), _kind(v)), layout.head_size
+    direct = [are_direct(*x) for x in zip(bits, groups, strict=True)]
+    rows = scorer(bits[0] if direct[0] else FLOATS, size), adder(bits[1] if direct[1] else FLOATS, size)
+    strides = pool.stride(0), pool.stride(1)
+    return (layout.block_size, *bits, *groups, *strides, *offsets, *distances, *(x.address for x in rows))
 
 
 def grid_midpoints(layout: PageLayout) -> Any:
@@ -321,7 +243,7 @@ def decode(
         raw,
         raw.view(np.uint16),
         half_table(),
-        block_table.numpy(),
+        block_table.int().numpy(),
         positions.numpy(),
         runs.numpy(),
         # A position's refinements stand in the pages only until the next one comes.

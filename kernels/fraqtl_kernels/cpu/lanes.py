@@ -10,6 +10,7 @@ Array indices are elements of a C-contiguous array of any shape, counted from it
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -21,7 +22,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 WIDTH = 8  # lanes
 
-_F32, _I32 = ir.FloatType(), ir.IntType(32)
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
 
 
@@ -79,6 +80,16 @@ def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(call, [a, b, c])
 
 
+def half_as_float(builder: Any, words: Any) -> Any:
+    """Lanes of fp16's bits as floats, for code that builds IR. In integers, since not every CPU converts them."""
+    sign = builder.shl(builder.and_(words, _same(0x8000)), _same(16))
+    size = builder.shl(builder.and_(words, _same(0x7FFF)), _same(13))
+    broken = builder.icmp_unsigned(">=", size, _same(0x7C00 << 13))
+    moved = builder.bitcast(builder.fmul(builder.bitcast(size, _FLOATS), constant(2.0**112)), _INTS)
+    size = builder.select(broken, builder.or_(size, _same(0x7F800000)), moved)
+    return builder.bitcast(builder.or_(size, sign), _FLOATS)
+
+
 def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
@@ -107,16 +118,10 @@ def load_bfloat16(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def load_float16(typingctx: Any, address: Any) -> Any:
-    """Eight float16 numbers in memory. In integers, since not every CPU converts them."""
+    """Eight float16 numbers in memory."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        words = _words(builder, args[0])
-        sign = builder.shl(builder.and_(words, _same(0x8000)), _same(16))
-        size = builder.shl(builder.and_(words, _same(0x7FFF)), _same(13))
-        broken = builder.icmp_unsigned(">=", size, _same(0x7C00 << 13))
-        moved = builder.bitcast(builder.fmul(builder.bitcast(size, _FLOATS), constant(2.0**112)), _INTS)
-        size = builder.select(broken, builder.or_(size, _same(0x7F800000)), moved)
-        return builder.bitcast(builder.or_(size, sign), _FLOATS)
+        return half_as_float(builder, _words(builder, args[0]))
 
     return Lanes(types.intp), build
 
@@ -349,3 +354,56 @@ def half_bits(typingctx: Any, a: Any) -> Any:
         return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), _I32(0x7E00), found)
 
     return types.int32(types.float32), build
+
+
+@intrinsic
+def where_negative(typingctx: Any, x: Any, a: Any, b: Any) -> Any:
+    """In lanes where the sign bit of x is set those of a, in others those of b."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, a, b = args
+        return builder.select(builder.icmp_signed("<", builder.bitcast(x, _INTS), _same(0)), a, b)
+
+    return Lanes(Lanes, Lanes, Lanes), build
+
+
+@intrinsic
+def first_of(typingctx: Any, count: Any, a: Any, b: Any) -> Any:
+    """The first `count` lanes of a, the others of b."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        count, a, b = args
+        lanes = ir.Constant(ir.VectorType(_I64, WIDTH), list(range(WIDTH)))
+        return builder.select(builder.icmp_signed("<", lanes, spread(builder, count)), a, b)
+
+    return Lanes(types.intp, Lanes, Lanes), build
+
+
+_LOWEST = -87.0  # e^x of anything less is taken for 0
+_LOG2_E, _LN_2 = 1.4426950408889634, 0.6931471805599453
+_TAYLOR = [1 / math.factorial(i) for i in range(7, -1, -1)]
+
+
+@intrinsic
+def exp(typingctx: Any, a: Any) -> Any:
+    """e^a for a <= 0, to a few units in the last place; NaN of NaN.
+
+    e^a = 2^n · e^r with n = round(a · log2 e), |r| <= ln(2)/2 and a Taylor polynomial for e^r.
+    """
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = args[0]
+        y = _larger(builder, x, constant(_LOWEST))
+        name = f"llvm.rint.v{WIDTH}f32"
+        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), name)
+        n = builder.call(rint, [builder.fmul(y, constant(_LOG2_E))])
+        r = fused(builder, n, constant(-_LN_2), y)
+        e = constant(_TAYLOR[0])
+        for factor in _TAYLOR[1:]:
+            e = fused(builder, e, r, constant(factor))
+        power = builder.shl(builder.add(builder.fptosi(n, _INTS), _same(127)), _same(23))
+        e = builder.fmul(e, builder.bitcast(power, _FLOATS))
+        small = builder.select(builder.fcmp_ordered("<=", x, constant(_LOWEST)), constant(0.0), e)
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, small)
+
+    return Lanes(Lanes), build
