@@ -92,9 +92,16 @@ def variants() -> Iterator[str]:
         worst = [fixed(own[f]["against_own_benign"], 1) for f in FAMILIES[1:-1]]
         rows.append([label, str(size.get(key, size[PLAIN])["128"]), *cells, *worst])
     number = len(file.data["quantiser"])
-    head = ["variant", "bytes", "demo model", *FAMILIES[1:-1], f"all {number}", *(f"{f}, worst" for f in FAMILIES[1:-1])]
+    head = [
+        "variant",
+        "bytes",
+        "demo model",
+        *FAMILIES[1:-1],
+        f"all {number}",
+        *(f"{f}, worst" for f in FAMILIES[1:-1]),
+    ]
     yield "Error of the attention output over that of `k4v4`, geometric mean over the cases of a family."
-    yield "The columns \"worst\" compare with the same variant's error on Gaussian heads instead."
+    yield 'The columns "worst" compare with the same variant\'s error on Gaussian heads instead.'
     yield ""
     yield from table(head, rows)
     beaten = sum(case["keys"][PLAIN][1] > case["shipped"][1] for case in file.data["quantiser"].values())

@@ -46,9 +46,10 @@ def fuzz() -> Iterator[str]:
     yield f"{data['concurrency']} at a time."
     yield ""
     yield from table(["answer", "requests"], rows)
-    yield f"- Answers of 500 or above: {len(data['server_errors'])}. Requests without an answer: {len(data['unanswered'])}."
-    left = data["left_over"]
-    yield f"- Left over afterwards: {left['running']:.0f} running, {left['waiting']:.0f} waiting, pool use {left['pool_use']:.0f}."
+    yield f"- Answers of 500 or above: {len(data['server_errors'])}."
+    yield f"- Requests without an answer: {len(data['unanswered'])}."
+    left = ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in data["left_over"].items())
+    yield f"- Left over afterwards: {left}."
     memory = data["memory_bytes"]
     for process, label in (("python", "API server"), ("VLLM::EngineCor", "engine")):
         first, last = memory[0][process], memory[-1][process]
@@ -69,7 +70,10 @@ def image() -> Iterator[str]:
     added = abs(gpu["image_bytes"] - gpu["base_bytes"]) / 1e6
     rows = [
         ["CPU image, unpacked", f"{cpu['image_bytes'] / 1e9:.2f} GB, {cpu['base_bytes'] / 1e9:.2f} GB of it the base"],
-        ["kernels compiled when it starts", str(checks["nothing given: kernels are compiled"]["of_them_compiled_at_start"])],
+        [
+            "kernels compiled when it starts",
+            str(checks["nothing given: kernels are compiled"]["of_them_compiled_at_start"]),
+        ],
         ["engine killed", f"health command 1; {killed['seconds_to_end']:.1f} s later the container ends, status 0"],
         ["`docker stop` during a stream", f"the stream of {stream['tokens_sent']} tokens is finished, status 0"],
         ["`docker stop`, slowest of all runs", f"{max(stops):.1f} s"],

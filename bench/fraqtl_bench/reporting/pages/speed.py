@@ -80,21 +80,7 @@ def decode_step() -> Iterator[str]:
         )
     head = ["requests", "context", "`bf16`, ms", "`k4v4`, ms", "speed of `k4v4` to `bf16` (quartiles)", "measured"]
     yield from table(head, rows)
-    yield from source(*dict.fromkeys(map(_identity, files)), model=SMOLLM2)
-
-
-def _identity(file: Result) -> Result:
-    return _Same(file.path, file.data)
-
-
-class _Same(Result):
-    """A result that is equal to another of the same path."""
-
-    def __hash__(self) -> int:
-        return hash(self.path)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Result) and self.path == other.path
+    yield from source(*{file.path: file for file in files}.values(), model=SMOLLM2)
 
 
 @block("decode-before")
@@ -180,7 +166,8 @@ def _load(path: str, model: str) -> Iterator[str]:
         for arm in file.data["arms"]
     )
     memory = mebibytes(file.data["settings"]["kv_memory_bytes"])
-    yield f"Prompts of {point['input']:,} tokens, answers of {point['output']}, {memory} of KV memory. It holds: {held}."
+    yield f"Prompts of {point['input']:,} tokens, answers of {point['output']}, {memory} of KV memory."
+    yield f"It holds: {held}."
     turns = file.data["settings"]["repeats"]
     yield f"{turns} turn{'s' if turns > 1 else ''}; medians, in brackets the extremes."
     yield ""
@@ -222,7 +209,13 @@ def load_contexts() -> Iterator[str]:
         fit = arm["fit"]
         ratio = "" if fit["slope_ratio"] is None else f"{fit['slope_ratio']:.2f}"
         rows.append(
-            [f"`{arm['name']}`", fixed(fit["slope_us_per_1k"]), ratio, f"{fit['intercept_ms']:.2f}", f"{fit['r_squared']:.2f}"]
+            [
+                f"`{arm['name']}`",
+                fixed(fit["slope_us_per_1k"]),
+                ratio,
+                f"{fit['intercept_ms']:.2f}",
+                f"{fit['r_squared']:.2f}",
+            ]
         )
     yield from table(["format", "ITL, µs per 1,000 tokens of context", "of `bf16`", "intercept, ms", "R²"], rows)
     yield from source(file, model="fraqtl-demo")
@@ -232,15 +225,21 @@ def load_contexts() -> Iterator[str]:
 def readme_load() -> Iterator[str]:
     file = load("cpu/load_smollm2/load.json")
     arms = {arm["name"]: arm for arm in file.data["arms"]}
-    found = {
-        (name, s["point"]["concurrency"]): s["values"] for name, arm in arms.items() for s in arm["summaries"]
-    }
+    found = {(name, s["point"]["concurrency"]): s["values"] for name, arm in arms.items() for s in arm["summaries"]}
     names = ("bf16", "k4v4")
     rows = [["requests that fit", *(str(arms[name]["capacity"]["requests"]) for name in names)]]
-    rows.append(["first token with 16 users, median", *(f"{found[n, 16]['ttft_ms']['median'] / 1000:.1f} s" for n in names)])
+    rows.append(
+        ["first token with 16 users, median", *(f"{found[n, 16]['ttft_ms']['median'] / 1000:.1f} s" for n in names)]
+    )
     for users in (16, 4, 1):
         speeds = (f"{found[n, users]['output_tokens_per_s']['median']:.1f}" for n in names)
         rows.append([f"output tokens/s, {users} user{'s' if users > 1 else ''}", *speeds])
+    settings = file.data["settings"]
+    point, memory = settings["points"][0], mebibytes(settings["kv_memory_bytes"])
+    yield f"{SMOLLM2}, {memory} of KV memory, prompts of {point['input']:,} tokens, answers of {point['output']}."
+    turns = settings["repeats"]
+    yield f"Machine: {file.machine}. {turns} turn{'s' if turns > 1 else ''}."
+    yield ""
     yield from table(["", *(f"`{name}`" for name in names)], rows)
 
 
@@ -257,7 +256,7 @@ def readme_speed() -> Iterator[str]:
     table_rows = [
         ["tokens in the same memory, `k4v4` over `bf16`", times(load_demo_file["capacity_ratio"])],
         ["decode attention, `k4v4` over torch's SDPA on bf16", f"{min(speeds):.1f}x to {max(speeds):.1f}x"],
-        ["time of a SmolLM2 token, `k4v4` over `bf16`", f"{short:.2f} at 2,048 tokens, {long:.2f} at 6,000"],
+        ["time of a SmolLM2 token, one core, `k4v4` over `bf16`", f"{short:.2f} at 2,048 tokens, {long:.2f} at 6,000"],
         [
             "SmolLM2 beside llama.cpp with its f16 cache, one core",
             f"prompts {prompt['k4v4 / f16']:.1f}x as fast, decoding {decode['k4v4 / f16']:.2f}x",
@@ -268,7 +267,7 @@ def readme_speed() -> Iterator[str]:
             f"{cost['median_ttft_ms']['median']:.2f} of the time to the first token",
         ],
     ]
-    yield from table(["on two CPU cores", ""], table_rows)
+    yield from table(["what", "measured"], table_rows)
 
 
 @block("capacity")
@@ -355,5 +354,3 @@ def aot() -> Iterator[str]:
     yield f"{number} variants, each for three architectures; {tf32} of them use TF32."
     command = "python -m fraqtl_kernels.gpu.aot --out bench/results/aot"
     yield from source(file, model="none", command=command, machine="a machine without a GPU")
-
-
