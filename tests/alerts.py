@@ -1,4 +1,4 @@
-"""The alerts of docs/operations.md."""
+"""The alerts of docs/guides/monitoring.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-GUIDE = Path(__file__).parents[1] / "docs/operations.md"
+GUIDE = Path(__file__).parents[1] / "docs/guides/monitoring.md"
 
 
 def alerts() -> dict[str, str]:

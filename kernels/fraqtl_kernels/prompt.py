@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SEQUENCES = 4
-LENGTH = 512  # tokens a sequence; what fewer and more give: docs/formats.md, "How many tokens calibrate"
+LENGTH = 512  # tokens a sequence; what fewer and more give: docs/results/calibration.md
 CHUNKS = 8  # of tokens with consecutive positions, in a sequence
 TEXTS = (
     "The harbour lay quiet before dawn. A woman in a grey coat walked to the end of the pier, counted the boats, "

@@ -1,4 +1,4 @@
-"""Both Dockerfiles, without an engine; docs/operations.md says what a real build and run showed."""
+"""Both Dockerfiles, without an engine; docs/results/containers.md says what a real build and run showed."""
 
 from __future__ import annotations
 

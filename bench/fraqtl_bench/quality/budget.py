@@ -145,7 +145,7 @@ def _perplexity(lab: Lab, key: str, windows: Sequence[texts.Window], fitted: Fit
 
 
 def profile(model: str, head_size: int, allocation: Allocation) -> dict[str, Any]:
-    """`fraqtl-profile.json`: which format each layer's cache has. The schema is in docs/quality.md."""
+    """`fraqtl-profile.json`: which format each layer's cache has. The schema is in docs/reference/quality-lab.md."""
     return {
         "schema_version": PROFILE_VERSION,
         "model": model,

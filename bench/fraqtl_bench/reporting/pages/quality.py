@@ -59,7 +59,7 @@ def perplexity_real() -> Iterator[str]:
     yield "In brackets the change against `fp16`."
     yield ""
     yield from _real_table()
-    yield from source(*files, model="in the table's head")
+    yield from source(*files, model="as in the table")
 
 
 @block("readme-perplexity")
@@ -145,7 +145,7 @@ def through_server() -> Iterator[str]:
             )
     head = ["model", "format", "tokens", "server", "against exact", "simulation", "server against simulation", "needle"]
     yield from table(head, rows)
-    yield from source(*files, model="in the table")
+    yield from source(*files, model="as in the table")
 
 
 def _lab_row(file: Result, method: str, model: int = 0) -> list[str]:
@@ -298,7 +298,7 @@ def adaptive_bits() -> Iterator[str]:
         )
     head = ["model", "format of each layer", "bits/dim", "perplexity", "best uniform within the budget", "bits/dim"]
     yield from table([*head, "perplexity", "`k4v4` everywhere"], rows)
-    yield from source(file, model="in the table")
+    yield from source(file, model="as in the table")
 
 
 @block("reproduced")
@@ -347,7 +347,7 @@ def calibration_tokens() -> Iterator[str]:
     yield "Increase of the perplexity with its standard error, and divergence in 10^-3 nat per token:"
     yield ""
     yield from table(head, rows)
-    yield from source(*files, model="in the table's head")
+    yield from source(*files, model="as in the table")
 
 
 @block("calibration-start")
@@ -359,7 +359,7 @@ def calibration_start() -> Iterator[str]:
         ["the same, limited to AVX2", *(f"{narrow[name].data['calibration_seconds']:.1f} s" for name in REAL)],
     ]
     yield from table(["processor", *(MODELS[name] for name in REAL)], rows)
-    yield from source(*files.values(), *narrow.values(), model="in the table's head")
+    yield from source(*files.values(), *narrow.values(), model="as in the table")
 
 
 @block("floors")

@@ -281,7 +281,7 @@ def capacity() -> Iterator[str]:
             cells = [fixed(found["tokens"]), times(arm["capacity_ratio"]), str(found["requests"])]
             rows.append([model, mebibytes(file.data["settings"]["kv_memory_bytes"]), f"`{arm['name']}`", *cells])
     yield from table(["model", "KV memory", "format", "tokens", "against `bf16`", "requests of the load test"], rows)
-    yield from source(*files, model="in the table")
+    yield from source(*files, model="as in the table")
 
 
 SIZING = ("bf16", "k8v8", "k4v4", "k4v2")
@@ -300,7 +300,7 @@ def sizing() -> Iterator[str]:
         cells = (f"{formats[name]['tokens']:,} ({formats[name]['users']})" for name in SIZING)
         rows.append([model["name"], size, *cells])
     yield from table(["model", "layers x KV heads x head size", *(f"`{name}`" for name in SIZING)], rows)
-    yield from source(file, model="in the table", command=SIZING_COMMAND, machine="none, this is arithmetic")
+    yield from source(file, model="as in the table", command=SIZING_COMMAND, machine="none, this is arithmetic")
 
 
 @block("start")
@@ -313,7 +313,7 @@ def start() -> Iterator[str]:
             found = file.data["runs"][run]
             rows.append([name, label, f"{found['seconds_to_first_answer']:.1f} s", found["answer"]])
     yield from table(["model", "start", "until the first answer", "answer"], rows)
-    yield from source(*files, model="in the table")
+    yield from source(*files, model="as in the table")
 
 
 @block("overhead")
