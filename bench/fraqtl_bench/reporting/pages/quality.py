@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fraqtl_bench.reporting.markdown import table
 from fraqtl_bench.reporting.pages.numbers import change, fixed, share
@@ -173,26 +172,46 @@ def lab_demo() -> Iterator[str]:
     yield from source(file, model="fraqtl-demo, text made up by the lab")
 
 
-@block("lab-demo-low-bits")
-def lab_demo_low_bits() -> Iterator[str]:
+@block("lab-demo-budgets")
+def lab_demo_budgets() -> Iterator[str]:
     file = load(LAB)
-    rows = [[str(bits), *_best(file, bits, "quantis"), *_best(file, bits, "")] for bits in (2, 3, 4, 8)]
-    head = ["budget", "best quantized", "bits/dim", "perplexity", "needle"]
-    yield from table([*head, "best reduced or hybrid", "bits/dim", "perplexity", "needle"], rows)
+    kinds = (("quantisation", "quantization"), ("hybrid",), ("rank",))
+    rows = []
+    for bits in (2, 3, 4, 8):
+        best = [_best(file, bits, families) for families in kinds]
+        rows.append([str(bits), *(cell for cells in best for cell in cells)])
+    measures = ["bits/dim", "perplexity", "needle"]
+    head = ["budget", "best quantized", *measures, "best hybrid", *measures, "rank reduction", *measures]
+    yield from table(head, rows)
     yield from source(file, model="fraqtl-demo, text made up by the lab")
 
 
-def _best(file: Result, bits: int, family: str) -> list[str]:
-    """Of the rows at this budget that keep keys and values alike: the best quantized one, or the best of the others."""
-
-    def fits(row: dict[str, Any]) -> bool:
-        quantized = str(row["family"]).startswith("quanti")
-        plain = "@" not in row["method"] and row["side"] == "kv" and row["family"] not in ("server", "baseline")
-        return plain and row["budget"] == bits and quantized == bool(family)
-
-    row = min(filter(fits, file.model["rows"]), key=lambda row: row["perplexity"])
+def _best(file: Result, bits: int, families: tuple[str, ...]) -> list[str]:
+    """Of the rows of these families at this budget, keys and values alike, the one with the least perplexity."""
+    rows = [
+        row
+        for row in file.model["rows"]
+        if row["family"] in families and row["budget"] == bits and row["side"] == "kv" and "@" not in row["method"]
+    ]
+    if not rows:
+        return [""] * 4
+    row = min(rows, key=lambda row: float(row["perplexity"]))
     cells = [fixed(row["bits_per_dim"], 2), fixed(row["perplexity"], 3), share(row["needle_accuracy"], 0)]
     return [f"`{row['method']}`", *cells]
+
+
+@block("lab-demo-flips")
+def lab_demo_flips() -> Iterator[str]:
+    file = load(LAB)
+    methods = ("int4-token", "k4v4", "rank32x8", "rank16")
+    found = [file.method(method)["flips_by_margin"] for method in methods]
+    rows = []
+    for i, first in enumerate(found[0]):
+        until = f" to {found[0][i + 1]['above']:g}" if i + 1 < len(found[0]) else " or more"
+        cells = (share(one[i]["flips"] / one[i]["decisions"]) for one in found)
+        rows.append([f"{first['above']:g}{until}", fixed(first["decisions"]), *cells])
+    yield from table(["lead of the first key", "decisions", *(f"`{method}`" for method in methods)], rows)
+    yield from source(file, model="fraqtl-demo, text made up by the lab")
 
 
 @block("lab-demo-bases")
