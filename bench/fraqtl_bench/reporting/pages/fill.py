@@ -14,7 +14,9 @@ MARK = re.compile(r"<!-- results: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end --
 
 
 def pages(root: Path) -> Iterator[Path]:
-    """README.md and everything below docs."""
+    """README.md and everything below docs. Raises ConfigError where there is no checkout."""
+    if not (root / "docs").is_dir():
+        raise ConfigError(f"{root} has no folder docs: run this in a checkout")
     yield root / "README.md"
     yield from sorted((root / "docs").rglob("*.md"))
 
