@@ -98,7 +98,7 @@ print(\"FlashAttention 3:\", flash.FA3_AVAILABLE)'; git rev-parse HEAD 2>/dev/nu
         bench errors 120 kernels --device cuda --errors --out "$out/errors.json" \
             --arms bf16 k8v8 k8v4 k4v4 fa3-bf16 vllm-int4-per-token-head
         ;;
-    texts_packed) # the same keys as on the CPU without refinements: only rounding may differ
+    texts_packed) # the same keys as on the CPU without residuals: only rounding may differ
         bench texts_packed 150 texts --compare bench/results/cpu/texts_unrefined.json --out "$out/texts_packed.json" \
             --server-args --additional-config '{"fraqtl": {"prefill_keys": "packed"}}'
         ;;

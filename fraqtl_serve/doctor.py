@@ -41,8 +41,8 @@ def examine() -> Report:
         packages={name: _version(name) for name in PACKAGES},
     )
     for name in VLLM_NAMES:
-        if report.vllm_distribution is None and (found := _version(name)):
-            report.vllm_distribution, report.packages["vllm"] = name, found
+        if report.vllm_distribution is None and (version := _version(name)):
+            report.vllm_distribution, report.packages["vllm"] = name, version
     _examine_packages(report)
     if report.packages["vllm"] and report.packages["torch"]:
         _examine_platform(report)
@@ -98,15 +98,15 @@ def _examine_kernel_cache(report: Report) -> None:
     try:
         from fraqtl_kernels.numba_cache import kernel_cache
 
-        found = kernel_cache()
+        cache = kernel_cache()
     except Exception as error:
         report.problems.append(f"the CPU's kernels can't be imported: {error}")
         return
     finally:
         logger.disabled = False
-    report.kernel_cache = str(found.folder)
-    if found.is_temporary:
-        report.problems.append(str(found))
+    report.kernel_cache = str(cache.folder)
+    if cache.is_temporary:
+        report.problems.append(str(cache))
 
 
 def _examine_cpu_platform(report: Report, platform_class: type) -> None:
@@ -134,10 +134,10 @@ def print_report(*, as_json: bool) -> int:
 
 
 def _installed(name: str, report: Report) -> str:
-    found = report.packages[name] or "not installed"
+    version = report.packages[name] or "not installed"
     if name == "vllm" and report.vllm_distribution not in (None, name):
-        return f"{found} ({report.vllm_distribution})"
-    return found
+        return f"{version} ({report.vllm_distribution})"
+    return version
 
 
 def _print_text(report: Report) -> None:

@@ -32,7 +32,7 @@ def describe(vector: VectorFormat) -> str:
     if vector.raw_dtype is not None:
         return str(vector.raw_dtype).removeprefix("torch.")
     words = [f"INT{vector.bits}"]
-    words += ["calibrated"] if vector.centred else ["rotated"] * vector.rotated
+    words += ["calibrated"] if vector.calibrated else ["rotated"] * vector.rotated
     words.append(
         "scale a channel" if vector.static else "scale a token" if vector.groups == 1 else f"{vector.groups} scales"
     )

@@ -1,7 +1,7 @@
 """A GGUF file of a small Llama with a byte-level BPE tokenizer, written out as a Hugging Face folder.
 
-vLLM serves GGUF files only through a plugin with native kernels. Dequantised once, the model is an ordinary one:
-bfloat16 weights, `config.json`, a tokenizer and its chat template. The library `gguf` reads and dequantises.
+vLLM serves GGUF files only through a plugin with native kernels. Dequantized once, the model is an ordinary one:
+bfloat16 weights, `config.json`, a tokenizer and its chat template. The library `gguf` reads and dequantizes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def write_checkpoint(gguf: Path, folder: Path) -> None:
 
     reader = GGUFReader(gguf)
     facts = {name: field.contents() for name, field in reader.fields.items()}
-    found = tuple(
+    described = tuple(
         facts.get(f"{name}") for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     )
-    if found != (ARCHITECTURE, TOKENIZER, PRE_TOKENIZER):
-        raise UnsupportedError(f"{gguf.name}: only the GGUF of a SmolLM2 can be converted, not {found}")
+    if described != (ARCHITECTURE, TOKENIZER, PRE_TOKENIZER):
+        raise UnsupportedError(f"{gguf.name}: only the GGUF of a SmolLM2 can be converted, not {described}")
     heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:

@@ -52,10 +52,10 @@ def add_command(commands: Any) -> None:
 
 def memory(text: str) -> int:
     """Bytes of "20GiB", "20 GB" or a bare number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", text.upper())
-    if not found or found[2] not in UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B|)\s*", text.upper())
+    if not match or match[2] not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with MB, GB, MiB or GiB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 @contextmanager
@@ -145,11 +145,11 @@ def heading(planned: dict[str, Any]) -> str:
 
 
 def table(planned: dict[str, Any]) -> Table:
-    found = Table()
-    found.add_column("format", no_wrap=True)
+    lines = Table()
+    lines.add_column("format", no_wrap=True)
     for column in ("bytes a block", "tokens", f"users at {planned['context']:,}", "factor"):
-        found.add_column(column, justify="right")
+        lines.add_column(column, justify="right")
     for row in planned["formats"]:
         factor = "" if row["tokens_vs_baseline"] is None else f"{row['tokens_vs_baseline']:.2f}"
-        found.add_row(row["name"], f"{row['block_bytes']:,}", f"{row['tokens']:,}", f"{row['users']:,}", factor)
-    return found
+        lines.add_row(row["name"], f"{row['block_bytes']:,}", f"{row['tokens']:,}", f"{row['users']:,}", factor)
+    return lines

@@ -24,7 +24,7 @@ from fraqtl_serve.report import Ledger
 from fraqtl_serve.routes import load_now, router
 from fraqtl_serve.start_errors import start_is_over
 from fraqtl_serve.upgrades import DeclinedUpgrades
-from fraqtl_serve.validation import StumblingValidators
+from fraqtl_serve.validation import ValidationErrorMiddleware
 from fraqtl_vllm import garbage
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.pool import METHOD
@@ -47,7 +47,7 @@ class FraqtlEndpoints:
         app.add_middleware(shutdown.Shutdown)
         app.add_middleware(DeclinedUpgrades)
         app.add_middleware(ReportMiddleware, in_body=in_body)
-        app.add_middleware(StumblingValidators)
+        app.add_middleware(ValidationErrorMiddleware)
         app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
         if keys:
             app.add_middleware(KeyGuard, keys=keys)

@@ -24,14 +24,14 @@ IMPORTS = (
 def commands(device: str) -> dict[str, str]:
     """What to run, in Python, by what it is called. device: cpu or gpu."""
     imports = ", ".join(IMPORTS).format(device=device)
-    found = {"modules of the server": f"import {imports}"}
+    by_name = {"modules of the server": f"import {imports}"}
     if device == "cpu":
         from fraqtl_kernels.cpu import WARM_UPS
 
         for number, part in enumerate(WARM_UPS):
             code = f"from fraqtl_kernels.cpu import WARM_UPS; WARM_UPS[{number}]()"
-            found[part.__name__.replace("warm_up_", "kernels: ")] = code
-    return found
+            by_name[part.__name__.replace("warm_up_", "kernels: ")] = code
+    return by_name
 
 
 def main() -> None:

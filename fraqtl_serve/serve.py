@@ -24,7 +24,7 @@ from fraqtl_serve.plugin_names import allow_plugin
 from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.start_stop import StoppedError, stoppable_start
 from fraqtl_vllm import progress
-from fraqtl_vllm.config import KEY, read_config
+from fraqtl_vllm.config import KEY, new_names, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -98,10 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="where calibrations are kept (default: fraqtl-serve/calibration in the user's cache folder)",
     )
     group.add_argument(
-        "--no-kv-refinement",
-        dest="kv_refinement",
+        "--no-kv-residual",
+        dest="kv_residual",
         action="store_false",
-        help="read the newest tokens of a sequence no finer than all others; costs no memory either way",
+        help="read the newest tokens of a sequence without their residuals; costs no memory either way",
+    )
+    group.add_argument(
+        "--no-kv-refinement", dest="kv_residual", action=_OldName, new="--no-kv-residual", help=argparse.SUPPRESS
     )
     group.add_argument(
         "--max-body-bytes",
@@ -116,6 +119,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser._action_groups.remove(group)
     parser._action_groups.insert(0, group)
     return root
+
+
+class _OldName(argparse.Action):
+    """The old name of a flag that switches something off. It works for one more version, and says so."""
+
+    def __init__(self, option_strings: list[str], dest: str, *, new: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+        self.new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, name: str | None = None
+    ) -> None:
+        print(f"fraqtl-serve: {name} is now {self.new}; the old name goes with the next version", file=sys.stderr)
+        setattr(args, self.dest, False)
 
 
 def _format_name(name: str) -> str:
@@ -200,7 +217,7 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"--additional-config must be a JSON object, not {config!r}")
     inside = read_config(config)  # refuses unknown keys
-    section = dict(config.get(KEY, {}))
+    section = new_names(config.get(KEY, {}))
     if args.kv_format is not None:
         if section.get("kv_format", args.kv_format) != args.kv_format:
             raise ConfigError(
@@ -211,8 +228,8 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     section.setdefault("kv_format", DEFAULT_FORMAT)
     if not args.kv_calibration:
         section["calibration"] = False
-    if not args.kv_refinement:
-        section["refinement"] = False
+    if not args.kv_residual:
+        section["residual"] = False
     if args.kv_calibration_cache is not None:
         section["calibration_cache"] = args.kv_calibration_cache
     read_config({KEY: section})  # refuses what contradicts itself

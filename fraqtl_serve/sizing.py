@@ -119,8 +119,8 @@ def fit(
     config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
     config.scheduler_config.max_num_batched_tokens = batched_tokens
     config.scheduler_config.async_scheduling = async_scheduling
-    found = planner.plan(config, [_specs(shape, kv_format, ranks)], [memory])
-    return Fit(kv_format.name, found.block_bytes, found.blocks, found.tokens, found.concurrency)
+    pool = planner.plan(config, [_specs(shape, kv_format, ranks)], [memory])
+    return Fit(kv_format.name, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency)
 
 
 @cache

@@ -37,10 +37,10 @@ def find_model() -> Path:
 
     What was taken once is taken again, so that a second start needs no network and answers like the first.
     """
-    found = _from_hub_cache() or _converted() or _from_hub() or _from_package()
-    if found is None:
+    folder = _from_hub_cache() or _converted() or _from_hub() or _from_package()
+    if folder is None:
         raise ConfigError(f"model {NAME} is neither on a hub that answers nor installed as a package: {INSTALL}")
-    return found
+    return folder
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ from fraqtl_serve.errors import send_error
 logger = init_logger("vllm.fraqtl.validation")
 
 
-class StumblingValidators:
+class ValidationErrorMiddleware:
     """ASGI middleware: 400 for an exception that came while FastAPI validated the body; others pass."""
 
     def __init__(self, app: Application) -> None:

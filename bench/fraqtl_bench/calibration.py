@@ -3,7 +3,7 @@
 For each number of tokens, the prompt that servers calibrate with runs through the model at the positions that servers
 give it, and a text is scored with the cache stored through the constants found. Positions are `near`, 0, 1, .., and
 `far`, the first 64 tokens there and the others at the end of the model's context, where constants that have only seen
-early positions lose. No refinement, as in `fraqtl-bench quality`.
+early positions lose. No residuals, as in `fraqtl-bench quality`.
 
 With `--server` it starts a server that has no constants yet instead, and tells how long that took to make them.
 """

@@ -71,10 +71,10 @@ def measure(arms: list[Arm], context: int, args: argparse.Namespace) -> dict[str
         for turn in range(args.rounds):
             for arm in arms if turn % 2 == 0 else reversed(arms):
                 seconds[arm.name].append(arm.round(client, pool, prompts, args.tokens))
-    return summarise(seconds)
+    return summarize(seconds)
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Milliseconds and ratios to the first arm, each as median and quartiles over the rounds."""
     first = next(iter(seconds.values()))
     found: dict[str, Any] = {}

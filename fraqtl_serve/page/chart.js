@@ -4,8 +4,8 @@ import { bytes, shortBytes, time as clock } from "./format.js";
 const POWERS = Array.from({ length: 52 }, (_, power) => 2 ** power);
 const FONT = "12px system-ui, sans-serif";
 
-// Colours come from elements of the page, where the style sheet has chosen them for the theme.
-const colour = (selector, property = "color") => getComputedStyle(document.querySelector(selector))[property];
+// Colors come from elements of the page, where the style sheet has chosen them for the theme.
+const color = (selector, property = "color") => getComputedStyle(document.querySelector(selector))[property];
 
 export class Chart {
   constructor(element, onCursor) {
@@ -47,8 +47,8 @@ export class Chart {
     this.plot?.destroy();
     this.plot = null;
     if (!this.data[0].length || !this.element.clientWidth) return;
-    const [packed, plain, muted] = [colour(".key .packed i"), colour(".key .plain i"), colour(".key .limit i")];
-    const axis = { stroke: muted, font: FONT, ticks: { show: false }, grid: { stroke: colour("#chart", "borderTopColor"), width: 1 } };
+    const [packed, plain, muted] = [color(".key .packed i"), color(".key .plain i"), color(".key .limit i")];
+    const axis = { stroke: muted, font: FONT, ticks: { show: false }, grid: { stroke: color("#chart", "borderTopColor"), width: 1 } };
     const line = { width: 2, points: { show: false } };
     const times = (_, values, axis, space, step) => values.map((value) => clock(value).slice(0, step < 60 ? 8 : 5));
     this.plot = new uPlot(

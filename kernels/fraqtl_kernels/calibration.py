@@ -1,10 +1,10 @@
 """The constants of a layer from keys, queries and values of a few texts: plain statistics, no search.
 
-Per KV head: the centre is the mean of ordinary vectors, the sink centre that of keys far from their median, and the
+Per KV head: the center is the mean of ordinary vectors, the outlier center that of keys far from their median, and the
 basis follows from two matrices: S, the covariance of what is stored, and G, which says what an error e costs, e G e^T.
 For keys G is the mean of q^T q over queries, for values what the model's output projection makes of e. Queries and
 values are weighted by how much their errors matter (`importance.py`). What each of this gives is measured by
-`fraqtl-bench quantiser`.
+`fraqtl-bench quantizer`.
 
 **The basis.** In y = x G^½ an error costs its square. Let s_1 >= .. >= s_D be the standard deviations of y along its
 principal axes. D codes of 4 bits, spent evenly, cost in proportion to the mean of s_i²; at best, with more bits where s
@@ -37,12 +37,12 @@ from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.rotation import hadamard
 
-SINK_DISTANCE = 3.0  # times the median distance from the median key: no ordinary key is as far
+OUTLIER_DISTANCE = 3.0  # times the median distance from the median key: no ordinary key is as far
 LARGEST_RATIO = 64.0  # of two paired deviations: more would push codes off the grid
 LEAST_SHRINKAGE = 0.02
 QUERY_FLOOR, VALUE_FLOOR = 0.1, 0.3  # what importance counts at least, in units of its mean
 DIRECTION_FLOOR = 0.1  # and what every direction of a value does
-Find = Callable[[Tensor, Tensor, Tensor], Transform]
+Solver = Callable[[Tensor, Tensor, Tensor], Transform]
 _RIDGE = 1e-5  # of the mean variance, for channels that never move
 _TINY = 1e-6
 
@@ -54,40 +54,40 @@ def calibrate(
     value: Tensor,
     importance: Importance | None = None,
     *,
-    find: Find | None = None,
+    solve: Solver | None = None,
 ) -> LayerConstants:
     """The constants with which `format` stores the keys and values of a layer.
 
     key, value: (tokens, KV heads, D). query: (tokens, query heads, D). All as attention receives them, after RoPE,
-    floating point, of at least one token. importance: all queries and values are alike without it. find: in the
-    place of `find_transform`, for comparisons. Returns fp32 and bf16 tensors on the device of `key`.
+    floating point, of at least one token. importance: all queries and values are alike without it. solve: in the
+    place of `solve_transform`, for comparisons. Returns fp32 and bf16 tensors on the device of `key`.
     """
-    find = find or find_transform
+    solve = solve or solve_transform
     key, query, value = (x.float() for x in (key, query, value))
-    sink_centre = None
-    for_keys = for_values = None
-    if format.k.centred:
-        is_sink = far_from_the_median(key)
-        centre = mean_of(key, (~is_sink).float())
-        spread = covariance(key - centre, (~is_sink).float(), tied=True)
-        for_keys = find(centre, spread, cost_of_queries(query, importance, key.shape[1]))
-        if is_sink.any():
-            sink_centre = torch.where(is_sink.any(0)[:, None], mean_of(key, is_sink.float()), centre)
-    if format.v.centred:
+    outlier_center = None
+    key_transform = value_transform = None
+    if format.k.calibrated:
+        is_outlier = far_from_the_median(key)
+        center = mean_of(key, (~is_outlier).float())
+        covariance = weighted_covariance(key - center, (~is_outlier).float(), tied=True)
+        key_transform = solve(center, covariance, query_hessian(query, importance, key.shape[1]))
+        if is_outlier.any():
+            outlier_center = torch.where(is_outlier.any(0)[:, None], mean_of(key, is_outlier.float()), center)
+    if format.v.calibrated:
         weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
-        centre = mean_of(value, weight)
-        spread = covariance(value - centre, weight, tied=False)
-        for_values = find(centre, spread, cost_of_directions(spread, importance))
+        center = mean_of(value, weight)
+        covariance = weighted_covariance(value - center, weight, tied=False)
+        value_transform = solve(center, covariance, value_hessian(covariance, importance))
     return LayerConstants.of(
-        for_keys,
-        for_values,
-        sink_centre,
+        key_transform,
+        value_transform,
+        outlier_center,
         static_scale(key, format.k) if format.k.static else None,
         static_scale(value, format.v) if format.v.static else None,
     )
 
 
-def cost_of_queries(query: Tensor, importance: Importance | None, kv_heads: int) -> Tensor:
+def query_hessian(query: Tensor, importance: Importance | None, kv_heads: int) -> Tensor:
     """G: (KV heads, D, D) float64. query: (tokens, query heads, D)."""
 
     def by_kv_head(x: Tensor) -> Tensor:
@@ -95,17 +95,18 @@ def cost_of_queries(query: Tensor, importance: Importance | None, kv_heads: int)
         return x.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(0, 1)
 
     weight = torch.ones_like(query[..., 0]) if importance is None else importance.query
-    return covariance(by_kv_head(query), floored(by_kv_head(weight), QUERY_FLOOR), tied=True)
+    return weighted_covariance(by_kv_head(query), floored(by_kv_head(weight), QUERY_FLOOR), tied=True)
 
 
-def cost_of_directions(spread: Tensor, importance: Importance | None) -> Tensor:
-    """G of values, like their covariance `spread`: (KV heads, D, D) float64; the identity where nothing is known."""
-    square = torch.eye(spread.shape[-1]).to(spread).expand_as(spread)
+def value_hessian(covariance: Tensor, importance: Importance | None) -> Tensor:
+    """G of values, like their covariance `covariance`: (KV heads, D, D) float64; the identity where nothing is
+    known."""
+    square = torch.eye(covariance.shape[-1]).to(covariance).expand_as(covariance)
     if importance is None or importance.direction is None:
         return square
-    cost = importance.direction.to(spread)
-    mean = cost.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(_TINY**2)[:, None, None]
-    return (1 - DIRECTION_FLOOR) * cost / mean + DIRECTION_FLOOR * square
+    hessian = importance.direction.to(covariance)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(_TINY**2)[:, None, None]
+    return (1 - DIRECTION_FLOOR) * hessian / mean + DIRECTION_FLOOR * square
 
 
 def floored(weight: Tensor, floor: float) -> Tensor:
@@ -119,9 +120,9 @@ def static_scale(x: Tensor, vector: VectorFormat) -> Tensor:
 
 
 def far_from_the_median(key: Tensor) -> Tensor:
-    """Which keys (tokens, KV heads, D) are sinks: (tokens, KV heads) bool."""
+    """Which keys (tokens, KV heads, D) are outliers: (tokens, KV heads) bool."""
     distance = (key - key.median(0).values).norm(dim=-1)
-    return distance > SINK_DISTANCE * distance.median(0).values
+    return distance > OUTLIER_DISTANCE * distance.median(0).values
 
 
 def mean_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def mean_of(x: Tensor, weight: Tensor) -> Tensor:
     return total / weight.sum(0).clamp_min(_TINY)[:, None]
 
 
-def covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
+def weighted_covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
     """Weighted mean of x^T x over tokens, shrunk towards a diagonal: (heads, D, D) float64.
 
     x: (tokens, heads, D). weight: (tokens, heads). tied: the diagonal is averaged over each pair (i, i + D/2).
@@ -145,18 +146,18 @@ def covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
     if tied:
         variance = variance.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
     target = torch.diag_embed(variance)
-    share = noise.sum((1, 2)) / (mean - target).square().sum((1, 2))
-    share = share.nan_to_num(1.0, posinf=1.0).clamp(LEAST_SHRINKAGE, 1.0)[:, None, None]
+    shrinkage = noise.sum((1, 2)) / (mean - target).square().sum((1, 2))
+    shrinkage = shrinkage.nan_to_num(1.0, posinf=1.0).clamp(LEAST_SHRINKAGE, 1.0)[:, None, None]
     ridge = _RIDGE * variance.mean(-1)[:, None, None] + _TINY**2
-    return (1 - share) * mean + share * target + ridge * torch.eye(x.shape[-1]).to(mean)
+    return (1 - shrinkage) * mean + shrinkage * target + ridge * torch.eye(x.shape[-1]).to(mean)
 
 
-def find_transform(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
-    """Basis and feedback of the module's docstring. centre: (heads, D). spread, cost: S and G, (heads, D, D)."""
-    half = spread.shape[-1] // 2
-    values, axes = torch.linalg.eigh(cost)
+def solve_transform(center: Tensor, covariance: Tensor, hessian: Tensor) -> Transform:
+    """Basis and feedback of the module's docstring. center: (heads, D). covariance, hessian: S and G, (heads, D, D)."""
+    half = covariance.shape[-1] // 2
+    values, axes = torch.linalg.eigh(hessian)
     root = (axes * values.sqrt()[:, None]) @ axes.mT  # G^½
-    variance, axes = torch.linalg.eigh(root @ spread @ root)
+    variance, axes = torch.linalg.eigh(root @ covariance @ root)
     variance, axes = variance.flip(-1), axes.flip(-1)
     deviation = variance.clamp_min(0).sqrt()
     a = deviation[:, :half]
@@ -165,8 +166,8 @@ def find_transform(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
     cosine, sine = (b / (a + b)).sqrt()[:, None], (a / (a + b)).sqrt()[:, None]
     # A pair's error is worth sqrt(ab): scaling z by its root divides the remaining inequality between range and cost
     even = (a * b).pow(0.25)[:, None]
-    rotation = hadamard(half).to(spread)
+    rotation = hadamard(half).to(covariance)
     basis = torch.cat([(cosine * u + sine * v) * even @ rotation, (cosine * v - sine * u) * even @ rotation], -1)
     basis = basis / torch.linalg.slogdet(basis).logabsdet.div(2 * half).exp()[:, None, None]
     feedback = rotation.T @ torch.diag_embed((b - a) / (a * b).sqrt()) @ rotation
-    return make_transform(centre, basis, feedback)
+    return make_transform(center, basis, feedback)

@@ -13,7 +13,7 @@ from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.rotation import hadamard
 
 
-def quantise_static(x: Tensor, step: Tensor | None, vector: VectorFormat) -> Tensor:
+def quantize_static(x: Tensor, step: Tensor | None, vector: VectorFormat) -> Tensor:
     """Codes (..., KV heads, D) uint8 on the symmetric grid with a step for every channel.
 
     x: (..., KV heads, D) float32. step: (KV heads, D). What lies beyond the grid is clipped to its end; NaN becomes
@@ -25,7 +25,7 @@ def quantise_static(x: Tensor, step: Tensor | None, vector: VectorFormat) -> Ten
     return steps.round().clamp(1, vector.levels).to(torch.uint8)
 
 
-def dequantise(codes: Tensor, scale: Tensor, vector: VectorFormat) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, vector: VectorFormat) -> Tensor:
     """(..., D) codes and scales (...), or (..., groups), -> (..., D) values: (code - midpoint) · |scale|."""
     scale = scale.float().abs()
     steps = codes.float() - vector.midpoint

@@ -3,7 +3,7 @@
 A key or value vector of head size D is stored in one of three ways:
 
 - raw: D numbers of 16 bits in the named dtype;
-- quantised: D codes of b = 2, 4 or 8 bits and an fp16 scale for each of `groups` equal runs of
+- quantized: D codes of b = 2, 4 or 8 bits and an fp16 scale for each of `groups` equal runs of
   dimensions. The value of code c is (c - (2^b - 1) / 2) · scale: a midpoint grid, symmetric about
   zero, which uses all 2^b codes. scale = max|x| / 2^(b-1): the largest element lies on the outer edge of
   the last cell, so that no rounding error exceeds half a step;
@@ -11,9 +11,9 @@ A key or value vector of head size D is stored in one of three ways:
   scale s_d for each dimension that calibration fixes before the first request.
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
-spreads outliers over all dimensions (see `rotation.py`). `centred` says that calibration may subtract a mean and
-choose the matrix (see `constants.py`): codes and scale then follow `reference.quantise_with_feedback`. `refined` says
-that the newest tokens of a block leave what rounding left of them in its free slots (see `refinement.py`).
+spreads outliers over all dimensions (see `rotation.py`). `calibrated` says that calibration may subtract a mean and
+choose the matrix (see `constants.py`): codes and scale then follow `reference.quantize_with_feedback`. `has_residual`
+says that the newest tokens of a block leave what rounding left of them in its free slots (see `residual.py`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class VectorFormat:
     raw_dtype: torch.dtype | None = None
     groups: int = 1
     static: bool = False
-    centred: bool = False
-    refined: bool = False
+    calibrated: bool = False
+    has_residual: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -100,23 +100,23 @@ class KVFormat:
         return 4 * head_size / self.bytes_per_token(head_size)
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         return not (self.k.is_raw and self.v.is_raw)
 
     @property
-    def is_refined(self) -> bool:
-        """Whether the newest tokens are read more finely than the others."""
-        return self.k.refined or self.v.refined
+    def has_residual(self) -> bool:
+        """Whether the newest tokens are read with their residuals."""
+        return self.k.has_residual or self.v.has_residual
 
     @property
-    def unrefined(self) -> KVFormat:
+    def without_residual(self) -> KVFormat:
         """The same format without that; its bytes are the same."""
-        return replace(self, k=replace(self.k, refined=False), v=replace(self.v, refined=False))
+        return replace(self, k=replace(self.k, has_residual=False), v=replace(self.v, has_residual=False))
 
     @property
     def is_calibrated(self) -> bool:
         """Whether constants of the model make this format better."""
-        return self.k.centred or self.v.centred or self.needs_calibration
+        return self.k.calibrated or self.v.calibrated or self.needs_calibration
 
     @property
     def needs_calibration(self) -> bool:
@@ -130,9 +130,9 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 
 
 INT8 = VectorFormat(8)
-INT4_KEY = VectorFormat(4, rotated=True, centred=True, refined=True)
-INT4_VALUE = VectorFormat(4, rotated=True, centred=True, refined=True)
-INT2_VALUE = VectorFormat(2, rotated=True, groups=4, refined=True)
+INT4_KEY = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
+INT4_VALUE = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
+INT2_VALUE = VectorFormat(2, rotated=True, groups=4, has_residual=True)
 INT4_CHANNEL = VectorFormat(4, static=True)
 
 FORMATS: dict[str, KVFormat] = {

@@ -57,13 +57,13 @@ def attend(
     def attend_row(row: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return _sequence(*row, scale, window, soft_cap)
 
-    found = in_parallel(attend_row, rows) if query.device.type == "cpu" else [attend_row(row) for row in rows]
-    out, of_queries, of_values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    by_group = of_values.unflatten(1, (key.shape[1], -1))  # (tokens, KV heads, query heads a KV head)
+    attended = in_parallel(attend_row, rows) if query.device.type == "cpu" else [attend_row(row) for row in rows]
+    out, query_weights, value_weights = (torch.cat(parts) for parts in zip(*attended, strict=True))
+    by_group = value_weights.unflatten(1, (key.shape[1], -1))  # (tokens, KV heads, query heads a KV head)
     direction = None
     if projection is not None:
         direction = torch.einsum("hg,hgij->hij", by_group.sum(0), projection.to(out).unflatten(0, by_group.shape[1:]))
-    return out, Importance(of_queries, by_group.sum(-1), direction)
+    return out, Importance(query_weights, by_group.sum(-1), direction)
 
 
 def _sequence(
@@ -82,8 +82,8 @@ def _sequence(
     norm = v.square().sum(-1, keepdim=True)
     wide = torch.cat([v, norm, torch.ones_like(norm)], -1)
     out = torch.empty(kv_heads, heads // kv_heads, tokens, size, dtype=v.dtype, device=v.device)
-    of_queries = torch.empty(kv_heads, heads // kv_heads, tokens, dtype=v.dtype, device=v.device)
-    of_values = torch.zeros_like(of_queries)
+    query_weights = torch.empty(kv_heads, heads // kv_heads, tokens, dtype=v.dtype, device=v.device)
+    value_weights = torch.zeros_like(query_weights)
     position = torch.arange(tokens, device=v.device)
     for begin in range(0, tokens, ROWS):
         end = min(begin + ROWS, tokens)
@@ -94,13 +94,15 @@ def _sequence(
         if soft_cap:
             scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
         weights = scores.masked_fill_(unseen, -torch.inf).softmax(-1)
-        found = (weights.flatten(1, 2) @ v[:, first:end]).unflatten(1, (-1, end - begin))
+        attended = (weights.flatten(1, 2) @ v[:, first:end]).unflatten(1, (-1, end - begin))
         squares = weights.square_()
         moment, of_norm, total = (
             (squares.flatten(1, 2) @ wide[:, first:end]).unflatten(1, (-1, end - begin)).split([size, 1, 1], -1)
         )
-        cost = of_norm - 2 * (found * moment).sum(-1, keepdim=True) + total * found.square().sum(-1, keepdim=True)
-        out[:, :, begin:end], of_queries[:, :, begin:end] = found, cost.squeeze(-1)
-        of_values[:, :, first:end] += squares.sum(-2)
-    out, of_queries, of_values = (x.flatten(0, 1).transpose(0, 1) for x in (out, of_queries, of_values))
-    return out, of_queries.clamp_min(0), of_values
+        of_scores = (
+            of_norm - 2 * (attended * moment).sum(-1, keepdim=True) + total * attended.square().sum(-1, keepdim=True)
+        )
+        out[:, :, begin:end], query_weights[:, :, begin:end] = attended, of_scores.squeeze(-1)
+        value_weights[:, :, first:end] += squares.sum(-2)
+    out, query_weights, value_weights = (x.flatten(0, 1).transpose(0, 1) for x in (out, query_weights, value_weights))
+    return out, query_weights.clamp_min(0), value_weights

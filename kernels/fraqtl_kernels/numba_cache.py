@@ -85,8 +85,8 @@ def _private_folder() -> Path:
     """One of this user alone: whoever can write there can have their code run."""
     folder = Path(tempfile.gettempdir()) / f"fraqtl-numba-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
         return Path(tempfile.mkdtemp(prefix="fraqtl-numba-"))
     return folder
 

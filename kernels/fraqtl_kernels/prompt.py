@@ -104,15 +104,15 @@ def token_rows(texts: Sequence[Sequence[int]], length: int, first_token: int | N
     return rows
 
 
-def positions(longest: int, length: int = LENGTH) -> Tensor:
-    """(SEQUENCES, tokens of a sequence) int64, for a model whose context is `longest` tokens.
+def positions(max_seq_len: int, length: int = LENGTH) -> Tensor:
+    """(SEQUENCES, tokens of a sequence) int64, for a model whose context is `max_seq_len` tokens.
 
-    length: tokens of a sequence at most, `longest` if that is less.
+    length: tokens of a sequence at most, `max_seq_len` if that is less.
     """
-    length = min(length, longest)
+    length = min(length, max_seq_len)
     near = torch.arange(length)
     chunk = length // CHUNKS
-    last = longest - chunk
+    last = max_seq_len - chunk
     if chunk == 0 or last < length:
         return near.expand(SEQUENCES, length).contiguous()
     count = CHUNKS - 1
@@ -125,5 +125,5 @@ def positions(longest: int, length: int = LENGTH) -> Tensor:
         begin = torch.cat([starts.new_zeros(1), starts]).round().long().repeat_interleave(chunk)
         row = begin + torch.arange(len(begin)) % chunk
         rest = row[-1] + 1 + torch.arange(length - len(row))
-        rows.append(torch.cat([row, rest.clamp_max(longest - 1)]))
+        rows.append(torch.cat([row, rest.clamp_max(max_seq_len - 1)]))
     return torch.stack(rows)

@@ -22,11 +22,11 @@ from fraqtl_kernels.formats import (
     VectorFormat,
 )
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.refinement import DISTANCE, is_refined, newest
+from fraqtl_kernels.residual import DISTANCE, reads_residual, residual_positions
 from fraqtl_kernels.rotation import hadamard
 
 
-def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
     """Codes and scale of vectors on the midpoint grid of `formats.py`.
 
     x: (..., D) floating point, already rotated. Returns codes (..., D) uint8, one a dimension,
@@ -42,7 +42,7 @@ def quantise(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
     return codes, scale.squeeze(-1) if vector.groups == 1 else scale
 
 
-def quantise_with_feedback(
+def quantize_with_feedback(
     z: Tensor, feedback: Tensor, vector: VectorFormat, choices: Sequence[float] = SCALE_CHOICES
 ) -> tuple[Tensor, Tensor]:
     """Codes and scale of calibrated vectors, as `constants.py` means them.
@@ -82,7 +82,7 @@ def _round_steps(steps: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), steps - codes
 
 
-def quantise_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
+def quantize_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
     """Codes (..., KV heads, D) uint8 on the symmetric grid with a step for every channel.
 
     x: (..., KV heads, D). step: (KV heads, D). What lies beyond the grid is clipped to its end; NaN becomes zero.
@@ -92,8 +92,8 @@ def quantise_static(x: Tensor, step: Tensor, vector: VectorFormat) -> Tensor:
     return steps.round().clamp(1, vector.levels).to(torch.uint8)
 
 
-def dequantise(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(..., D) codes and the scales of `quantise` -> (..., D) values: (code - midpoint) · |scale|."""
+def dequantize(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., D) codes and the scales of `quantize` -> (..., D) values: (code - midpoint) · |scale|."""
     scales = scale.to(dtype).abs().reshape(*codes.shape[:-1], vector.groups)
     return (codes.to(dtype) - vector.midpoint) * scales.repeat_interleave(codes.shape[-1] // vector.groups, -1)
 
@@ -101,16 +101,18 @@ def dequantise(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.
 def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of keys (..., KV heads, D), by the formula in `constants.py`."""
     if vector.static:
-        return quantise_static(key, _required(constants.key_scale), vector), None
-    if not vector.centred or constants.key is None:
-        return quantise(rotate(key, vector), vector)
+        return quantize_static(key, _required(constants.key_scale), vector), None
+    if not vector.calibrated or constants.key is None:
+        return quantize(rotate(key, vector), vector)
     z = constants.key.apply(key)
-    if constants.sink_centre is None:
-        return quantise_with_feedback(z, constants.key.feedback, vector)
-    as_sink = constants.key.apply(key, constants.sink_centre)
-    nearer = _plain_scale(as_sink, vector) < _plain_scale(z, vector)
-    codes, scale = quantise_with_feedback(torch.where(nearer[..., None], as_sink, z), constants.key.feedback, vector)
-    return codes, torch.where(nearer, -scale, scale)
+    if constants.outlier_center is None:
+        return quantize_with_feedback(z, constants.key.feedback, vector)
+    as_outlier = constants.key.apply(key, constants.outlier_center)
+    is_outlier = _plain_scale(as_outlier, vector) < _plain_scale(z, vector)
+    codes, scale = quantize_with_feedback(
+        torch.where(is_outlier[..., None], as_outlier, z), constants.key.feedback, vector
+    )
+    return codes, torch.where(is_outlier, -scale, scale)
 
 
 def _plain_scale(z: Tensor, vector: VectorFormat) -> Tensor:
@@ -120,40 +122,40 @@ def _plain_scale(z: Tensor, vector: VectorFormat) -> Tensor:
 def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of values (..., KV heads, D)."""
     if vector.static:
-        return quantise_static(value, _required(constants.value_scale), vector), None
-    if not vector.centred or constants.value is None:
-        return quantise(rotate(value, vector), vector)
-    return quantise_with_feedback(constants.value.apply(value), constants.value.feedback, vector)
+        return quantize_static(value, _required(constants.value_scale), vector), None
+    if not vector.calibrated or constants.value is None:
+        return quantize(rotate(value, vector), vector)
+    return quantize_with_feedback(constants.value.apply(value), constants.value.feedback, vector)
 
 
-def refine_keys(
+def encode_key_residuals(
     key: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of what `encode_keys`, which gave `codes` and `scale`, left of keys (..., KV heads, D)."""
-    if not vector.centred or constants.key is None:
-        return _refine(rotate(key, vector), codes, scale, vector)
+    if not vector.calibrated or constants.key is None:
+        return _encode_residual(rotate(key, vector), codes, scale, vector)
     z = constants.key.apply(key)
-    if constants.sink_centre is not None:
-        z = torch.where(scale.signbit()[..., None], constants.key.apply(key, constants.sink_centre), z)
-    return _refine(z, codes, scale, vector)
+    if constants.outlier_center is not None:
+        z = torch.where(scale.signbit()[..., None], constants.key.apply(key, constants.outlier_center), z)
+    return _encode_residual(z, codes, scale, vector)
 
 
-def refine_values(
+def encode_value_residuals(
     value: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
 ) -> tuple[Tensor, Tensor]:
     """The same of values and `encode_values`."""
-    if not vector.centred or constants.value is None:
-        return _refine(rotate(value, vector), codes, scale, vector)
-    return _refine(constants.value.apply(value), codes, scale, vector)
+    if not vector.calibrated or constants.value is None:
+        return _encode_residual(rotate(value, vector), codes, scale, vector)
+    return _encode_residual(constants.value.apply(value), codes, scale, vector)
 
 
-def _refine(z: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
-    return quantise(z - dequantise(codes, scale, vector, z.dtype), vector)
+def _encode_residual(z: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
+    return quantize(z - dequantize(codes, scale, vector, z.dtype), vector)
 
 
-def restore_refinement(z: Tensor, vector: VectorFormat, transform: Transform | None) -> Tensor:
-    """Refinements (..., KV heads, D), dequantised, in the model's own basis. No centre: they are differences."""
-    if not vector.centred or transform is None:
+def restore_residual(z: Tensor, vector: VectorFormat, transform: Transform | None) -> Tensor:
+    """Residuals (..., KV heads, D), dequantized, in the model's own basis. No center: they are differences."""
+    if not vector.calibrated or transform is None:
         return unrotate(z, vector)
     return torch.einsum("...hd,hde->...he", z, transform.inverse.to(z))
 
@@ -198,11 +200,11 @@ def stored_keys(planes: Planes, vector: VectorFormat, constants: LayerConstants 
     codes = unpack(planes.k, vector)
     if planes.k_scale is None:
         return (codes.double() - vector.midpoint) * _required(constants.key_scale).double()[:, None]
-    keys = dequantise(codes, planes.k_scale, vector, torch.float64)
-    if not vector.centred or constants.key is None:
+    keys = dequantize(codes, planes.k_scale, vector, torch.float64)
+    if not vector.calibrated or constants.key is None:
         return unrotate(keys, vector)
-    is_sink = planes.k_scale.signbit().transpose(1, 2)
-    return constants.restore_keys(keys.transpose(1, 2), is_sink).transpose(1, 2)
+    is_outlier = planes.k_scale.signbit().transpose(1, 2)
+    return constants.restore_keys(keys.transpose(1, 2), is_outlier).transpose(1, 2)
 
 
 def stored_values(planes: Planes, vector: VectorFormat, constants: LayerConstants = IDENTITY) -> Tensor:
@@ -212,8 +214,8 @@ def stored_values(planes: Planes, vector: VectorFormat, constants: LayerConstant
     codes = unpack(planes.v, vector)
     if planes.v_scale is None:
         return (codes.double() - vector.midpoint) * _required(constants.value_scale).double()[:, None]
-    values = dequantise(codes, planes.v_scale, vector, torch.float64)
-    if not vector.centred or constants.value is None:
+    values = dequantize(codes, planes.v_scale, vector, torch.float64)
+    if not vector.calibrated or constants.value is None:
         return unrotate(values, vector)
     return constants.value.undo(values.transpose(1, 2)).transpose(1, 2)
 
@@ -226,34 +228,34 @@ def write(
     slot_mapping: Tensor,
     constants: LayerConstants = IDENTITY,
 ) -> None:
-    """Quantise tokens one by one and put them into their slots; slot -1 writes nothing.
+    """Quantize tokens one by one and put them into their slots; slot -1 writes nothing.
 
-    key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset. A token of a refined format also
-    leaves its refinement, as `refinement.py` says; tokens of a sequence must come in their order.
+    key, value: (tokens, KV heads, D). slot_mapping: (tokens,) block · N + offset. A token of a format with residuals
+    also leaves its residual, as `residual.py` says; tokens of a sequence must come in their order.
     """
     k, v, planes = layout.format.k, layout.format.v, layout.planes(pool)
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot < 0:
             continue
         block, offset = divmod(slot, layout.block_size)
-        place, behind = (block, slice(None), offset), (block, slice(None), offset + DISTANCE)
+        place, residual_place = (block, slice(None), offset), (block, slice(None), offset + DISTANCE)
         has_room = offset + DISTANCE < layout.block_size
         if k.is_raw:
             planes.k[place] = key[token].to(planes.k.dtype)
         else:
             codes, scale = encode_keys(key[token].double(), k, constants)
             _store(planes.k, planes.k_scale, place, pack(codes, k), scale)
-            if k.refined and has_room and scale is not None:
-                codes, scale = refine_keys(key[token].double(), codes, scale, k, constants)
-                _store(planes.k, planes.k_scale, behind, pack(codes, k), scale)
+            if k.has_residual and has_room and scale is not None:
+                codes, scale = encode_key_residuals(key[token].double(), codes, scale, k, constants)
+                _store(planes.k, planes.k_scale, residual_place, pack(codes, k), scale)
         if v.is_raw:
             planes.v[place] = value[token].to(planes.v.dtype)
         else:
             codes, scale = encode_values(value[token].double(), v, constants)
             _store(planes.v, planes.v_scale, place, pack(codes, v), scale)
-            if v.refined and has_room and scale is not None:
-                codes, scale = refine_values(value[token].double(), codes, scale, v, constants)
-                _store(planes.v, planes.v_scale, behind, pack(codes, v), scale)
+            if v.has_residual and has_room and scale is not None:
+                codes, scale = encode_value_residuals(value[token].double(), codes, scale, v, constants)
+                _store(planes.v, planes.v_scale, residual_place, pack(codes, v), scale)
 
 
 def _store(plane: Tensor, scales: Tensor | None, place: Any, packed: Tensor, scale: Tensor | None) -> None:
@@ -268,34 +270,34 @@ def paged_attention(
     layout: PageLayout,
     block_table: Tensor,
     query_start: Tensor,
-    lengths: Tensor,
+    seq_lens: Tensor,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     constants: LayerConstants = IDENTITY,
-    refinements: Sequence[tuple[Tensor, Tensor]] | None = None,
+    residuals: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Causal attention of every request over its pages, in float64.
 
     For query position p and key position j <= p (and j > p - window):
-    softmax_j(cap(scale · q_p · k_j)) · v_j with cap(s) = soft_cap · tanh(s / soft_cap). A sink takes part in the
+    softmax_j(cap(scale · q_p · k_j)) · v_j with cap(s) = soft_cap · tanh(s / soft_cap). A sink logit takes part in the
     softmax like a key with that score and a value of zero.
 
     query: (tokens, query heads, D), requests one after another, the last token of a request at
     position length - 1. block_table: (requests, blocks). query_start: (requests + 1,).
-    lengths: (requests,) tokens in the cache, the queries' own included. sinks: (query heads,).
-    constants: those that the pages were written with. refinements: of each request, what is added to the keys and
-    values (length, KV heads, D) that a query reads refined, see `written_refinements` and `page_refinements`; None: no
-    query does. Returns float64 like query.
+    seq_lens: (requests,) tokens in the cache, the queries' own included. sink_logits: (query heads,).
+    constants: those that the pages were written with. residuals: of each request, what is added to the keys and
+    values (length, KV heads, D) that a query reads with their residuals, see `written_residuals` and `page_residuals`;
+    None: no query does. Returns float64 like query.
     """
     planes = layout.planes(pool)
     keys = stored_keys(planes, layout.format.k, constants)
     values = stored_values(planes, layout.format.v, constants)
     group = query.shape[1] // keys.shape[1]
     output = torch.zeros(query.shape, dtype=torch.float64)
-    for r, length in enumerate(lengths.tolist()):
+    for r, length in enumerate(seq_lens.tolist()):
         first, last = query_start[r].item(), query_start[r + 1].item()
         slots = torch.arange(length)
         blocks, offsets = block_table[r, slots // layout.block_size].long(), slots % layout.block_size
@@ -307,58 +309,58 @@ def paged_attention(
             seen &= slots > position - window
         q = query[first:last].double()
         scores = torch.einsum("qhd,khd->hqk", q, k)
-        if refinements is not None:
-            near = is_refined(position, slots, layout.block_size)
-            finer_k, finer_v = (x.repeat_interleave(group, 1) for x in refinements[r])
-            scores += torch.einsum("qhd,khd->hqk", q, finer_k).masked_fill(~near, 0)
+        if residuals is not None:
+            near = reads_residual(position, slots, layout.block_size)
+            residual_k, residual_v = (x.repeat_interleave(group, 1) for x in residuals[r])
+            scores += torch.einsum("qhd,khd->hqk", q, residual_k).masked_fill(~near, 0)
         scores = scores * scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         scores = scores.masked_fill(~seen, float("-inf"))
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
+        if sink_logits is not None:
+            scores = torch.cat([scores, sink_logits.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
         weights = scores.softmax(-1)[..., :length]
         output[first:last] = torch.einsum("hqk,khd->qhd", weights, v)
-        if refinements is not None:
-            output[first:last] += torch.einsum("hqk,khd->qhd", weights.masked_fill(~near, 0), finer_v)
+        if residuals is not None:
+            output[first:last] += torch.einsum("hqk,khd->qhd", weights.masked_fill(~near, 0), residual_v)
     return output
 
 
-def written_refinements(
+def written_residuals(
     key: Tensor, value: Tensor, layout: PageLayout, constants: LayerConstants = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """What the refinements of tokens (tokens, KV heads, D) add to them: float64 like key and value, zero if nothing."""
+    """What the residuals of tokens (tokens, KV heads, D) add to them: float64 like key and value, zero if nothing."""
     k, v = layout.format.k, layout.format.v
-    finer_k, finer_v = torch.zeros(2, *key.shape, dtype=torch.float64).unbind()
-    if k.refined:
+    residual_k, residual_v = torch.zeros(2, *key.shape, dtype=torch.float64).unbind()
+    if k.has_residual:
         codes, scale = encode_keys(key.double(), k, constants)
         assert scale is not None
-        finer = dequantise(*refine_keys(key.double(), codes, scale, k, constants), k, torch.float64)
-        finer_k = restore_refinement(finer, k, constants.key)
-    if v.refined:
+        residual = dequantize(*encode_key_residuals(key.double(), codes, scale, k, constants), k, torch.float64)
+        residual_k = restore_residual(residual, k, constants.key)
+    if v.has_residual:
         codes, scale = encode_values(value.double(), v, constants)
         assert scale is not None
-        finer = dequantise(*refine_values(value.double(), codes, scale, v, constants), v, torch.float64)
-        finer_v = restore_refinement(finer, v, constants.value)
-    return finer_k, finer_v
+        residual = dequantize(*encode_value_residuals(value.double(), codes, scale, v, constants), v, torch.float64)
+        residual_v = restore_residual(residual, v, constants.value)
+    return residual_k, residual_v
 
 
-def page_refinements(
+def page_residuals(
     pool: Tensor, layout: PageLayout, block_table: Tensor, length: int, constants: LayerConstants = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """What the pages of a request add to the tokens that the last of `length` tokens reads refined.
+    """What the pages of a request add to the tokens that the last of `length` tokens reads with their residuals.
 
     block_table: (blocks,). Returns (length, KV heads, D) float64 twice, zero for all other tokens.
     """
     planes, size = layout.planes(pool), layout.block_size
-    finer = torch.zeros(2, length, pool.shape[1], layout.head_size, dtype=torch.float64)
-    position = newest(length, size)
+    residual = torch.zeros(2, length, pool.shape[1], layout.head_size, dtype=torch.float64)
+    position = residual_positions(length, size)
     place = block_table[position // size].long(), slice(None), position % size + DISTANCE
-    for which, plane, scales, vector, transform in (
+    for stream, plane, scales, vector, transform in (
         (0, planes.k, planes.k_scale, layout.format.k, constants.key),
         (1, planes.v, planes.v_scale, layout.format.v, constants.value),
     ):
-        if vector.refined and scales is not None:
-            z = dequantise(unpack(plane[place], vector), scales[place], vector, torch.float64)
-            finer[which, position] = restore_refinement(z, vector, transform)
-    return finer[0], finer[1]
+        if vector.has_residual and scales is not None:
+            z = dequantize(unpack(plane[place], vector), scales[place], vector, torch.float64)
+            residual[stream, position] = restore_residual(z, vector, transform)
+    return residual[0], residual[1]

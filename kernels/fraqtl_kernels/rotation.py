@@ -31,12 +31,12 @@ def hadamard(order: int) -> Tensor:
     Source: Sylvester's and Paley's constructions, see the module's docstring.
     Raises ValueError for an order that neither reaches.
     """
-    base, power = order, 1
-    while base % 2 == 0 and base not in (12, 20):
-        base, power = base // 2, power * 2
-    if base not in (1, 12, 20):
+    base_order, power = order, 1
+    while base_order % 2 == 0 and base_order not in (12, 20):
+        base_order, power = base_order // 2, power * 2
+    if base_order not in (1, 12, 20):
         raise ValueError(f"no Hadamard matrix of order {order} here: it must be 2^k, 12·2^k or 20·2^k")
-    matrix = torch.ones(1, 1, dtype=torch.int64) if base == 1 else _paley(base - 1)
+    matrix = torch.ones(1, 1, dtype=torch.int64) if base_order == 1 else _paley(base_order - 1)
     while power > 1:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
         power //= 2

@@ -29,8 +29,8 @@ class Allocations:
 
         Not if its window left the block behind and it got the same one anew.
         """
-        found = self._found.get(request_id)
-        return found is not None and self.name(block) in found[group]
+        cached = self._found.get(request_id)
+        return cached is not None and self.name(block) in cached[group]
 
     def forget(self, request_id: str) -> None:
         self._found.pop(request_id, None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -13,6 +14,10 @@ from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 
 KEY = "fraqtl"
+OLD_KEYS = {"refinement": "residual"}
+"""By old name the new one. Both are read for one more version."""
+
+_said: set[str] = set()  # of the old names, so that each is told of once a process
 
 
 class FraqtlConfig(BaseModel):
@@ -34,8 +39,9 @@ class FraqtlConfig(BaseModel):
     calibration_cache: str | None = None
     """The folder in which they are kept; by default one in the user's cache folder."""
 
-    refinement: bool = True
-    """Whether the newest tokens are read refined (see `fraqtl_kernels.refinement`) where the format has that."""
+    residual: bool = True
+    """Whether the newest tokens are read with their residuals (see `fraqtl_kernels.residual`) where the format has
+    them."""
 
     kv_memory_fits_context: bool = False
     """Whether the pool may grow beyond the size it was given until one sequence of the longest context fits, to half of
@@ -58,8 +64,8 @@ class FraqtlConfig(BaseModel):
 
     @property
     def format(self) -> KVFormat:
-        found = get_format(self.kv_format)
-        return found if self.refinement else found.unrefined
+        named = get_format(self.kv_format)
+        return named if self.residual else named.without_residual
 
 
 def read_config(additional_config: Any) -> FraqtlConfig:
@@ -67,10 +73,25 @@ def read_config(additional_config: Any) -> FraqtlConfig:
     section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(section, dict):
         raise ConfigError(f'--additional-config: "{KEY}" must be an object, not {section!r}')
+    section = new_names(section)
     try:
         return FraqtlConfig(**section)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
+
+
+def new_names(section: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which every key has its new name. Raises ConfigError if one is given under both."""
+    renamed = dict(section)
+    for old in OLD_KEYS.keys() & section.keys():
+        new = OLD_KEYS[old]
+        if new in section:
+            raise ConfigError(f'--additional-config: {old!r} is the old name of {new!r} in "{KEY}": give one of them')
+        if old not in _said:
+            _said.add(old)
+            print(f'--additional-config: {old!r} in "{KEY}" is now {new!r}', file=sys.stderr)
+        renamed[new] = renamed.pop(old)
+    return renamed
 
 
 def _sentence(error: ValidationError) -> str:

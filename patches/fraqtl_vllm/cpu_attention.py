@@ -3,7 +3,7 @@
 Where every request has one new token, a layer's write and attention are one compiled call. So vLLM's call to write
 only notes what is to be written, and `forward`, which follows it, does both.
 
-The keys of the running chunk are read back from their pages like all others, and its refinements are what the pages
+The keys of the running chunk are read back from their pages like all others, and its residuals are what the pages
 would hold, so that chunking, prefix hits and preemption can't change what is attended.
 """
 
@@ -72,7 +72,7 @@ class Impl(FraqtlImpl[Metadata]):
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
             cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype
-        self.refinements: cpu.Refinements | None = None  # of the running batch, between write and attention
+        self.residuals: cpu.Residuals | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._step: cpu.DecodeStep | None = None
         if self.kv_sharing_target_layer_name is not None:
@@ -93,7 +93,7 @@ class Impl(FraqtlImpl[Metadata]):
         if self._unwritten is not None:
             key, value, noted = self._unwritten
             slot_mapping = noted if slots is None else slots
-            self.refinements = cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
+            self.residuals = cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
             self._unwritten = None
 
     def _decode(self, query: Tensor, kv_cache: Tensor, plan: cpu.StepPlan, output: Tensor) -> bool:
@@ -117,14 +117,14 @@ class Impl(FraqtlImpl[Metadata]):
         self._step(query, key, value, output, plan)
         return True
 
-    def _take_refinements(self, layer: Any) -> cpu.Refinements | None:
+    def _take_residuals(self, layer: Any) -> cpu.Residuals | None:
         """What this layer's pages were last given, or those that it shares; forgotten where no other layer asks."""
         if self.kv_sharing_target_layer_name is not None:
             layer = get_forward_context().no_compile_layers[self.kv_sharing_target_layer_name]
-        found: cpu.Refinements | None = layer.impl.refinements
+        residuals: cpu.Residuals | None = layer.impl.residuals
         if layer.layer_name not in _SHARED:
-            layer.impl.refinements = None
-        return found
+            layer.impl.residuals = None
+        return residuals
 
     def forward(
         self,
@@ -159,6 +159,6 @@ class Impl(FraqtlImpl[Metadata]):
             window=self.sliding_window,
             soft_cap=self.soft_cap,
             constants=self.constants,
-            refinements=self._take_refinements(layer),
+            residuals=self._take_residuals(layer),
         )
         return output

@@ -3,7 +3,7 @@
 Decoding: one launch, or two, over packed pages for all requests with at most `decode_queries` new tokens. The
 launch shape follows from host numbers that a graph fixes (requests, query tokens, the longest context allowed),
 never from lengths, which stay on the device; so nothing waits for it, and a captured step serves every batch of
-its size. Prompts: vLLM's flash attention over the chunk's raw keys and its dequantised prefix (`cuda_prefill.py`),
+its size. Prompts: vLLM's flash attention over the chunk's raw keys and its dequantized prefix (`cuda_prefill.py`),
 or, with `prefill_keys: packed`, our own kernel over the packed keys, the chunk's included, as on the CPU.
 """
 
@@ -27,9 +27,9 @@ from vllm.v1.attention.backend import (
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import MAX_QUERIES, decode, plan_decode
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
 from fraqtl_kernels.gpu.splits import DecodePlan
 from fraqtl_kernels.gpu.write import write
@@ -42,7 +42,7 @@ from fraqtl_vllm.passes import list_chunks
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_GPU = (8, 0)
-INTERPRETED_MULTIPROCESSORS = 4  # where there is no GPU: Triton's interpreter, in tests
+INTERPRETED_SMS = 4  # where there is no GPU: Triton's interpreter, in tests
 
 
 def check_gpu(capability: tuple[int, int], dtype: torch.dtype) -> None:
@@ -75,18 +75,18 @@ def decode_queries(config: VllmConfig) -> int:
 class Metadata(AttentionMetadata):
     """One step's batch, shared by all layers of a KV-cache group.
 
-    block_table, query_start, lengths: vLLM's own device buffers. decodes: requests at the front of the batch that
-    are decoded. queries: a bound on their new tokens. prefills: the other requests. most_queries: a bound on
+    block_table, query_start, seq_lens: vLLM's own device buffers. decodes: requests at the front of the batch that
+    are decoded. queries: a bound on their new tokens. prefills: the other requests. max_query_len: a bound on
     anyone's new tokens.
     """
 
     block_table: Tensor
     query_start: Tensor
-    lengths: Tensor
+    seq_lens: Tensor
     decodes: int
     queries: int
     prefills: cuda_prefill.Prefills | None
-    most_queries: int
+    max_query_len: int
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -124,8 +124,8 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             decodes = next((row for row, count in enumerate(counts) if count > most), len(counts))
             if batch.seq_lens_cpu_upper_bound is None:
                 raise ValueError("the lengths of prompts must be known on the host")
-            lengths = batch.seq_lens_cpu_upper_bound.tolist()
-            prefills = cuda_prefill.Prefills(list_chunks(start, lengths, decodes))
+            seq_lens = batch.seq_lens_cpu_upper_bound.tolist()
+            prefills = cuda_prefill.Prefills(list_chunks(start, seq_lens, decodes))
         return Metadata(
             batch.block_table_tensor,
             batch.query_start_loc,
@@ -144,14 +144,14 @@ class Impl(FraqtlImpl[Metadata]):
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
         packed = read_config(config.additional_config).prefill_keys == "packed"
-        if packed:  # what a chunk would have to read refined, the pages don't hold
-            self.kv_format = self.kv_format.unrefined
+        if packed:  # the pages don't hold the residuals of a chunk
+            self.kv_format = self.kv_format.without_residual
         self.dtype = config.model_config.dtype
         self.device = torch.device(config.device_config.device)
         capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
         check_gpu(OLDEST_GPU if capability is None else (capability.major, capability.minor), self.dtype)
-        self.longest = config.model_config.max_model_len
-        self.multiprocessors = multiprocessors(self.device)
+        self.max_seq_len = config.model_config.max_model_len
+        self.num_sms = num_sms(self.device)
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
         self.scratch = self._allocate_scratch(config)
         check_format(self.kv_format)
@@ -181,13 +181,13 @@ class Impl(FraqtlImpl[Metadata]):
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
         super().use_constants(constants)
-        self.bases = Bases.of(self.kv_format, self.head_size, self.dtype, self.device, constants)
+        self.operands = LayerOperands.of(self.kv_format, self.head_size, self.dtype, self.device, constants)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if kv_cache.numel():
-            write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.bases)
+            write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.operands)
 
     def forward(
         self,
@@ -212,7 +212,7 @@ class Impl(FraqtlImpl[Metadata]):
             self._prefill_packed(query, kv_cache, layout, batch, output)
         else:
             cuda_prefill.attend(
-                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.bases),
+                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands),
                 query,
                 key,
                 value,
@@ -231,10 +231,10 @@ class Impl(FraqtlImpl[Metadata]):
             layout,
             batch.block_table[: batch.decodes],
             batch.query_start[: batch.decodes + 1],
-            batch.lengths[: batch.decodes],
+            batch.seq_lens[: batch.decodes],
             output,
             self.plan(layout, batch.decodes, batch.queries),
-            self.bases,
+            self.operands,
             self.scratch,
             scale=self.scale,
             window=self.sliding_window,
@@ -248,10 +248,10 @@ class Impl(FraqtlImpl[Metadata]):
             layout,
             batch.block_table[batch.decodes :],
             batch.query_start[batch.decodes :],
-            batch.lengths[batch.decodes :],
-            batch.most_queries,
+            batch.seq_lens[batch.decodes :],
+            batch.max_query_len,
             output,
-            self.bases,
+            self.operands,
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
@@ -267,8 +267,8 @@ class Impl(FraqtlImpl[Metadata]):
                 queries=queries,
                 query_heads=self.num_heads,
                 kv_heads=self.num_kv_heads,
-                longest=self.longest,
-                multiprocessors=self.multiprocessors,
+                max_seq_len=self.max_seq_len,
+                num_sms=self.num_sms,
             )
         return self._plans[key]
 
@@ -288,14 +288,14 @@ _SCRATCH: dict[torch.device, Tensor] = {}
 
 def shared_scratch(floats: int, device: torch.device) -> Tensor:
     """Scratch that the layers of a process share: they run one after another. fp32, at least `floats`."""
-    found = _SCRATCH.get(device)
-    if found is None or found.numel() < floats:
-        found = _SCRATCH[device] = torch.empty(floats, dtype=torch.float32, device=device)
-    return found
+    scratch = _SCRATCH.get(device)
+    if scratch is None or scratch.numel() < floats:
+        scratch = _SCRATCH[device] = torch.empty(floats, dtype=torch.float32, device=device)
+    return scratch
 
 
-def multiprocessors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
+        return INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

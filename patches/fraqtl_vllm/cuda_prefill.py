@@ -1,6 +1,6 @@
-"""Prompt chunks on a GPU: vLLM's flash attention over the chunk's raw keys and the dequantised prefix.
+"""Prompt chunks on a GPU: vLLM's flash attention over the chunk's raw keys and the dequantized prefix.
 
-The prefix comes back from its pages in the model's own basis, centre included, into a workspace of fixed size
+The prefix comes back from its pages in the model's own basis, center included, into a workspace of fixed size
 that all layers share. So its scores are those of the raw keys, and pieces can be joined. See `passes.py`.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.workspace import dequantise
+from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.workspace import dequantize
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.passes import Chunk, Pass, plan_passes
@@ -43,15 +43,15 @@ def flash_attention(head_size: int, scale: float, window: int | None, soft_cap: 
         )
 
     def flash(q: Tensor, k: Tensor, v: Tensor, call: DevicePass, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        output, log_sums, *_ = _vllm.flash_attn_varlen_func(
+        output, lse, *_ = _vllm.flash_attn_varlen_func(
             q=q,
             k=k,
             v=v,
             out=out,
             cu_seqlens_q=call.query_start,
             cu_seqlens_k=call.key_start,
-            max_seqlen_q=call.most_queries,
-            max_seqlen_k=call.most_keys,
+            max_seqlen_q=call.max_query_len,
+            max_seqlen_k=call.max_key_len,
             softmax_scale=scale,
             causal=call.plan.causal,
             window_size=[window - 1, 0] if window is not None and call.plan.causal else [-1, -1],
@@ -59,7 +59,7 @@ def flash_attention(head_size: int, scale: float, window: int | None, soft_cap: 
             return_softmax_lse=True,
             fa_version=version,
         )
-        return output, log_sums
+        return output, lse
 
     return flash
 
@@ -82,12 +82,14 @@ class Workspace:
         """The workspace of all layers of a shape, made to hold `tokens`. Layers ask for it while the model is loaded,
         so that vLLM counts it before it sizes the pool."""
         key = (kv_heads, head_size, dtype, device)
-        found = cls._shared.get(key)
-        if found is None:
-            found = cls._shared[key] = cls(kv_heads, head_size, dtype, device)
-        if found.tokens < tokens:
-            found.key, found.value = (x.new_empty(tokens, *x.shape[1:]) for x in (found.key, found.value))
-        return found
+        workspace = cls._shared.get(key)
+        if workspace is None:
+            workspace = cls._shared[key] = cls(kv_heads, head_size, dtype, device)
+        if workspace.tokens < tokens:
+            workspace.key, workspace.value = (
+                x.new_empty(tokens, *x.shape[1:]) for x in (workspace.key, workspace.value)
+            )
+        return workspace
 
 
 def workspace_tokens(kv_heads: int, head_size: int, window: int | None, longest_chunk: int) -> int:
@@ -104,8 +106,8 @@ class DevicePass:
     key_start: Tensor
     first: Tensor
     chunk_rows: Tensor | None
-    most_queries: int
-    most_keys: int
+    max_query_len: int
+    max_key_len: int
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Layer:
     flash: Flash
     workspace: Workspace
     window: int | None
-    bases: Bases
+    operands: LayerOperands
 
 
 def attend(
@@ -193,7 +195,7 @@ def _restore(
     space, total = layer.workspace, sum(call.plan.counts)
     k, v = space.key[:total], space.value[:total]
     table = block_table[call.plan.rows]
-    dequantise(pool, layout, table, call.first, call.key_start, call.most_keys, k, v, layer.bases)
+    dequantize(pool, layout, table, call.first, call.key_start, call.max_key_len, k, v, layer.operands)
     if call.chunk_rows is not None:
         k.index_copy_(0, call.chunk_rows, key)
         v.index_copy_(0, call.chunk_rows, value)
@@ -207,8 +209,8 @@ def _join(pieces: Sequence[tuple[Tensor, Tensor]], target: Tensor | None) -> tup
     """
     if len(pieces) == 1:
         return pieces[0]
-    (older, older_sums), (newer, newer_sums) = pieces
+    (older, older_lse), (newer, newer_lse) = pieces
     output = torch.empty_like(newer) if target is None else target
-    log_sums = torch.empty_like(newer_sums)
-    _vllm.merge_attn_states(output, older, older_sums, newer, newer_sums, output_lse=log_sums)
-    return output, log_sums
+    lse = torch.empty_like(newer_lse)
+    _vllm.merge_attn_states(output, older, older_lse, newer, newer_lse, output_lse=lse)
+    return output, lse

@@ -73,7 +73,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         """A run before there is a batch: vLLM's profiling, where the output doesn't matter, or calibration."""
         if self.recorder is None:
             return output.fill_(0)
-        found = self.recorder.attend(
+        attended = self.recorder.attend(
             layer.layer_name,
             self.kv_sharing_target_layer_name,
             query,
@@ -83,7 +83,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
             window=self.sliding_window,
             soft_cap=self.soft_cap,
         )
-        return output.copy_(found.view_as(output))
+        return output.copy_(attended.view_as(output))
 
     def layout(self, kv_cache: Tensor) -> PageLayout:
         """kv_cache: (blocks, KV heads, N, bytes per token) uint8, vLLM's view of this layer's pool."""

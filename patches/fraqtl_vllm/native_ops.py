@@ -1,6 +1,6 @@
 """Torch versions of vLLM's compiled operators, for wheels that have no CPU extension.
 
-Those of `torch.ops._C` that vLLM 0.32's decoders reach on x86 and ARM without quantised weights:
+Those of `torch.ops._C` that vLLM 0.32's decoders reach on x86 and ARM without quantized weights:
 
   init_cpu_memory_env                           the CPU worker, when it is made
   greedy_argmax, fused_gumbel_argmax            the sampler
@@ -97,8 +97,8 @@ def fused_experts(
     for expert in experts.unique().tolist():
         rows, choices = (experts == expert).nonzero(as_tuple=True)
         inner = activate(F.linear(x[rows], w13[expert], None if w13_bias is None else w13_bias[expert].to(x.dtype)))
-        found = F.linear(inner, w2[expert], None if w2_bias is None else w2_bias[expert].to(x.dtype)).float()
-        total.index_add_(0, rows, found if skip_weighted else found * weights[rows, choices, None].float())
+        product = F.linear(inner, w2[expert], None if w2_bias is None else w2_bias[expert].to(x.dtype)).float()
+        total.index_add_(0, rows, product if skip_weighted else product * weights[rows, choices, None].float())
     out.copy_(total)
 
 

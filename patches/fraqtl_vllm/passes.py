@@ -1,7 +1,7 @@
 """How the prompt chunks of a step are attended: in passes of flash attention, planned on the host.
 
 A chunk's queries see their cached prefix and the chunk itself. A pass takes some requests and, of each, one
-range of keys [first, first + count). Keys that are cached are dequantised into a workspace of fixed size,
+range of keys [first, first + count). Keys that are cached are dequantized into a workspace of fixed size,
 so a pass never takes more keys than it holds:
 
 - requests without a cached prefix need no workspace and share one pass;
@@ -43,7 +43,7 @@ class Chunk:
 class Pass:
     """One call of flash attention.
 
-    chunks: neighbours in the batch. first, counts: the keys [first, first + count) of each. from_pages: whether
+    chunks: neighbors in the batch. first, counts: the keys [first, first + count) of each. from_pages: whether
     keys come out of the workspace. causal: whether they end with the chunk itself. joined: whether the output
     is one piece of a request's (then `chunks` has one entry).
     """
@@ -66,11 +66,11 @@ class Pass:
         return slice(self.chunks[0].row, self.chunks[-1].row + 1)
 
 
-def list_chunks(query_start: Sequence[int], lengths: Sequence[int], decodes: int) -> tuple[Chunk, ...]:
+def list_chunks(query_start: Sequence[int], seq_lens: Sequence[int], decodes: int) -> tuple[Chunk, ...]:
     """The chunks of a batch whose first `decodes` requests are decoded. Requests without a query are padding."""
     rows = [
         Chunk(row, start, end - start, length)
-        for row, ((start, end), length) in enumerate(zip(pairwise(query_start), lengths, strict=False))
+        for row, ((start, end), length) in enumerate(zip(pairwise(query_start), seq_lens, strict=False))
     ]
     return tuple(chunk for chunk in rows[decodes:] if chunk.queries)
 
@@ -96,13 +96,13 @@ def plan_passes(chunks: Sequence[Chunk], capacity: int, window: int | None) -> l
 
 
 def _groups(chunks: Sequence[Chunk], capacity: int, window: int | None) -> Iterator[tuple[Chunk, ...]]:
-    """Neighbours that share a pass."""
+    """Neighbors that share a pass."""
     group: list[Chunk] = []
     used = 0
     for chunk in chunks:
         keys = chunk.length - chunk.oldest(window) if chunk.prefix else 0
-        apart = bool(group) and ((group[-1].prefix == 0) != (chunk.prefix == 0) or used + keys > capacity)
-        if apart:
+        starts_pass = bool(group) and ((group[-1].prefix == 0) != (chunk.prefix == 0) or used + keys > capacity)
+        if starts_pass:
             yield tuple(group)
             group, used = [], 0
         group.append(chunk)

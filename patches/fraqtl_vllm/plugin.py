@@ -53,11 +53,11 @@ def platform() -> str | None:
     install_reasons()
     from vllm.platforms import builtin_platform_plugins
 
-    found = [path for path in map(_found, builtin_platform_plugins.values()) if path is not None]
-    if not found:
+    platforms = [path for path in map(_found, builtin_platform_plugins.values()) if path is not None]
+    if not platforms:
         return WITHOUT_NATIVE_OPS
     # Of two vLLM itself can't choose one, and says so.
-    return IN_PLACE_OF.get(found[0]) if len(found) == 1 else None
+    return IN_PLACE_OF.get(platforms[0]) if len(platforms) == 1 else None
 
 
 def _found(find: Callable[[], str | None]) -> str | None:

@@ -45,9 +45,9 @@ def known(error: BaseException) -> str | None:
             return text
         if isinstance(cause, ValidationError):
             return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
-        if found := _MISSING_OP.search(text):
+        if match := _MISSING_OP.search(text):
             return (
-                f"the model needs the operator {found[1]}.{found[2]}, which this installation of vLLM does not have: "
+                f"the model needs the operator {match[1]}.{match[2]}, which this installation of vLLM does not have: "
                 "choose a checkpoint in 16 bits, another model, or a build of vLLM for this machine"
             )
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(text):
@@ -100,10 +100,10 @@ def note(error: BaseException, logger: str) -> None:
 def read(path: Path) -> str | None:
     """The reason that says most, of all that were noted; the first of its kind."""
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        noted = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return None
-    return str(min(found, key=lambda reason: reason[0])[1]) if found else None
+    return str(min(noted, key=lambda reason: reason[0])[1]) if noted else None
 
 
 def install() -> None:

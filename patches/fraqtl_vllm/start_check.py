@@ -47,8 +47,8 @@ def check_worker(worker: Any) -> None:
 
 def attention_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
     """vLLM's layers that attend, whatever serves them, by name."""
-    found = config.compilation_config.static_forward_context.items()
-    return {name: layer for name, layer in found if isinstance(layer, _vllm.AttentionLayerBase)}
+    layers = config.compilation_config.static_forward_context.items()
+    return {name: layer for name, layer in layers if isinstance(layer, _vllm.AttentionLayerBase)}
 
 
 def _check_backend(name: str, layer: Any) -> None:

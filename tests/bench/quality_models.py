@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fraqtl_bench.quality.models import Subject, load, subject
 from fraqtl_bench.quality.texts import encode, generated_documents
-from fraqtl_bench.quantiser.capture import demo_model
+from fraqtl_bench.quantizer.capture import demo_model
 
 SIZE = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}

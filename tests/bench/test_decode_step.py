@@ -11,7 +11,7 @@ import pytest
 
 from fraqtl_bench import decode_step
 from fraqtl_bench.cli import main
-from fraqtl_bench.decode_step import Arm, measure, summarise
+from fraqtl_bench.decode_step import Arm, measure, summarize
 from fraqtl_bench.server import Server
 
 
@@ -50,7 +50,7 @@ def test_a_round_is_what_the_histogram_grew_by() -> None:
 
 def test_ratios_are_taken_within_a_round() -> None:
     """A machine that slows down halfway changes the times, not the ratio."""
-    found = summarise({"bf16": [1.0, 1.0, 5.0, 5.0], "k4v4": [1.1, 1.1, 5.5, 5.5]})
+    found = summarize({"bf16": [1.0, 1.0, 5.0, 5.0], "k4v4": [1.1, 1.1, 5.5, 5.5]})
     assert found["k4v4"]["ratio"]["median"] == pytest.approx(1.1)
     assert found["bf16"]["ratio"]["median"] == 1 and found["bf16"]["itl_ms"]["median"] == 3000
 

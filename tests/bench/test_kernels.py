@@ -53,7 +53,7 @@ def test_exact_attention() -> None:
         assert relative_error(found[head], weights @ value[:, head // 2]) < 1e-12
 
 
-def test_errors_tell_arithmetic_from_quantisation() -> None:
+def test_errors_tell_arithmetic_from_quantization() -> None:
     inputs = Inputs.random(TINY, 16, 0, CPU)
     arms = arms_for("cpu")
     found = {name: errors_of(arms[name].prepare(inputs), inputs) for name in ("sdpa-bf16", "bf16", "k8v8", "k4v4")}
@@ -263,7 +263,7 @@ def test_what_the_memory_checker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from fraqtl_bench.kernels import sanitize
 
     monkeypatch.setattr(sanitize, "LENGTHS", (1, 17, 40, 70))
-    output = sanitize.run(FORMATS["k4v4"], 64, CPU, multiprocessors=4)
+    output = sanitize.run(FORMATS["k4v4"], 64, CPU, num_sms=4)
     assert output.isfinite().all() and output.abs().max() > 0
 
 

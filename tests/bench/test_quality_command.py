@@ -17,7 +17,7 @@ from fraqtl_bench.quality.command import NOTES
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Report
 from fraqtl_bench.quality.score import score
-from fraqtl_bench.quantiser.capture import demo_model
+from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError
 from tests.bench.quality_models import demo
 

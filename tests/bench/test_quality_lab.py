@@ -257,10 +257,10 @@ def test_the_law_holds_for_independent_keys_and_small_changes() -> None:
     points = list(law.points_of(law_head(0.3)))
     assert len(points) == 4 * (1 + len(law.BITS)) + len(law.BITS) + 4
     for point in points:
-        if point.kind == law.PROJECTION or (point.kind in (law.QUANTISATION, law.CHANNELS) and point.bits >= 4):
+        if point.kind == law.PROJECTION or (point.kind in (law.QUANTIZATION, law.CHANNELS) and point.bits >= 4):
             assert point.measured / point.predicted == pytest.approx(1, abs=0.2), point
     ratio = next(p.measured for p in points if p.kind == law.PROJECTION) / next(
-        p.measured for p in points if p.kind == law.QUANTISATION and p.bits == 4
+        p.measured for p in points if p.kind == law.QUANTIZATION and p.bits == 4
     )
     largest = points[0].predicted / next(p.published for p in points if p.bits == 4)
     assert largest == pytest.approx(3 * 4**4)  # the published factor is the one with σ for R
@@ -273,9 +273,9 @@ def test_the_law_fails_for_large_changes() -> None:
 
 
 def test_the_law_holds_on_the_attention_of_the_demo_model() -> None:
-    found = margins.summarise_law(law.law_points(demo().model, chat_ids(256), 48, range(4)))
+    found = margins.summarize_law(law.law_points(demo().model, chat_ids(256), 48, range(4)))
     for line in found.lines:
-        if line.kind in (law.QUANTISATION, law.CHANNELS) and line.bits >= 4:
+        if line.kind in (law.QUANTIZATION, law.CHANNELS) and line.bits >= 4:
             assert 0.75 < line.ratio < 1.25, line
     dropped = next(line for line in found.lines if line.kind == law.PROJECTION)
     assert dropped.predicted > 0.05 and dropped.ratio < 0.75  # too large a change for second order

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fraqtl_bench.quality.bases import BASES, matrix, principal_basis, random_basis
 from fraqtl_bench.quality.cache import fit_layer
-from fraqtl_bench.quality.codecs import Coordinates, LayerSample, deserialise, serialise
+from fraqtl_bench.quality.codecs import Coordinates, LayerSample, deserialize, serialize
 from fraqtl_bench.quality.grids import Float16, Symmetric, pack_bits, packed_bits, unpack_bits
 from fraqtl_bench.quality.methods import Method, parse, rank_at, standard_names
 from fraqtl_bench.quality.server_codec import read_constants
@@ -51,8 +51,8 @@ def test_claimed_bits_are_the_bytes_of_what_is_kept(size: int) -> None:
         layer = fit_layer(method, calibration)
         for stream in (layer.key, layer.value):
             kept = stream.codec.encode(x, stream.constants)
-            assert 8 * len(serialise(kept)) == HEADS * 7 * stream.codec.vector_bits(size), method.name
-            constants = 8 * len(serialise(stream.constants))
+            assert 8 * len(serialize(kept)) == HEADS * 7 * stream.codec.vector_bits(size), method.name
+            constants = 8 * len(serialize(stream.constants))
             assert constants == HEADS * stream.codec.constant_bits(size, stream.constants), method.name
 
 
@@ -64,16 +64,16 @@ def test_what_attention_gets_is_made_from_those_bytes_alone(size: int) -> None:
         layer = fit_layer(method, calibration)
         for stream in (layer.key, layer.value):
             kept = stream.codec.encode(x, stream.constants)
-            again = deserialise(serialise(kept), kept)
-            constants = deserialise(serialise(stream.constants), stream.constants)
+            again = deserialize(serialize(kept), kept)
+            constants = deserialize(serialize(stream.constants), stream.constants)
             assert torch.equal(stream.codec.decode(again, constants, size), stream.round_trip(x)), method.name
 
 
-def test_deserialise_takes_all_bytes() -> None:
+def test_deserialize_takes_all_bytes() -> None:
     kept = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.ones(2, dtype=torch.float16)}
-    assert len(serialise(kept)) == 7
+    assert len(serialize(kept)) == 7
     with pytest.raises(ValueError, match="8 bytes given, 7 expected"):
-        deserialise(serialise(kept) + b"x", kept)
+        deserialize(serialize(kept) + b"x", kept)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -116,7 +116,7 @@ def test_zero_vectors_come_back_as_zero() -> None:
 
 @pytest.mark.parametrize("kind", BASES)
 def test_bases_are_orthonormal(kind: str) -> None:
-    codec = Coordinates(kind, Float16(), 16, centred=True, seed=3)
+    codec = Coordinates(kind, Float16(), 16, centered=True, seed=3)
     columns = matrix(kind, codec.fit(sample(64), "key"), 64, torch.device("cpu"))
     assert columns.shape[-2:] == (64, 16)
     assert torch.allclose(columns.mT @ columns, torch.eye(16).expand(len(columns), -1, -1), atol=2e-3)
@@ -211,12 +211,12 @@ def test_constants_of_a_server_are_read_from_its_file(tmp_path: Path) -> None:
     key, value, query = (x.transpose(0, 1) for x in (vectors(64, seed=1), vectors(64, seed=2), vectors(64, seed=3)))
     made = calibrate(FORMATS["k4v4"], key, query, value)
     names = ["model.layers.0.attn", "model.layers.1.attn"]
-    tensors = {f"{n}/{f}": getattr(made, f).clone() for n in names for f in ("key_centre", "key_basis")}
+    tensors = {f"{n}/{f}": getattr(made, f).clone() for n in names for f in ("key_center", "key_basis")}
     path = tmp_path / "c.safetensors"
     safetensors.torch.save_file(tensors, path, {"layers": json.dumps(names)})
     found = read_constants(path, 2)
-    assert len(found) == 2 and found[0]["value"] == {} and set(found[1]["key"]) == {"key_centre", "key_basis"}
-    assert torch.equal(found[1]["key"]["key_centre"], made.key_centre)
+    assert len(found) == 2 and found[0]["value"] == {} and set(found[1]["key"]) == {"key_center", "key_basis"}
+    assert torch.equal(found[1]["key"]["key_center"], made.key_center)
     with pytest.raises(ConfigError, match="is for 2 layers, the model has 4"):
         read_constants(path, 4)
     path.write_bytes(b"no")

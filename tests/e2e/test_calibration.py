@@ -57,7 +57,7 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def test_a_key_bias_needs_and_gets_its_centre(biased_model: Path, tmp_path: Path) -> None:
+def test_a_key_bias_needs_and_gets_its_center(biased_model: Path, tmp_path: Path) -> None:
     exact, ours = start(biased_model, tmp_path, "bf16"), start(biased_model, tmp_path)
     plain = start(biased_model, tmp_path / "off", calibration=False)
     assert "calibrated" not in exact.log and ANEW in ours.log

@@ -26,7 +26,7 @@ class PagedBatch:
     value: Tensor
     block_table: Tensor
     query_start: Tensor
-    lengths: Tensor
+    seq_lens: Tensor
     constants: LayerConstants = IDENTITY
 
     @property
@@ -50,7 +50,7 @@ def make_batch(
     block_size: int = 16,
     kv_heads: int = 2,
     group: int = 2,
-    lengths: tuple[int, ...] = (1, 17, 40),
+    seq_lens: tuple[int, ...] = (1, 17, 40),
     queries: tuple[int, ...] = (1, 1, 1),
     dtype: torch.dtype = torch.float32,
     padding: int = 0,
@@ -62,15 +62,15 @@ def make_batch(
     if seed is not None:
         torch.manual_seed(seed)
     layout = PageLayout(FORMATS[format_name], head_size, block_size)
-    counts = [-(-n // block_size) for n in lengths]
+    counts = [-(-n // block_size) for n in seq_lens]
     pool = make_pool(layout, sum(counts) + 3, kv_heads, padding)
     order = torch.randperm(sum(counts) + 2) + 1
-    table = torch.zeros(len(lengths), max(counts) + 1, dtype=torch.int32)
+    table = torch.zeros(len(seq_lens), max(counts) + 1, dtype=torch.int32)
     start = 0
     for r, n in enumerate(counts):
         table[r, :n] = order[start : start + n].int()
         start += n
-    key, value = (torch.randn(len(lengths), max(lengths), kv_heads, head_size, dtype=dtype) for _ in range(2))
+    key, value = (torch.randn(len(seq_lens), max(seq_lens), kv_heads, head_size, dtype=dtype) for _ in range(2))
     query = torch.randn(sum(queries), kv_heads * group, head_size, dtype=dtype)
     if calibrated:
         key = (key * 4 ** torch.randn(head_size) + 5 * torch.randn(kv_heads, head_size)).to(dtype)
@@ -78,7 +78,7 @@ def make_batch(
     constants = IDENTITY
     if calibrated or layout.format.needs_calibration:
         constants = calibrate(layout.format, key.flatten(0, 1), query, value.flatten(0, 1))
-    for r, n in enumerate(lengths):
+    for r, n in enumerate(seq_lens):
         token = torch.arange(n)
         slots = table[r, token // block_size].long() * block_size + token % block_size
         reference.write(pool, layout, key[r, :n], value[r, :n], slots, constants)
@@ -90,7 +90,7 @@ def make_batch(
         value=value,
         block_table=table,
         query_start=torch.tensor([0, *queries]).cumsum(0),
-        lengths=torch.tensor(lengths),
+        seq_lens=torch.tensor(seq_lens),
         constants=constants,
     )
 

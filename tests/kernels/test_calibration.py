@@ -12,10 +12,10 @@ from fraqtl_kernels import calibration, reference
 from fraqtl_kernels.calibration import (
     LEAST_SHRINKAGE,
     calibrate,
-    cost_of_queries,
-    covariance,
     far_from_the_median,
+    query_hessian,
     static_scale,
+    weighted_covariance,
 )
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
@@ -25,23 +25,23 @@ from tests.kernels.transforms import random_constants
 K4V4 = FORMATS["k4v4"]
 
 
-def test_a_bias_becomes_the_centre() -> None:
+def test_a_bias_becomes_the_center() -> None:
     bias = torch.randn(2, 64) * 20
     found = calibrate(K4V4, torch.randn(400, 2, 64) + bias, torch.randn(10, 4, 64), torch.randn(400, 2, 64))
-    assert found.key_centre is not None and (found.key_centre - bias).abs().max() < 0.3
-    assert found.sink_centre is None and found.key_scale is None
+    assert found.key_center is not None and (found.key_center - bias).abs().max() < 0.3
+    assert found.outlier_center is None and found.key_scale is None
 
 
-def test_sinks_have_a_centre_of_their_own_and_leave_the_rest_alone() -> None:
-    key, sink = torch.randn(400, 2, 64), torch.randn(64) * 30
+def test_sinks_have_a_center_of_their_own_and_leave_the_rest_alone() -> None:
+    key, outlier = torch.randn(400, 2, 64), torch.randn(64) * 30
     query = torch.randn(100, 2, 64)
     without = calibrate(K4V4, key, query, key)
-    key[::100, 1] += sink
+    key[::100, 1] += outlier
     found = calibrate(K4V4, key, query, key)
-    assert found.sink_centre is not None and found.key is not None and without.key is not None
-    assert (found.sink_centre[1] - sink).abs().max() < 2
-    assert torch.equal(found.sink_centre[0], found.key.centre[0])
-    assert found.key.centre.abs().max() < 0.3
+    assert found.outlier_center is not None and found.key is not None and without.key is not None
+    assert (found.outlier_center[1] - outlier).abs().max() < 2
+    assert torch.equal(found.outlier_center[0], found.key.center[0])
+    assert found.key.center.abs().max() < 0.3
     assert torch.equal(found.key.basis[0], without.key.basis[0])
     assert far_from_the_median(key).nonzero().tolist() == [[0, 1], [100, 1], [200, 1], [300, 1]]
 
@@ -55,7 +55,7 @@ def planted(tokens: int, size: int, deviation: Tensor) -> tuple[Tensor, Tensor]:
 def error_of(x: Tensor, constants: LayerConstants) -> float:
     """Mean squared error of values (tokens, 1, D), stored and read."""
     codes, scale = reference.encode_values(x, K4V4.v, constants)
-    z = reference.dequantise(codes, scale, K4V4.v)
+    z = reference.dequantize(codes, scale, K4V4.v)
     back = reference.unrotate(z, K4V4.v) if constants.value is None else constants.value.undo(z)
     return (back - x).square().mean().item()
 
@@ -82,16 +82,16 @@ def test_directions_that_the_model_ignores_are_stored_coarsely() -> None:
     """A fifth of the cost, though the values themselves lose more."""
     axes = torch.linalg.qr(torch.randn(64, 64)).Q
     value = torch.randn(4000, 1, 64)
-    cost = axes.T @ torch.diag(torch.tensor([64.0] * 8 + [1 / 64] * 56)) @ axes
+    hessian = axes.T @ torch.diag(torch.tensor([64.0] * 8 + [1 / 64] * 56)) @ axes
     even = Importance(torch.ones(4000, 1), torch.ones(4000, 1))
-    known = replace(even, direction=cost[None])
+    known = replace(even, direction=hessian[None])
     lost = {}
     for name, importance in (("even", even), ("known", known)):
         constants = calibrate(K4V4, value, value, value, importance)
         assert constants.value is not None
         codes, scale = reference.encode_values(value, K4V4.v, constants)
-        error = (constants.value.undo(reference.dequantise(codes, scale, K4V4.v)) - value)[:, 0]
-        lost[name] = (error.square().sum(-1).mean().item(), ((error @ cost) * error).sum(-1).mean().item())
+        error = (constants.value.undo(reference.dequantize(codes, scale, K4V4.v)) - value)[:, 0]
+        lost[name] = (error.square().sum(-1).mean().item(), ((error @ hessian) * error).sum(-1).mean().item())
     assert lost["known"][1] < 0.5 * lost["even"][1] and lost["known"][0] > lost["even"][0]
 
 
@@ -102,7 +102,7 @@ def test_axes_that_queries_ignore_are_stored_coarsely() -> None:
     constants = calibrate(K4V4, key, query, key)
     assert constants.key is not None
     codes, scale = reference.encode_keys(key, K4V4.k, constants)
-    error = constants.restore_keys(reference.dequantise(codes, scale, K4V4.k), scale.signbit()) - key
+    error = constants.restore_keys(reference.dequantize(codes, scale, K4V4.k), scale.signbit()) - key
     seen, unseen = (error @ axes.T).square().mean((0, 1)).split([8, 56])
     assert unseen.mean() > 8 * seen.mean()
 
@@ -139,18 +139,18 @@ def test_a_few_tokens_and_dead_channels_are_enough(tokens: int) -> None:
     other = torch.randn(50, 2, 64)
     codes, scale = reference.encode_values(other, K4V4.v, found)
     assert found.value is not None
-    assert (found.value.undo(reference.dequantise(codes, scale, K4V4.v)) - other).norm() / other.norm() < 0.5
+    assert (found.value.undo(reference.dequantize(codes, scale, K4V4.v)) - other).norm() / other.norm() < 0.5
 
 
 def test_preparing_and_restoring_are_inverse_and_keep_the_products() -> None:
     key, query = torch.randn(30, 2, 64, dtype=torch.float64), torch.randn(2, 3, 64, dtype=torch.float64)
     constants, _, _ = random_constants(2, 64)
-    assert constants.key is not None and constants.sink_centre is not None
-    z, is_sink = constants.key.apply(key), torch.rand(30, 2) < 0.5
-    moved = (constants.sink_centre - constants.key.centre) * is_sink[..., None]
-    assert torch.allclose(constants.restore_keys(z, is_sink), key + moved)
+    assert constants.key is not None and constants.outlier_center is not None
+    z, is_outlier = constants.key.apply(key), torch.rand(30, 2) < 0.5
+    moved = (constants.outlier_center - constants.key.center) * is_outlier[..., None]
+    assert torch.allclose(constants.restore_keys(z, is_outlier), key + moved)
     scores = torch.einsum("hqd,nhd->hqn", constants.prepare_queries(query), z)
-    exact = torch.einsum("hqd,nhd->hqn", query, key - constants.key.centre.double())
+    exact = torch.einsum("hqd,nhd->hqn", query, key - constants.key.center.double())
     assert torch.allclose(scores, exact)
 
 
@@ -165,53 +165,53 @@ def test_covariances_against_their_definition(tied: bool) -> None:
     """In float64, with the noise of every element by itself; one channel is a thousand times as large as the rest."""
     x, weight = torch.randn(300, 2, 64) @ torch.randn(64, 64) + 1, torch.rand(300, 2)
     x[..., 7] *= 1000
-    share = weight.double() / weight.double().sum(0)
+    weight_share = weight.double() / weight.double().sum(0)
     outer = torch.einsum("thi,thj->thij", x.double(), x.double())
-    mean = torch.einsum("th,thij->hij", share, outer)
-    noise = torch.einsum("th,thij->hij", share, outer.square()) - mean.square()
+    mean = torch.einsum("th,thij->hij", weight_share, outer)
+    noise = torch.einsum("th,thij->hij", weight_share, outer.square()) - mean.square()
     variance = mean.diagonal(dim1=1, dim2=2)
     if tied:
         variance = variance.unflatten(-1, (2, 32)).mean(1, keepdim=True).expand(-1, 2, -1).flatten(1)
     target = torch.diag_embed(variance)
-    shrinkage = (noise.sum((1, 2)) * share.square().sum(0) / (mean - target).square().sum((1, 2))).clamp(
+    shrinkage = (noise.sum((1, 2)) * weight_share.square().sum(0) / (mean - target).square().sum((1, 2))).clamp(
         LEAST_SHRINKAGE, 1
     )[:, None, None]
     ridge = 1e-5 * variance.mean(-1)[:, None, None] * torch.eye(64)
     expected = (1 - shrinkage) * mean + shrinkage * target + ridge
     unit = expected.diagonal(dim1=1, dim2=2).rsqrt()
-    off = (covariance(x, weight, tied=tied) - expected) * unit[:, :, None] * unit[:, None]
+    off = (weighted_covariance(x, weight, tied=tied) - expected) * unit[:, :, None] * unit[:, None]
     assert off.abs().max() < 1e-4
 
 
 def test_queries_of_a_kv_head_count_together() -> None:
     query = torch.randn(50, 6, 64) * torch.tensor([1.0, 2, 3, 40, 50, 60])[:, None]
     weight = torch.rand(50, 6)
-    found = cost_of_queries(query, Importance(weight, torch.ones(50, 2)), 2)
+    found = query_hessian(query, Importance(weight, torch.ones(50, 2)), 2)
     for head in range(2):
         own = slice(3 * head, 3 * head + 3)
-        alone = cost_of_queries(query[:, own], Importance(weight[:, own], torch.ones(50, 1)), 1)
+        alone = query_hessian(query[:, own], Importance(weight[:, own], torch.ones(50, 1)), 1)
         torch.testing.assert_close(found[head], alone[0])
 
 
 def test_a_basis_multiplies_volumes_by_one_and_evens_costs_and_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the module's docstring says of z, B and F, of matrices that are not rounded."""
-    spread, cost = correlated(2, 64), correlated(2, 64)
+    covariance, hessian = correlated(2, 64), correlated(2, 64)
     exact: dict[str, Tensor] = {}
 
-    def keep(centre: Tensor, basis: Tensor, feedback: Tensor) -> None:
+    def keep(center: Tensor, basis: Tensor, feedback: Tensor) -> None:
         exact.update(basis=basis, feedback=feedback)
 
     monkeypatch.setattr(calibration, "make_transform", keep)
-    calibration.find_transform(torch.zeros(2, 64), spread, cost)
+    calibration.solve_transform(torch.zeros(2, 64), covariance, hessian)
     basis, feedback = exact["basis"], exact["feedback"]
     torch.testing.assert_close(torch.linalg.slogdet(basis).logabsdet, torch.zeros(2, dtype=torch.float64))
-    ranges = (basis.mT @ spread @ basis).diagonal(dim1=1, dim2=2)
+    ranges = (basis.mT @ covariance @ basis).diagonal(dim1=1, dim2=2)
     # Rounding leaves r_2 of the second half; of the first r_1 - r_2 F
     error = torch.eye(64, dtype=torch.float64).repeat(2, 1, 1)
     error[:, 32:, :32] = -feedback
     inverse = error @ torch.linalg.inv(basis)
-    costs = inverse @ cost @ inverse.mT
-    ideal = torch.linalg.eigvals(spread @ cost).real.log().mean(-1).exp().sqrt()
+    costs = inverse @ hessian @ inverse.mT
+    ideal = torch.linalg.eigvals(covariance @ hessian).real.log().mean(-1).exp().sqrt()
     for found in (ranges, costs.diagonal(dim1=1, dim2=2)):
         torch.testing.assert_close(found, found.mean(-1, keepdim=True).expand_as(found))
     # The least that pairs allow is the geometric mean, if all products of pairs were alike
@@ -224,7 +224,7 @@ def test_static_scales_reach_the_largest_value() -> None:
     x = torch.randn(50, 2, 64)
     assert torch.equal(static_scale(x, FORMATS["k4v4-channel"].k) * 7, (x.abs().amax(0) / 7) * 7)
     found = calibrate(FORMATS["k4v4-channel"], x, x, x * 2)
-    assert found.key_scale is not None and found.value_scale is not None and found.key_centre is None
+    assert found.key_scale is not None and found.value_scale is not None and found.key_center is None
     assert torch.allclose(found.value_scale, 2 * found.key_scale)
 
 

@@ -31,8 +31,8 @@ def test_codes_and_their_bytes(vector: VectorFormat, size: int) -> None:
 def test_codes_as_numbers(vector: VectorFormat, size: int) -> None:
     codes = random_codes(vector, size)
     scale = torch.randn(5, 3, *([vector.groups] if vector.groups > 1 else [])).half()
-    expected = reference.dequantise(codes, scale, vector, torch.float64)
-    torch.testing.assert_close(codec.dequantise(codes, scale, vector).double(), expected, rtol=1e-6, atol=0)
+    expected = reference.dequantize(codes, scale, vector, torch.float64)
+    torch.testing.assert_close(codec.dequantize(codes, scale, vector).double(), expected, rtol=1e-6, atol=0)
     x = torch.randn(5, 3, size)
     back = codec.unrotate(codec.rotate(x, vector), vector)
     torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
@@ -45,6 +45,6 @@ def test_codes_as_numbers(vector: VectorFormat, size: int) -> None:
 def test_static_steps(vector: VectorFormat) -> None:
     x, step = 4 * torch.randn(50, 3, 64), torch.rand(3, 64) + 0.1
     x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    assert torch.equal(codec.quantise_static(x, step, vector), reference.quantise_static(x, step, vector))
+    assert torch.equal(codec.quantize_static(x, step, vector), reference.quantize_static(x, step, vector))
     with pytest.raises(ConfigError, match="needs calibration"):
-        codec.quantise_static(x, None, vector)
+        codec.quantize_static(x, None, vector)

@@ -1,4 +1,4 @@
-"""CPU kernels against the reference, on the same quantised values."""
+"""CPU kernels against the reference, on the same quantized values."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu import attention, tiles
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
 from tests.kernels.transforms import random_transform
 
@@ -20,46 +20,46 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | None = None) -> float:
     """Of attention in the step that writes the queries' own tokens."""
     options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
-    running, finer = write_chunks(batch)
+    running, residual = write_chunks(batch)
     expected = reference.paged_attention(
         batch.query,
         batch.pool,
         batch.layout,
         batch.block_table,
         batch.query_start,
-        batch.lengths,
-        refinements=finer,
+        batch.seq_lens,
+        residuals=residual,
         **options,
     )
     output = torch.full_like(batch.query, float("nan"))
-    plan = cpu.plan_attention(batch.query_start.tolist(), batch.lengths.tolist())
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, refinements=running, **options)
+    plan = cpu.plan_attention(batch.query_start.tolist(), batch.seq_lens.tolist())
+    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, residuals=running, **options)
     return relative_error(output, expected)
 
 
-def write_chunks(batch: PagedBatch) -> tuple[cpu.Refinements | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+def write_chunks(batch: PagedBatch) -> tuple[cpu.Residuals | None, list[tuple[torch.Tensor, torch.Tensor]]]:
     """What `cpu.write` returns for the tokens of the queries, and what they and those before them add, by request."""
-    layout, lengths, counts = batch.layout, batch.lengths.tolist(), batch.query_start.diff().tolist()
-    finer, keys, values, slots = [], [], [], []
-    for r, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+    layout, seq_lens, counts = batch.layout, batch.seq_lens.tolist(), batch.query_start.diff().tolist()
+    residual, keys, values, slots = [], [], [], []
+    for r, (length, count) in enumerate(zip(seq_lens, counts, strict=True)):
         table, token = batch.block_table[r], torch.arange(length)
         slot = table[token // layout.block_size].long() * layout.block_size + token % layout.block_size
-        done = length - count  # what earlier steps have written: their refinements stand in the pages again
+        done = length - count  # what earlier steps have written: their residuals stand in the pages again
         earlier = batch.key[r, :done], batch.value[r, :done], slot[:done]
         reference.write(batch.pool, layout, *earlier, batch.constants)
-        found = reference.page_refinements(batch.pool, layout, table, done, batch.constants)
-        finer.append([torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in found])
+        found = reference.page_residuals(batch.pool, layout, table, done, batch.constants)
+        residual.append([torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in found])
         keys.append(batch.key[r, done:length])
         values.append(batch.value[r, done:length])
         slots.append(slot[done:])
     chunk = torch.cat(keys), torch.cat(values), torch.cat(slots)
     running = cpu.write(batch.pool, layout, *chunk, batch.constants)
-    for r, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+    for r, (length, count) in enumerate(zip(seq_lens, counts, strict=True)):
         table, first = batch.block_table[r], int(batch.query_start[r])
         if count == 1:
-            finer[r] = list(reference.page_refinements(batch.pool, layout, table, length, batch.constants))
+            residual[r] = list(reference.page_residuals(batch.pool, layout, table, length, batch.constants))
         elif running is not None:
-            sides = (
+            streams = (
                 (running.key, layout.format.k, batch.constants.key, 0),
                 (
                     running.value,
@@ -68,11 +68,11 @@ def write_chunks(batch: PagedBatch) -> tuple[cpu.Refinements | None, list[tuple[
                     1,
                 ),
             )
-            for rows, vector, transform, which in sides:
+            for rows, vector, transform, stream in streams:
                 if rows is not None:
                     z = rows.tokens[first : first + count].double()
-                    finer[r][which][length - count :] = reference.restore_refinement(z, vector, transform)
-    return running, [(key, value) for key, value in finer]
+                    residual[r][stream][length - count :] = reference.restore_residual(z, vector, transform)
+    return running, [(key, value) for key, value in residual]
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -80,11 +80,11 @@ def write_chunks(batch: PagedBatch) -> tuple[cpu.Refinements | None, list[tuple[
 @pytest.mark.parametrize("soft_cap", [None, 20.0])
 def test_calibrated_vectors(name: str, size: int, soft_cap: float | None) -> None:
     batch = make_batch(
-        name, head_size=size, lengths=(5, 64, 33, 90), queries=(5, 1, 20, 1), group=4, calibrated=True, padding=48
+        name, head_size=size, seq_lens=(5, 64, 33, 90), queries=(5, 1, 20, 1), group=4, calibrated=True, padding=48
     )
-    if FORMATS[name].k.centred:
+    if FORMATS[name].k.calibrated:
         flags = batch.layout.planes(batch.pool).k_scale[batch.block_table[3, :5].long()].signbit()
-        assert flags.any() and not flags.all()  # both centres are in use
+        assert flags.any() and not flags.all()  # both centers are in use
     assert error_of(batch, None, soft_cap) < 2e-5
 
 
@@ -98,21 +98,21 @@ def test_decode(format_name: str, size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 8), (4, 1), (2, 4), (3, 2)])
 def test_mqa_mha_and_gqa_in_a_mixed_batch(format_name: str, kv_heads: int, group: int) -> None:
     batch = make_batch(
-        format_name, kv_heads=kv_heads, group=group, lengths=(5, 64, 33, 18, 90), queries=(5, 1, 7, 1, 40), padding=48
+        format_name, kv_heads=kv_heads, group=group, seq_lens=(5, 64, 33, 18, 90), queries=(5, 1, 7, 1, 40), padding=48
     )
     assert error_of(batch) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("residue", range(16))
 def test_every_length_modulo_the_block_size(format_name: str, residue: int) -> None:
-    batch = make_batch(format_name, lengths=(32 + residue, 1 + residue), queries=(3 + residue, 1))
+    batch = make_batch(format_name, seq_lens=(32 + residue, 1 + residue), queries=(3 + residue, 1))
     assert error_of(batch) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 50, 1000])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_sliding_window_and_soft_cap(format_name: str, window: int, soft_cap: float | None) -> None:
-    batch = make_batch(format_name, lengths=(7, 61, 100, 100), queries=(7, 1, 30, 1))
+    batch = make_batch(format_name, seq_lens=(7, 61, 100, 100), queries=(7, 1, 30, 1))
     assert error_of(batch, window, soft_cap) < TOLERANCE[torch.float32]
 
 
@@ -120,12 +120,12 @@ def test_sliding_window_and_soft_cap(format_name: str, window: int, soft_cap: fl
 def test_many_small_tiles_give_the_same(format_name: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_TOKENS", 32)
     monkeypatch.setattr(attention, "TILE_QUERIES", 9)
-    batch = make_batch(format_name, lengths=(7, 161, 100, 64, 16), queries=(7, 1, 100, 1, 1))
+    batch = make_batch(format_name, seq_lens=(7, 161, 100, 64, 16), queries=(7, 1, 100, 1, 1))
     assert error_of(batch, window) < TOLERANCE[torch.float32]
 
 
 def test_blocks_that_a_window_has_freed_are_not_read(format_name: str) -> None:
-    batch = make_batch(format_name, lengths=(100,), queries=(1,))
+    batch = make_batch(format_name, seq_lens=(100,), queries=(1,))
     batch.block_table[0, :4] = 0  # block 0 is still poison: vLLM's null block
     batch.query[:] = torch.randn_like(batch.query)
     output = torch.empty_like(batch.query)
@@ -137,7 +137,7 @@ def test_blocks_that_a_window_has_freed_are_not_read(format_name: str) -> None:
 
 def test_a_larger_context_moves_the_output() -> None:
     """The comparison above is not blind: hiding one key is an error far above the tolerance."""
-    batch = make_batch("k4v4", lengths=(40,), queries=(1,))
+    batch = make_batch("k4v4", seq_lens=(40,), queries=(1,))
     full = torch.empty_like(batch.query)
     plan = cpu.plan_attention([0, 1], [40])
     cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, full, scale=batch.scale)
@@ -167,15 +167,15 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
     cpu.write(ours, layout, key, value, slots, constants)
     reference.write(theirs, layout, key, value, slots, constants)
     used = slots[slots >= 0]
-    behind = used[used % 32 + DISTANCE < 32] + DISTANCE
-    behind = behind[~torch.isin(behind, used)]
+    residual_slots = used[used % 32 + DISTANCE < 32] + DISTANCE
+    residual_slots = residual_slots[~torch.isin(residual_slots, used)]
     for get in (lambda p: (p.k, p.k_scale, layout.format.k), lambda p: (p.v, p.v_scale, layout.format.v)):
         (a, a_scale, vector), (b, b_scale, _) = (get(layout.planes(pool)) for pool in (ours, theirs))
         a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))  # (slots, heads, bytes)
-        if vector.refined:
+        if vector.has_residual:
             # Codes of what codes left: alike where the first ones are equal
-            equal = (a[behind - DISTANCE] == b[behind - DISTANCE]).all(-1)
-            fine = [reference.unpack(x[behind][equal], vector).int() for x in (a, b)]
+            equal = (a[residual_slots - DISTANCE] == b[residual_slots - DISTANCE]).all(-1)
+            fine = [reference.unpack(x[residual_slots][equal], vector).int() for x in (a, b)]
             assert equal.float().mean() > 0.5 and (fine[0] - fine[1]).abs().max() <= 1
         a, b = a[used], b[used]
         if vector.is_raw:
@@ -189,7 +189,7 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
             assert torch.allclose(a_scale, b_scale, rtol=2**-10, atol=0)
     rows = layout.planes(ours).k.view(torch.uint8).transpose(1, 2).flatten(0, 1)
     untouched = torch.ones(len(rows), dtype=torch.bool)
-    untouched[torch.cat([used, behind]) if layout.format.k.refined else used] = False
+    untouched[torch.cat([used, residual_slots]) if layout.format.k.has_residual else used] = False
     assert (rows[untouched] == 0xFF).all()
 
 
@@ -204,13 +204,13 @@ def test_only_given_slots_are_written(format_name: str) -> None:
     cpu.write(pool, layout, key, key, torch.tensor([-1, 16 + 5]), constants)
     changed = layout.planes((pool != before).to(torch.uint8))
     rows = (changed.k.view(torch.uint8) != 0).any(-1).nonzero()
-    wanted = {5, 5 + DISTANCE} if layout.format.k.refined else {5}
+    wanted = {5, 5 + DISTANCE} if layout.format.k.has_residual else {5}
     assert set(map(tuple, rows.tolist())) == {(1, head, slot) for head in range(2) for slot in wanted}
 
 
 def test_the_default_dtype_does_not_matter(format_name: str) -> None:
     """vLLM builds layers with the model's dtype as torch's default."""
-    batch = make_batch(format_name, lengths=(40, 33), queries=(20, 1))
+    batch = make_batch(format_name, seq_lens=(40, 33), queries=(20, 1))
     torch.set_default_dtype(torch.bfloat16)
     try:
         cpu.warm_up(FORMATS[format_name], torch.bfloat16)
@@ -234,7 +234,7 @@ def _filled(layout: PageLayout, pieces: list[int], key: torch.Tensor, value: tor
     return pool
 
 
-@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.is_quantised])
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.is_quantized])
 def test_bytes_of_a_token_do_not_depend_on_its_batch(name: str) -> None:
     """One by one, in small batches, or all at once over several threads: as chunking and preemption cut them."""
     layout = PageLayout(FORMATS[name], 96, 32)
@@ -259,7 +259,7 @@ def test_scales_are_rounded_like_torch_rounds(name: str, calibrated: bool) -> No
     x[5, 0, 7], x[6, 0, 7], x[7, 0, 7] = torch.nan, torch.inf, -torch.inf
     constants = IDENTITY
     if calibrated:
-        transform, _ = random_transform(1, 64, spread=0, centre=torch.zeros(1, 64))
+        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64))
         constants = LayerConstants.of(transform, transform)
     ours, theirs = torch.zeros(2, 1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     cpu.write(ours, layout, x, x, torch.arange(16), constants)

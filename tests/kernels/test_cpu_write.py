@@ -15,14 +15,14 @@ from torch import Tensor
 from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.cpu import sides
+from fraqtl_kernels.cpu import operands
 from fraqtl_kernels.cpu.calibrated import spectrum_of
 from fraqtl_kernels.cpu.encode import TILE
 from fraqtl_kernels.cpu.products import multiply, panels
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 from fraqtl_kernels.rotation import hadamard
 from tests.kernels.conftest import make_pool
 from tests.kernels.transforms import random_constants
@@ -103,8 +103,8 @@ def test_codes_are_the_same_by_spectrum_and_by_matrix(size: int, monkeypatch: py
     """But for numbers on the edge of two codes."""
     key, value, constants = made(size)
     pool = written(key, value, constants, [100])
-    monkeypatch.setattr(sides, "spectrum_of", lambda feedback: None)
-    monkeypatch.setattr(sides, "_PREPARED", {})
+    monkeypatch.setattr(operands, "spectrum_of", lambda feedback: None)
+    monkeypatch.setattr(operands, "_PREPARED", {})
     other = written(key, value, constants, [100])
     planes = [PageLayout(K4V4, size, 32).planes(p) for p in (pool, other)]
     for first, second in ((planes[0].k, planes[1].k), (planes[0].v, planes[1].v)):
@@ -123,7 +123,7 @@ def test_equal_numbers_of_any_dtype_and_strides_become_equal_bytes(dtype: torch.
 
 
 @pytest.mark.parametrize("name", ["k4v4", "k4v2"])
-def test_tokens_without_a_refinement_have_none(name: str) -> None:
+def test_tokens_without_a_residual_have_none(name: str) -> None:
     """Those that skip their slot, and those near the end of their block: attention may multiply them by zero."""
     key, value, constants = made(64, tokens=64)
     layout, slots = PageLayout(FORMATS[name], 64, 16), torch.arange(64)
@@ -131,9 +131,9 @@ def test_tokens_without_a_refinement_have_none(name: str) -> None:
     running = cpu.write(make_pool(layout, 4, 2), layout, key, value, slots, constants)
     assert running is not None
     has_one = (slots >= 0) & (slots % 16 + DISTANCE < 16)
-    for finer in (running.key, running.value):
-        assert finer is not None
-        assert (finer.tokens[has_one] != 0).any(-1).all() and not finer.tokens[~has_one].any()
+    for residual in (running.key, running.value):
+        assert residual is not None
+        assert (residual.tokens[has_one] != 0).any(-1).all() and not residual.tokens[~has_one].any()
 
 
 def test_every_part_is_done_once_on_as_many_threads_as_numba_has() -> None:

@@ -14,7 +14,7 @@ from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.rotation import hadamard
 from tests.kernels.conftest import make_batch, make_pool, relative_error
 
-QUANTISED = [name for name, f in FORMATS.items() if f.is_quantised]
+QUANTIZED = [name for name, f in FORMATS.items() if f.is_quantized]
 VECTORS = [VectorFormat(4), VectorFormat(8), VectorFormat(2), VectorFormat(2, groups=4)]
 
 
@@ -34,8 +34,8 @@ def test_hadamard_refuses_other_orders() -> None:
 def test_quantisation_error_is_at_most_half_a_step(vector: VectorFormat) -> None:
     # Scales stay within the normal numbers of fp16.
     x = torch.randn(200, 96, dtype=torch.float64) * torch.logspace(-2, 3, 200, dtype=torch.float64)[:, None]
-    codes, scale = reference.quantise(x, vector)
-    error = (reference.dequantise(codes, scale, vector, torch.float64) - x).abs()
+    codes, scale = reference.quantize(x, vector)
+    error = (reference.dequantize(codes, scale, vector, torch.float64) - x).abs()
     # fp16 rounds the scale by up to 2^-11, which can move the outermost code by as much more.
     step = scale.double().view(200, vector.groups).repeat_interleave(96 // vector.groups, 1)
     assert (error <= step * (0.5 + vector.edge * 2**-11) * 1.0001).all()
@@ -46,7 +46,7 @@ def test_quantisation_error_is_at_most_half_a_step(vector: VectorFormat) -> None
 def test_zero_tiny_huge_and_broken_vectors(vector: VectorFormat) -> None:
     x = torch.zeros(5, 64)
     x[1, 3], x[2, 5], x[3, 7], x[4, 9] = 1e-9, 1e9, math.nan, math.inf
-    values = reference.dequantise(*reference.quantise(x, vector), vector)
+    values = reference.dequantize(*reference.quantize(x, vector), vector)
     assert torch.equal(values[0], torch.zeros(64))
     assert values[1].abs().max() < 1e-7
     assert values[2].isfinite().all() and values[2].argmax() == 5
@@ -104,7 +104,7 @@ def test_strange_pools_are_refused() -> None:
 )
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_stored_values_are_close_to_what_was_written(name: str, limits: tuple[float, float], calibrated: bool) -> None:
-    batch = make_batch(name, lengths=(33,), queries=(1,), calibrated=calibrated)
+    batch = make_batch(name, seq_lens=(33,), queries=(1,), calibrated=calibrated)
     planes, format, token = batch.layout.planes(batch.pool), batch.layout.format, torch.arange(33)
     place = batch.block_table[0, token // 16].long(), slice(None), token % 16
     keys = reference.stored_keys(planes, format.k, batch.constants)[place]
@@ -114,7 +114,7 @@ def test_stored_values_are_close_to_what_was_written(name: str, limits: tuple[fl
 
 
 def test_a_sink_is_stored_as_well_as_any_key() -> None:
-    """Without its own centre the error of a key 40 times as large would be 40 times as large."""
+    """Without its own center the error of a key 40 times as large would be 40 times as large."""
     for calibrated, low, high in ((True, 0.5, 3.0), (False, 8.0, 80.0)):
         key = torch.randn(200, 2, 64)
         key[::40] += 40 * torch.randn(2, 64)
@@ -135,9 +135,9 @@ def test_formats_with_static_scales_ask_for_calibration() -> None:
 
 
 def test_attention_of_raw_pages_is_torch_attention() -> None:
-    batch = make_batch("fp16", lengths=(50,), queries=(50,), dtype=torch.float16)
+    batch = make_batch("fp16", seq_lens=(50,), queries=(50,), dtype=torch.float16)
     out = reference.paged_attention(
-        batch.query, batch.pool, batch.layout, batch.block_table, batch.query_start, batch.lengths, scale=batch.scale
+        batch.query, batch.pool, batch.layout, batch.block_table, batch.query_start, batch.seq_lens, scale=batch.scale
     )
     expected = torch.nn.functional.scaled_dot_product_attention(
         batch.query.double().transpose(0, 1),

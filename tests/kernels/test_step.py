@@ -13,7 +13,7 @@ LENGTHS = (1, 17, 40, 64, 900, 1700)
 
 
 def new_slots(batch: PagedBatch) -> torch.Tensor:
-    last = batch.lengths - 1
+    last = batch.seq_lens - 1
     block = batch.block_table.gather(1, (last // batch.layout.block_size)[:, None])[:, 0]
     return block.long() * batch.layout.block_size + last % batch.layout.block_size
 
@@ -21,7 +21,7 @@ def new_slots(batch: PagedBatch) -> torch.Tensor:
 def rewind(batch: PagedBatch) -> None:
     """Bring the pages to the state before the newest token of each request, whose slot is poisoned."""
     size = batch.layout.block_size
-    for r, length in enumerate(batch.lengths.tolist()):
+    for r, length in enumerate(batch.seq_lens.tolist()):
         token = torch.arange(length - 1)
         slots = batch.block_table[r, token // size].long() * size + token % size
         for block in batch.block_table[r, : -(-length // size)].tolist():
@@ -36,22 +36,20 @@ def step_and_reference(
     """Outputs of the step, those of the reference over what `cpu.write` stored, and that pool."""
     rewind(batch)
     slots = new_slots(batch)
-    rows = torch.arange(len(batch.lengths))
-    key, value = (x[rows, batch.lengths - 1] for x in (batch.key, batch.value))
+    rows = torch.arange(len(batch.seq_lens))
+    key, value = (x[rows, batch.seq_lens - 1] for x in (batch.key, batch.value))
     expected_pool = batch.pool.new_zeros(0)
     storage = batch.pool.untyped_storage().clone()
     expected_pool = torch.empty(0, dtype=torch.uint8).set_(
         storage, batch.pool.storage_offset(), batch.pool.shape, batch.pool.stride()
     )
-    finer = []
+    residual = []
     for r, slot in enumerate(slots):
         one = slice(r, r + 1)
         cpu.write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
-        length = int(batch.lengths[r])
-        finer.append(
-            tuple(
-                reference.page_refinements(expected_pool, batch.layout, batch.block_table[r], length, batch.constants)
-            )
+        length = int(batch.seq_lens[r])
+        residual.append(
+            tuple(reference.page_residuals(expected_pool, batch.layout, batch.block_table[r], length, batch.constants))
         )
     options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
     expected = reference.paged_attention(
@@ -60,8 +58,8 @@ def step_and_reference(
         batch.layout,
         batch.block_table,
         batch.query_start,
-        batch.lengths,
-        refinements=finer,
+        batch.seq_lens,
+        residuals=residual,
         **options,
     )
     # Rows as they come out of one product of a model: queries, keys and values side by side
@@ -79,7 +77,7 @@ def step_and_reference(
         window=window,
         soft_cap=soft_cap,
     )
-    plan = StepPlan(batch.lengths, batch.block_table, slots)
+    plan = StepPlan(batch.seq_lens, batch.block_table, slots)
     step(q.unflatten(1, (-1, size)), k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), output, plan)
     return output, expected, expected_pool
 
@@ -94,7 +92,7 @@ def test_step_writes_what_write_does_and_attends_as_the_reference(
         pytest.skip("goes through write and attend")
     batch = make_batch(
         name,
-        lengths=LENGTHS,
+        seq_lens=LENGTHS,
         queries=(1,) * len(LENGTHS),
         dtype=dtype,
         kv_heads=3,
@@ -113,7 +111,7 @@ def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, so
     batch = make_batch(
         "k4v4",
         head_size=head_size,
-        lengths=(5, 33, 1300),
+        seq_lens=(5, 33, 1300),
         queries=(1, 1, 1),
         dtype=torch.bfloat16,
         group=2,
@@ -125,20 +123,20 @@ def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, so
 
 
 def test_a_negative_slot_is_not_written_and_none_without_keys() -> None:
-    batch = make_batch("k4v4", lengths=(20, 30), queries=(1, 1), dtype=torch.bfloat16)
+    batch = make_batch("k4v4", seq_lens=(20, 30), queries=(1, 1), dtype=torch.bfloat16)
     before = batch.pool.clone()
     step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
     output = torch.empty_like(batch.query)
     key = torch.randn(2, 2, 64).bfloat16()
-    step(batch.query, key, key, output, StepPlan(batch.lengths, batch.block_table, torch.tensor([-1, -1])))
+    step(batch.query, key, key, output, StepPlan(batch.seq_lens, batch.block_table, torch.tensor([-1, -1])))
     assert torch.equal(batch.pool, before)
-    step(batch.query, None, None, output, StepPlan(batch.lengths, batch.block_table, new_slots(batch)))
+    step(batch.query, None, None, output, StepPlan(batch.seq_lens, batch.block_table, new_slots(batch)))
     assert torch.equal(batch.pool, before)
 
 
 def test_a_result_does_not_depend_on_the_batch() -> None:
-    lengths = (1, 17, 40, 900)
-    batch = make_batch("k4v4", lengths=lengths, queries=(1,) * 4, dtype=torch.bfloat16, calibrated=True)
+    seq_lens = (1, 17, 40, 900)
+    batch = make_batch("k4v4", seq_lens=seq_lens, queries=(1,) * 4, dtype=torch.bfloat16, calibrated=True)
     together, _, _ = step_and_reference(batch)
     for r in range(4):
         one = slice(r, r + 1)
@@ -146,13 +144,13 @@ def test_a_result_does_not_depend_on_the_batch() -> None:
         step = DecodeStep(
             batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
         )
-        plan = StepPlan(batch.lengths[one], batch.block_table[one], new_slots(batch)[one])
+        plan = StepPlan(batch.seq_lens[one], batch.block_table[one], new_slots(batch)[one])
         step(batch.query[one], None, None, alone, plan)
         assert torch.equal(alone, together[one])
 
 
 def test_rows_may_stand_anywhere_in_the_batch() -> None:
-    batch = make_batch("k4v4", lengths=(20, 30, 50), queries=(1, 1, 1), dtype=torch.bfloat16, calibrated=True)
+    batch = make_batch("k4v4", seq_lens=(20, 30, 50), queries=(1, 1, 1), dtype=torch.bfloat16, calibrated=True)
     output, _, pool = step_and_reference(batch)
     step = DecodeStep(
         batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
@@ -161,16 +159,16 @@ def test_rows_may_stand_anywhere_in_the_batch() -> None:
     query = torch.full((7, *batch.query.shape[1:]), float("nan"), dtype=torch.bfloat16)
     query[rows] = batch.query
     apart = torch.full_like(query, float("nan"))
-    step(query, None, None, apart, StepPlan(batch.lengths, batch.block_table, torch.full((7,), -1), rows))
+    step(query, None, None, apart, StepPlan(batch.seq_lens, batch.block_table, torch.full((7,), -1), rows))
     assert torch.equal(apart[rows], output)
     assert apart[[1, 2, 4, 6]].isnan().all()
     key, value = torch.zeros(7, 2, 64).bfloat16(), torch.zeros(7, 2, 64).bfloat16()
-    last = torch.arange(3), batch.lengths - 1
+    last = torch.arange(3), batch.seq_lens - 1
     key[rows], value[rows] = batch.key[last], batch.value[last]
     rewind(batch)
     slots = torch.full((7,), -1)
     slots[rows] = new_slots(batch)
-    plan = StepPlan(batch.lengths, batch.block_table, slots, rows)
+    plan = StepPlan(batch.seq_lens, batch.block_table, slots, rows)
     step(query, key, value, apart, plan)
     assert torch.equal(batch.pool, pool)
     assert torch.equal(apart[rows], output)
@@ -178,7 +176,7 @@ def test_rows_may_stand_anywhere_in_the_batch() -> None:
 
 
 def test_a_step_says_which_tensors_it_takes() -> None:
-    batch = make_batch("k4v4", lengths=(20,), queries=(1,), dtype=torch.bfloat16)
+    batch = make_batch("k4v4", seq_lens=(20,), queries=(1,), dtype=torch.bfloat16)
     step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
     key = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
     assert step.takes(batch.query, key, key, torch.empty_like(batch.query))

@@ -10,7 +10,7 @@ from fraqtl_kernels.rotation import hadamard
 
 
 def random_transform(
-    heads: int, size: int, *, spread: int = 3, centre: Tensor | None = None
+    heads: int, size: int, *, spread: int = 3, center: Tensor | None = None
 ) -> tuple[Transform, Tensor]:
     """Channels that are 2^-spread to 2^spread times as large as others, and these factors (KV heads, D).
 
@@ -19,22 +19,22 @@ def random_transform(
     factor = torch.exp2(torch.randint(-spread, spread + 1, (heads, size)).float())
     basis = hadamard(size).float() / factor[..., None]
     feedback = torch.randint(-4, 5, (heads, size // 2, size // 2)) / 16
-    centre = torch.randn(heads, size) * factor if centre is None else centre
-    return make_transform(centre, basis, feedback), factor
+    center = torch.randn(heads, size) * factor if center is None else center
+    return make_transform(center, basis, feedback), factor
 
 
 def random_constants(heads: int, size: int) -> tuple[LayerConstants, Tensor, Tensor]:
     """With sinks, and the factors of key and value channels."""
     key, key_factor = random_transform(heads, size)
     # Small, so that it doesn't hide what the values themselves add to an output
-    value, value_factor = random_transform(heads, size, centre=torch.randn(heads, size) / 4)
-    sink = 4 * torch.randn(heads, size) * key_factor
-    return LayerConstants.of(key, value, sink), key_factor, value_factor
+    value, value_factor = random_transform(heads, size, center=torch.randn(heads, size) / 4)
+    outlier = 4 * torch.randn(heads, size) * key_factor
+    return LayerConstants.of(key, value, outlier), key_factor, value_factor
 
 
-def only_centre(centre: Tensor) -> LayerConstants:
+def only_center(center: Tensor) -> LayerConstants:
     """Keys (KV heads, D) are moved and rotated, no more."""
-    heads, size = centre.shape
+    heads, size = center.shape
     half = size // 2
     basis = hadamard(size).float().expand(heads, size, size)
-    return LayerConstants.of(make_transform(centre, basis, torch.zeros(heads, half, half)))
+    return LayerConstants.of(make_transform(center, basis, torch.zeros(heads, half, half)))

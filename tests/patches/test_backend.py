@@ -95,7 +95,7 @@ def test_profiling_run_attends_nothing() -> None:
 
 
 def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refinements of a step go to whoever attends its pages, and are forgotten where nobody else does."""
+    """Residuals of a step go to whoever attends its pages, and are forgotten where nobody else does."""
     own, other, alone = make_layer(), make_layer(kv_sharing_target_layer_name="own"), make_layer()
     layers = {name: SimpleNamespace(layer_name=name, impl=impl) for name, impl in (("own", own), ("alone", alone))}
     monkeypatch.setattr(cpu_attention, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
@@ -111,7 +111,7 @@ def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch
     shared = SimpleNamespace(layer_name="other", impl=other)
     outputs.append(other.forward(shared, query, key, value, pool, metadata, torch.empty_like(query)))
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    assert own.refinements is not None and alone.refinements is None
+    assert own.residuals is not None and alone.residuals is None
 
 
 def test_raw_prompt_keys_need_a_gpu() -> None:

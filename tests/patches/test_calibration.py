@@ -105,13 +105,13 @@ def model_config(**changes: Any) -> Any:
     return SimpleNamespace(**{**config, **changes})
 
 
-@pytest.mark.parametrize("longest", [600, 1000, 8192, 131072])
-def test_the_prompt_covers_the_context(longest: int) -> None:
-    made = prompt.make_prompt(model_config(max_model_len=longest))
+@pytest.mark.parametrize("max_seq_len", [600, 1000, 8192, 131072])
+def test_the_prompt_covers_the_context(max_seq_len: int) -> None:
+    made = prompt.make_prompt(model_config(max_model_len=max_seq_len))
     positions = made.positions.view(made.sequences, -1)
     assert made.ids.shape == made.positions.shape and made.ids.max() < 97
-    assert (positions[:, :64] == torch.arange(64)).all() and (positions[:, ::64] <= longest - 64).all()
-    assert positions.max() == longest - 1 and (positions[0].diff() == 1).all()
+    assert (positions[:, :64] == torch.arange(64)).all() and (positions[:, ::64] <= max_seq_len - 64).all()
+    assert positions.max() == max_seq_len - 1 and (positions[0].diff() == 1).all()
     starts = positions[:, ::64].flatten().unique()
     steps = starts.diff()
     assert (steps[starts[1:] < 900] <= 64).all()  # no gap where most requests are

@@ -30,7 +30,7 @@ from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
 from fraqtl_vllm.backend import FraqtlBackend
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
-from tests.kernels.transforms import only_centre
+from tests.kernels.transforms import only_center
 from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -44,9 +44,9 @@ def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any
 
     def flash(q: Tensor, k: Tensor, v: Tensor, call: cuda_prefill.DevicePass, out: Tensor | None) -> Any:
         output = torch.empty_like(q) if out is None else out
-        log_sums = torch.empty(q.shape[1], q.shape[0])
+        lse = torch.empty(q.shape[1], q.shape[0])
         starts, keys = call.query_start.tolist(), call.key_start.tolist()
-        assert max(b - a for a, b in pairwise(starts)) == call.most_queries
+        assert max(b - a for a, b in pairwise(starts)) == call.max_query_len
         for r in range(len(starts) - 1):
             a, b, c, d = starts[r], starts[r + 1], keys[r], keys[r + 1]
             group = q.shape[1] // k.shape[1]
@@ -61,8 +61,8 @@ def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any
                     seen &= torch.arange(d - c) > last - window
                 scores = scores.masked_fill(~seen, -torch.inf)
             output[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).to(output.dtype)
-            log_sums[:, a:b] = scores.logsumexp(-1).float()
-        return output, log_sums
+            lse[:, a:b] = scores.logsumexp(-1).float()
+        return output, lse
 
     return flash
 
@@ -113,12 +113,12 @@ def common(batch: PagedBatch, query_start: list[int] | None = None) -> CommonAtt
     return CommonAttentionMetadata(
         query_start_loc=start,
         query_start_loc_cpu=start,
-        seq_lens=batch.lengths.int(),
-        seq_lens_cpu_upper_bound=batch.lengths.int(),
-        num_reqs=len(batch.lengths),
+        seq_lens=batch.seq_lens.int(),
+        seq_lens_cpu_upper_bound=batch.seq_lens.int(),
+        num_reqs=len(batch.seq_lens),
         num_actual_tokens=int(start[-1]),
         max_query_len=int(start.diff().max()),
-        max_seq_len=int(batch.lengths.max()),
+        max_seq_len=int(batch.seq_lens.max()),
         block_table_tensor=batch.block_table,
         slot_mapping=torch.zeros(int(start[-1]), dtype=torch.int64),
     )
@@ -126,48 +126,48 @@ def common(batch: PagedBatch, query_start: list[int] | None = None) -> CommonAtt
 
 def mixed_batch(format_name: str = "k4v4", **options: Any) -> tuple[PagedBatch, Tensor, Tensor]:
     """Two decodes, two fresh prompts, chunks behind a short and a long prefix; their raw keys and values."""
-    lengths, queries = (40, 17, 9, 21, 53, 200), (1, 1, 9, 21, 20, 13)
+    seq_lens, queries = (40, 17, 9, 21, 53, 200), (1, 1, 9, 21, 20, 13)
     batch = make_batch(
         format_name,
         kv_heads=KV_HEADS,
         group=HEADS // KV_HEADS,
-        lengths=lengths,
+        seq_lens=seq_lens,
         queries=queries,
         dtype=torch.bfloat16,
         seed=3,
         **options,
     )
     raw = [
-        torch.cat([x[r, n - q : n] for r, (n, q) in enumerate(zip(lengths, queries, strict=True))])
+        torch.cat([x[r, n - q : n] for r, (n, q) in enumerate(zip(seq_lens, queries, strict=True))])
         for x in (batch.key, batch.value)
     ]
     return batch, raw[0], raw[1]
 
 
-def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, centre: Tensor | None = None) -> Tensor:
+def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, center: Tensor | None = None) -> Tensor:
     """Attention written out over what the pages hold; `raw`: but over the chunks' own keys and values as given."""
     planes, layout = batch.layout.planes(batch.pool), batch.layout
-    constants = IDENTITY if centre is None else only_centre(centre)
+    constants = IDENTITY if center is None else only_center(center)
     stored = [
         reference.stored_keys(planes, layout.format.k, constants),
         reference.stored_values(planes, layout.format.v),
     ]
     flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap)
     rows = []
-    for r, n in enumerate(batch.lengths.tolist()):
+    for r, n in enumerate(batch.seq_lens.tolist()):
         a, b = batch.query_start[r : r + 2].tolist()
         token = torch.arange(n)
         key, value = (x[batch.block_table[r, token // 16].long(), :, token % 16] for x in stored)
-        if b - a == 1 and layer.kv_format.is_refined:
-            finer = reference.page_refinements(batch.pool, layout, batch.block_table[r], n, constants)
-            key, value = key + finer[0], value + finer[1]
+        if b - a == 1 and layer.kv_format.has_residual:
+            residual = reference.page_residuals(batch.pool, layout, batch.block_table[r], n, constants)
+            key, value = key + residual[0], value + residual[1]
         if raw and b - a > 1:
             key[n - (b - a) :] = batch.key[r, n - (b - a) : n].double()
             value[n - (b - a) :] = batch.value[r, n - (b - a) : n].double()
         call: Any = SimpleNamespace(
             query_start=torch.tensor([0, b - a]),
             key_start=torch.tensor([0, n]),
-            most_queries=b - a,
+            max_query_len=b - a,
             plan=SimpleNamespace(causal=True),
         )
         rows.append(flash(batch.query[a:b].double(), key, value, call, None)[0])
@@ -203,28 +203,28 @@ def test_mixed_batch(monkeypatch: pytest.MonkeyPatch, format_name: str, options:
 def test_mixed_batch_over_packed_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     layer = make_layer(monkeypatch, settings={"prefill_keys": "packed"}, **options)
     assert not hasattr(layer, "workspace")
-    assert not layer.kv_format.is_refined  # a chunk's own refinements are not to be had there
+    assert not layer.kv_format.has_residual  # a chunk's own residuals are not to be had there
     batch, key, value = mixed_batch()
     out = attend(layer, batch, key.fill_(torch.nan), value.fill_(torch.nan))
     assert relative_error(out, expected(batch, layer, raw=False)) < 1e-2
 
 
-def test_log_sums_agree_with_a_key_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lse_agrees_with_a_key_center(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large constant on every key: without it on the prefix, pieces and chunk would be weighed wrongly."""
     layer = make_layer(monkeypatch)
     batch, key, value = mixed_batch()
-    centre = torch.randn(KV_HEADS, SIZE) * 4
-    constants = only_centre(centre)
-    batch.key += centre.bfloat16()
-    key = key + centre.bfloat16()
-    for r, n in enumerate(batch.lengths.tolist()):
+    center = torch.randn(KV_HEADS, SIZE) * 4
+    constants = only_center(center)
+    batch.key += center.bfloat16()
+    key = key + center.bfloat16()
+    for r, n in enumerate(batch.seq_lens.tolist()):
         token = torch.arange(n)
         slots = batch.block_table[r, token // 16].long() * 16 + token % 16
         reference.write(batch.pool, batch.layout, batch.key[r, :n], batch.value[r, :n], slots, constants)
     layer.use_constants(constants)
-    wanted = expected(batch, layer, raw=True, centre=centre)
+    wanted = expected(batch, layer, raw=True, center=center)
     assert relative_error(attend(layer, batch, key, value), wanted) < 2e-2
-    layer.bases = replace(layer.bases, key=replace(layer.bases.key, own_centre=None))
+    layer.operands = replace(layer.operands, key=replace(layer.operands.key, own_center=None))
     assert relative_error(attend(layer, batch, key, value), wanted) > 0.1
 
 
@@ -246,7 +246,7 @@ def test_a_captured_launch_serves_smaller_batches(monkeypatch: pytest.MonkeyPatc
     layer = make_layer(monkeypatch)
     builder = make_builder(make_config(speculation=queries - 1))
     batch = make_batch(
-        "k4v4", kv_heads=KV_HEADS, group=2, lengths=(130, 77, 16, 3), queries=(queries,) * 4, dtype=torch.bfloat16
+        "k4v4", kv_heads=KV_HEADS, group=2, seq_lens=(130, 77, 16, 3), queries=(queries,) * 4, dtype=torch.bfloat16
     )
     said = common(batch)
     captured = builder.build_for_cudagraph_capture(said)
@@ -260,7 +260,7 @@ def test_a_captured_launch_serves_smaller_batches(monkeypatch: pytest.MonkeyPatc
     said.block_table_tensor.copy_(batch.block_table[[1, 0, 3, 2]])
     output.fill_(torch.nan)
     layer.forward(None, batch.query, batch.query, batch.query, batch.pool, captured, output)
-    batch.lengths, batch.query_start = said.seq_lens[:2].long(), said.query_start_loc[:3].long()
+    batch.seq_lens, batch.query_start = said.seq_lens[:2].long(), said.query_start_loc[:3].long()
     batch.block_table = said.block_table_tensor
     assert relative_error(output[: 2 * queries], expected(batch, layer, raw=False)) < 1e-2
     assert output[2 * queries :].isnan().all()
@@ -282,7 +282,7 @@ def test_what_the_builder_promises() -> None:
 def test_batches_are_split() -> None:
     batch, _, _ = mixed_batch()
     metadata = make_builder().build(0, common(batch))
-    assert (metadata.decodes, metadata.queries, metadata.most_queries) == (2, 1, 21)
+    assert (metadata.decodes, metadata.queries, metadata.max_query_len) == (2, 1, 21)
     assert [chunk.row for chunk in metadata.prefills.chunks] == [2, 3, 4, 5]
     assert metadata.block_table is batch.block_table
     passes = metadata.prefills.passes(96, None, CPU)
@@ -333,7 +333,7 @@ def test_float32_models_are_refused_where_layers_are_built(monkeypatch: pytest.M
 def test_static_formats_can_run_before_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM captures graphs on trial, to see how much memory they take, before it calibrates."""
     layer = make_layer(monkeypatch, settings={"kv_format": "k4v4-channel"})
-    batch = make_batch("k4v4-channel", kv_heads=KV_HEADS, group=2, lengths=(40,), queries=(1,), dtype=torch.bfloat16)
+    batch = make_batch("k4v4-channel", kv_heads=KV_HEADS, group=2, seq_lens=(40,), queries=(1,), dtype=torch.bfloat16)
     output = torch.full_like(batch.query, torch.nan)
     layer.forward(None, batch.query, None, None, batch.pool, make_builder().build(0, common(batch)), output)
     assert output.isfinite().all()
@@ -346,7 +346,7 @@ def test_static_formats_can_run_before_calibration(monkeypatch: pytest.MonkeyPat
         batch.layout,
         batch.block_table,
         batch.query_start,
-        batch.lengths,
+        batch.seq_lens,
         scale=layer.scale,
         constants=batch.constants,
     )

@@ -34,12 +34,12 @@ def check(chunks: tuple[Chunk, ...], capacity: int, window: int | None) -> list[
 def test_every_key_once(window: int | None) -> None:
     source = random.Random(0)
     for _ in range(300):
-        start, lengths = [0], []
+        start, seq_lens = [0], []
         for _ in range(source.randint(1, 6)):
             queries = source.choice([1, 2, 5, 9, 30])
             start.append(start[-1] + queries)
-            lengths.append(queries + source.choice([0, 0, 1, 16, 31, 64, 100]))
-        check(list_chunks(start, lengths, 0), source.choice([50, 64, 130]), window)
+            seq_lens.append(queries + source.choice([0, 0, 1, 16, 31, 64, 100]))
+        check(list_chunks(start, seq_lens, 0), source.choice([50, 64, 130]), window)
 
 
 def test_prompts_without_a_prefix_share_a_pass_and_need_no_workspace() -> None:

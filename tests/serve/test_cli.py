@@ -316,11 +316,11 @@ def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
         configured(parser, "org/model", "--kv-format", "k4v4-channel", "--no-kv-calibration")
 
 
-def test_refinement_flag(parser: argparse.ArgumentParser) -> None:
-    args = configured(parser, "org/model", "--no-kv-refinement")
-    assert settings(args) == {"kv_format": "k4v4", "refinement": False}
-    assert not read_config(args.additional_config).format.is_refined
-    assert read_config(configured(parser, "org/model").additional_config).format.is_refined
+def test_residual_flag(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model", "--no-kv-residual")
+    assert settings(args) == {"kv_format": "k4v4", "residual": False}
+    assert not read_config(args.additional_config).format.has_residual
+    assert read_config(configured(parser, "org/model").additional_config).format.has_residual
 
 
 def test_demo_model_where_none_is_named(

@@ -61,9 +61,9 @@ def test_vllms_own_refusals(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> No
     assert openai_error(garbage, 400)["message"] == "There was an error parsing the body"
     assert "1000 bytes" in openai_error(client.post(CHAT, json="x" * 1000), 413)["message"]
     with_key = client_of(make_app(monkeypatch, "--api-key", KEY))
-    unauthorised = with_key.get("/v1/models")
-    assert "Bearer KEY" in openai_error(unauthorised, 401)["message"]
-    assert unauthorised.headers["www-authenticate"] == "Bearer"
+    unauthorized = with_key.get("/v1/models")
+    assert "Bearer KEY" in openai_error(unauthorized, 401)["message"]
+    assert unauthorized.headers["www-authenticate"] == "Bearer"
 
 
 def test_errors_of_the_anthropic_route(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,7 +340,7 @@ def test_every_event_leaves_in_the_message_that_completes_it() -> None:
     check_decorated(answer.body, PLAIN_STREAM, where=1)
 
 
-def test_vllms_own_chunks_are_recognised() -> None:
+def test_vllms_own_chunks_are_recognized() -> None:
     from vllm.entrypoints.generate.base.protocol import DeltaMessage
     from vllm.entrypoints.openai.chat_completion.protocol import (
         ChatCompletionResponseStreamChoice,

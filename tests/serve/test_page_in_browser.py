@@ -54,12 +54,12 @@ def visit(browser: Any, server: PageServer) -> Iterator[Visit]:
     assert all(url.startswith(server.url) for url in visit.requests)
 
 
-def colours(visit: Visit) -> dict[str, int]:
-    """How many pixels of the chart have each colour of its key."""
+def colors(visit: Visit) -> dict[str, int]:
+    """How many pixels of the chart have each color of its key."""
     canvas = visit.page.query_selector("#chart canvas")
     of = "e => getComputedStyle(e).color"
     found = {name: visit.page.eval_on_selector(f".key .{name} i", of) for name in ("packed", "plain", "limit")}
-    return {name: visit.page.evaluate(PIXELS, [canvas, colour]) for name, colour in found.items()}
+    return {name: visit.page.evaluate(PIXELS, [canvas, color]) for name, color in found.items()}
 
 
 def test_numbers_are_those_of_the_json(visit: Visit, server: PageServer) -> None:
@@ -99,7 +99,7 @@ def test_requests_of_several_processes_come_together(visit: Visit, server: PageS
 
 
 def test_chart_and_its_alternatives(visit: Visit, server: PageServer) -> None:
-    drawn = colours(visit)
+    drawn = colors(visit)
     assert min(drawn.values()) > 100, drawn  # all three lines are there
     history = httpx.get(f"{server.page}history").json()
     peak = round(max(history["pool_use"]) * POOL.blocks)
@@ -156,10 +156,10 @@ def test_themes(browser: Any, server: PageServer, system: str) -> None:
 
     dark, light = (True, "Light theme"), (False, "Dark theme")
     assert look() == (dark if system == "dark" else light)
-    assert colours(visit)["packed"] > 100  # the curve takes the theme's colours
+    assert colors(visit)["packed"] > 100  # the curve takes the theme's colors
     visit.page.click("#theme")
     assert look() == (light if system == "dark" else dark)
-    assert colours(visit)["packed"] > 100
+    assert colors(visit)["packed"] > 100
     visit.page.reload()
     assert look() == (light if system == "dark" else dark)  # what was chosen stays
     visit.wait_for("live")
@@ -171,7 +171,7 @@ def test_themes(browser: Any, server: PageServer, system: str) -> None:
 def test_theme_follows_the_system(visit: Visit) -> None:
     visit.page.emulate_media(color_scheme="dark")
     visit.until("document.getElementById('theme').textContent === 'Light theme'")
-    assert colours(visit)["packed"] > 100
+    assert colors(visit)["packed"] > 100
 
 
 def test_everything_by_keyboard(visit: Visit) -> None:

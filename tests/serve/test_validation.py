@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, model_validator
 
-from fraqtl_serve.validation import StumblingValidators
+from fraqtl_serve.validation import ValidationErrorMiddleware
 from tests.serve.vllm_app import client_of, make_app
 
 
@@ -24,7 +24,7 @@ class Body(BaseModel):
 @pytest.fixture
 def client() -> TestClient:
     app = FastAPI()
-    app.add_middleware(StumblingValidators)
+    app.add_middleware(ValidationErrorMiddleware)
 
     @app.post("/body")
     async def handle(body: Body) -> str:

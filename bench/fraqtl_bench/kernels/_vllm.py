@@ -130,12 +130,12 @@ def one_step(inputs: Inputs) -> Any:
 
     shape, device = inputs.shape, inputs.query.device
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
-    lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32)
+    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32)
     return CommonAttentionMetadata(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
-        seq_lens=lengths.to(device),
-        seq_lens_cpu_upper_bound=lengths,
+        seq_lens=seq_lens.to(device),
+        seq_lens_cpu_upper_bound=seq_lens,
         num_reqs=shape.batch,
         num_actual_tokens=shape.batch,
         max_query_len=1,

@@ -66,8 +66,8 @@ def stored_values(
     value = reference.stored_values(planes, layout.format.v, constants)
     tokens = [x.transpose(1, 2).flatten(0, 1)[: inputs.shape.context] for x in (key, value)]
     table = torch.arange(len(pages))
-    finer = reference.page_refinements(pages, layout, table, inputs.shape.context, constants)
-    return tokens[0] + finer[0], tokens[1] + finer[1]
+    residual = reference.page_residuals(pages, layout, table, inputs.shape.context, constants)
+    return tokens[0] + residual[0], tokens[1] + residual[1]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ class PackedOnGpu:
         return self.format.name
 
     def prepare(self, inputs: Inputs) -> Prepared:
-        from fraqtl_kernels.gpu.bases import Bases
         from fraqtl_kernels.gpu.config import has_kernels
         from fraqtl_kernels.gpu.decode import decode, plan_decode
+        from fraqtl_kernels.gpu.operands import LayerOperands
         from fraqtl_kernels.gpu.write import write
 
         if not has_kernels(self.format):
@@ -42,27 +42,27 @@ class PackedOnGpu:
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8, device=device)
         key, query, value = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
         constants = calibrate(self.format, key, query, value)  # on the CPU, where stored values are read back
-        bases = Bases.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
+        operands = LayerOperands.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
         slots = [inputs.slots(r) for r in range(shape.batch)]
 
         def write_all() -> None:
             for key, value, own in zip(inputs.key, inputs.value, slots, strict=True):
-                write(pool, layout, key, value, own, bases)
+                write(pool, layout, key, value, own, operands)
 
         write_all()
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         plan = plan_decode(
             layout,
             requests=shape.batch,
             queries=1,
             query_heads=shape.query_heads,
             kv_heads=shape.kv_heads,
-            longest=shape.context,
-            multiprocessors=multiprocessors,
+            max_seq_len=shape.context,
+            num_sms=num_sms,
         )
         scratch = torch.empty(plan.scratch_floats(shape.head_size), device=device)
         query_start = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
-        lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
+        seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
         output = torch.empty_like(inputs.query)
 
         def call() -> None:
@@ -72,10 +72,10 @@ class PackedOnGpu:
                 layout,
                 inputs.order,
                 query_start,
-                lengths,
+                seq_lens,
                 output,
                 plan,
-                bases,
+                operands,
                 scratch,
                 scale=inputs.scale,
             )

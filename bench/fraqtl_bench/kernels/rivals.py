@@ -51,10 +51,10 @@ class FlashAttention3:
             raise UnavailableError(str(flash.fa_version_unsupported_reason(3)))
         shape, device = inputs.shape, inputs.query.device
         key, value = paged(inputs, self.dtype)
-        quantised = self.dtype != torch.bfloat16
-        ones = torch.ones(shape.batch, shape.kv_heads, device=device) if quantised else None
+        quantized = self.dtype != torch.bfloat16
+        ones = torch.ones(shape.batch, shape.kv_heads, device=device) if quantized else None
         starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
-        lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
+        seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
         query, output = inputs.query.to(self.dtype), torch.empty_like(inputs.query)
         schedule = flash.get_scheduler_metadata(
             batch_size=shape.batch,
@@ -63,7 +63,7 @@ class FlashAttention3:
             num_heads_q=shape.query_heads,
             num_heads_kv=shape.kv_heads,
             headdim=shape.head_size,
-            cache_seqlens=lengths,
+            cache_seqlens=seq_lens,
             qkv_dtype=self.dtype,
             cu_seqlens_q=starts,
             page_size=inputs.block_size,
@@ -79,7 +79,7 @@ class FlashAttention3:
                 out=output,
                 cu_seqlens_q=starts,
                 max_seqlen_q=1,
-                seqused_k=lengths,
+                seqused_k=seq_lens,
                 max_seqlen_k=shape.context,
                 softmax_scale=inputs.scale,
                 causal=True,

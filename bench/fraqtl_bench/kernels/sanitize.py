@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import decode, plan_decode
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.workspace import dequantise
+from fraqtl_kernels.gpu.workspace import dequantize
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
 
@@ -25,8 +25,8 @@ QUERIES = 3
 KV_HEADS, GROUP, BLOCK_SIZE = 2, 4, 16
 
 
-def run(format: KVFormat, head_size: int, device: torch.device, multiprocessors: int = 132) -> Tensor:
-    """Write, decode (split and direct), prefill, dequantise; the last output, so that a caller can look at it."""
+def run(format: KVFormat, head_size: int, device: torch.device, num_sms: int = 132) -> Tensor:
+    """Write, decode (split and direct), prefill, dequantize; the last output, so that a caller can look at it."""
     layout = PageLayout(format, head_size, BLOCK_SIZE)
     blocks = [-(-n // BLOCK_SIZE) for n in LENGTHS]
     order = torch.randperm(sum(blocks)).int()
@@ -37,32 +37,32 @@ def run(format: KVFormat, head_size: int, device: torch.device, multiprocessors:
     width = format.bytes_per_token(head_size)
     pool = torch.zeros(sum(blocks), KV_HEADS, BLOCK_SIZE, width, dtype=torch.uint8, device=device)
     sample = torch.randn(3, 100, KV_HEADS, head_size)
-    bases = Bases.of(format, head_size, torch.bfloat16, device, calibrate(format, *sample))
+    operands = LayerOperands.of(format, head_size, torch.bfloat16, device, calibrate(format, *sample))
     for row, length in zip(table, LENGTHS, strict=True):
         token = torch.arange(length, device=device)
         slots = row[token // BLOCK_SIZE].long() * BLOCK_SIZE + token % BLOCK_SIZE
         key, value = torch.randn(2, length + 1, KV_HEADS, head_size, device=device).bfloat16().unbind()
-        write(pool, layout, key, value, torch.cat([slots, slots.new_tensor([-1])]), bases)
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+        write(pool, layout, key, value, torch.cat([slots, slots.new_tensor([-1])]), operands)
+    seq_lens = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     start = torch.tensor([0, 1, 1 + QUERIES, 1 + 2 * QUERIES, 1 + 3 * QUERIES], dtype=torch.int32, device=device)
     query = torch.randn(int(start[-1]), KV_HEADS * GROUP, head_size, device=device).bfloat16()
     output, scale = torch.empty_like(query), head_size**-0.5
-    for processors in (multiprocessors, 1):  # many splits, and few
+    for processors in (num_sms, 1):  # many splits, and few
         plan = plan_decode(
             layout,
             requests=len(LENGTHS),
             queries=QUERIES,
             query_heads=KV_HEADS * GROUP,
             kv_heads=KV_HEADS,
-            longest=max(LENGTHS),
-            multiprocessors=processors,
+            max_seq_len=max(LENGTHS),
+            num_sms=processors,
         )
         scratch = torch.empty(plan.scratch_floats(head_size), device=device)
-        decode(query, pool, layout, table, start, lengths, output, plan, bases, scratch, scale=scale)
-    prefill(query, pool, layout, table, start, lengths, QUERIES, output, bases, scale=scale, window=100)
+        decode(query, pool, layout, table, start, seq_lens, output, plan, operands, scratch, scale=scale)
+    prefill(query, pool, layout, table, start, seq_lens, QUERIES, output, operands, scale=scale, window=100)
     key, value = torch.empty(2, sum(LENGTHS), KV_HEADS, head_size, dtype=torch.bfloat16, device=device).unbind()
     target = torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
-    dequantise(pool, layout, table, torch.zeros_like(lengths), target, max(LENGTHS), key, value, bases)
+    dequantize(pool, layout, table, torch.zeros_like(seq_lens), target, max(LENGTHS), key, value, operands)
     return output
 
 

@@ -127,7 +127,7 @@ def arms_of(settings: Settings) -> list[Arm]:
 
 
 def _demo_model() -> str:
-    from fraqtl_bench.quantiser.capture import demo_model  # imports torch, which other arms don't need
+    from fraqtl_bench.quantizer.capture import demo_model  # imports torch, which other arms don't need
 
     return str(demo_model())
 

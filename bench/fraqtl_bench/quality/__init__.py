@@ -1,6 +1,6 @@
 """`fraqtl-bench quality`: does precision beat deletion, on your model, at your budget?
 
-Keeps the KV cache of any Hugging Face decoder in many ways of matched size (quantised, reduced in rank, both, and as
+Keeps the KV cache of any Hugging Face decoder in many ways of matched size (quantized, reduced in rank, both, and as
 the server's formats do) and measures what each costs: perplexity, last word, needle, routing flips, divergence.
 """
 

@@ -32,8 +32,8 @@ def random_basis(size: int, seed: int) -> Tensor:
 
 def principal_basis(sample: Tensor) -> Tensor:
     """sample (H, T, D) -> (H, D, D) float64: eigenvectors of the covariance, the largest variance first."""
-    centred = sample.double() - sample.double().mean(-2, keepdim=True)
-    return torch.linalg.eigh(centred.mT @ centred).eigenvectors.flip(-1)
+    centered = sample.double() - sample.double().mean(-2, keepdim=True)
+    return torch.linalg.eigh(centered.mT @ centered).eigenvectors.flip(-1)
 
 
 def _fixed(kind: str, size: int, seed: int) -> Tensor:

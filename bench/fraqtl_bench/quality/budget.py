@@ -28,8 +28,8 @@ PROFILE_VERSION = 1
 
 
 def candidates(head_size: int) -> dict[str, int]:
-    """Bytes per (token, KV head) of the server's quantised formats."""
-    return {name: f.bytes_per_token(head_size) for name, f in FORMATS.items() if f.is_quantised}
+    """Bytes per (token, KV head) of the server's quantized formats."""
+    return {name: f.bytes_per_token(head_size) for name, f in FORMATS.items() if f.is_quantized}
 
 
 def bits_per_dim(total_bytes: float, layers: int, head_size: int) -> float:

@@ -1,7 +1,7 @@
 """How the vectors of one stream (the keys or the values of one layer) are stored, and at how many bits.
 
 `fit` makes the constants from calibration vectors, `encode` what is kept of each vector, `decode`
-the vectors again from those two alone. All measurements go through all three. `serialise` writes what is
+the vectors again from those two alone. All measurements go through all three. `serialize` writes what is
 kept as bytes; tests count them against `vector_bits` and `constant_bits`.
 """
 
@@ -87,14 +87,14 @@ class Exact(Codec):
 class Coordinates(Codec):
     """`rank` coordinates in a basis (None: all), on a grid.
 
-    centred: the calibration mean is kept, subtracted first and added back. Methods that drop
+    centered: the calibration mean is kept, subtracted first and added back. Methods that drop
     dimensions have it, or they would lose the mean of those with the rest.
     """
 
     basis: str
     grid: Grid
     rank: int | None = None
-    centred: bool = False
+    centered: bool = False
     seed: int = 0
 
     def rank_of(self, size: int) -> int:
@@ -106,13 +106,13 @@ class Coordinates(Codec):
 
     def fit(self, sample: LayerSample, stream: str) -> Kept:
         x = sample.stream(stream).float()
-        constants: Kept = {"mean": x.mean(-2).to(torch.float16)} if self.centred else {}
+        constants: Kept = {"mean": x.mean(-2).to(torch.float16)} if self.centered else {}
         constants |= fit_basis(self.basis, x, self.rank_of(x.shape[-1]), self.seed)
         return constants | self.grid.fit(self.project(x, constants))
 
     def project(self, x: Tensor, constants: Kept) -> Tensor:
         """The coordinates (..., H, T, rank) of x."""
-        if self.centred:
+        if self.centered:
             x = x - constants["mean"].float().unsqueeze(-2)
         return x @ matrix(self.basis, constants, x.shape[-1], x.device)
 
@@ -122,25 +122,25 @@ class Coordinates(Codec):
     def decode(self, kept: Kept, constants: Kept, size: int) -> Tensor:
         y = self.grid.decode(kept, constants, self.rank_of(size))
         x = y @ matrix(self.basis, constants, size, y.device).mT
-        return x + constants["mean"].float().unsqueeze(-2) if self.centred else x
+        return x + constants["mean"].float().unsqueeze(-2) if self.centered else x
 
     def vector_bits(self, size: int) -> int:
         return self.grid.vector_bits(self.rank_of(size))
 
     def constant_bits(self, size: int, constants: Kept) -> int:
         rank = self.rank_of(size)
-        mean = FP16_BITS * size if self.centred else 0
+        mean = FP16_BITS * size if self.centered else 0
         return mean + basis_bits(self.basis, size, rank) + self.grid.constant_bits(rank)
 
 
-def serialise(kept: Kept) -> bytes:
+def serialize(kept: Kept) -> bytes:
     """The bytes of what is kept, one tensor after another; names and shapes follow from the method."""
     parts = (kept[name].contiguous().cpu().view(-1).view(torch.uint8) for name in sorted(kept))
     return b"".join(part.numpy().tobytes() for part in parts)
 
 
-def deserialise(data: bytes, like: Kept) -> Kept:
-    """The inverse of `serialise`; `like` gives names, dtypes and shapes only."""
+def deserialize(data: bytes, like: Kept) -> Kept:
+    """The inverse of `serialize`; `like` gives names, dtypes and shapes only."""
     found: Kept = {}
     at = 0
     for name in sorted(like):

@@ -9,7 +9,7 @@ from fraqtl_bench.quality.schema import ModelReport, Report, Row
 from fraqtl_bench.reporting.figures import pyplot
 from fraqtl_bench.reporting.figures import save as write_figure
 
-COLOURS = {
+COLORS = {
     "int, per channel": "#0b6e99",
     "int, per token": "#56b4d3",
     "server formats": "#2e9e4f",
@@ -59,7 +59,7 @@ def _bits(report: Report, folder: Path) -> Iterator[Path]:
             for name, rows in curves(model).items():
                 points = [(r.bits_per_dim, getattr(r, value)) for r in rows if getattr(r, value) is not None]
                 if points:
-                    ax.plot(*zip(*points, strict=True), "o-", ms=4, label=name, color=COLOURS.get(name))
+                    ax.plot(*zip(*points, strict=True), "o-", ms=4, label=name, color=COLORS.get(name))
             if value == "perplexity":
                 ax.set_yscale("log")
             ax.set(title=f"{model.model} ({model.attention} {model.group}:1)", xlabel="bits per dimension, all counted")
@@ -89,7 +89,7 @@ def _law(report: Report, folder: Path) -> Iterator[Path]:
 
 
 def _groups(report: Report, folder: Path) -> Iterator[Path]:
-    """Margin of quantisation over deletion against the query heads per KV head."""
+    """Margin of quantization over deletion against the query heads per KV head."""
     plt = pyplot()
     points: dict[float, list[tuple[int, float]]] = {}
     for model in report.models:

@@ -244,7 +244,7 @@ class Lab:
             windows=windows,
             rows=list(rows.values()),
             skipped=self.skipped,
-            law=margins.summarise_law(self.law()) if "law" in measures else None,
+            law=margins.summarize_law(self.law()) if "law" in measures else None,
         )
 
 

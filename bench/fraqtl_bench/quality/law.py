@@ -8,9 +8,9 @@ with variance s², changes the scores by (q'·u) times that, and to second order
 as 1 - sum p² is the trace of the softmax's Fisher matrix diag(p) - p pᵀ.
 
 - Projection drops u: s² = σ², the variance of the keys along u (their mean changes no attention).
-- Quantisation of the coordinate to b bits on [-R, R], with R the largest of them, has s² = R² / (3 · 2^(2b)).
+- Quantization of the coordinate to b bits on [-R, R], with R the largest of them, has s² = R² / (3 · 2^(2b)).
 
-So dropping costs 3 · 2^(2b) · (σ/R)² times as much as quantising. The published form puts σ for R, which is true
+So dropping costs 3 · 2^(2b) · (σ/R)² times as much as quantizing. The published form puts σ for R, which is true
 of coordinates ±σ only; both are reported.
 """
 
@@ -28,14 +28,14 @@ from fraqtl_bench.quality.routing import divergence
 from fraqtl_bench.quality.watch import Seen, watching
 
 BITS = tuple(range(1, 9))
-PROJECTION, QUANTISATION, CHANNELS, RANK = "projection", "quantisation", "all channels", "rank"
+PROJECTION, QUANTIZATION, CHANNELS, RANK = "projection", "quantisation", "all channels", "rank"
 
 
 @dataclass(frozen=True)
 class Point:
     """One change of one KV head's keys.
 
-    bits: of a quantisation, or kept dimensions of a rank. measured, predicted: mean KL over queries, nats.
+    bits: of a quantization, or kept dimensions of a rank. measured, predicted: mean KL over queries, nats.
     published: the prediction with σ in the place of R; equal to `predicted` for projections.
     """
 
@@ -48,8 +48,8 @@ class Point:
     published: float
 
 
-def quantise_coordinate(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Coordinates c (T, n) centred, each column on 2^b cells over [-R, R]; returns the values and R (n,)."""
+def quantize_coordinate(c: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Coordinates c (T, n) centered, each column on 2^b cells over [-R, R]; returns the values and R (n,)."""
     largest = c.abs().amax(0)
     step = 2 * largest / 2**bits
     half = 2 ** (bits - 1)
@@ -92,30 +92,30 @@ def heads_of(seen: Seen, queries: int) -> Iterator[_Head]:
 
 
 def points_of(head: _Head) -> Iterator[Point]:
-    """Four principal directions, each dropped and quantised; then all channels quantised, and rank reductions."""
+    """Four principal directions, each dropped and quantized; then all channels quantized, and rank reductions."""
     size = head.key.shape[-1]
-    centred = head.key - head.key.mean(0)
+    centered = head.key - head.key.mean(0)
     basis = principal_basis(head.key.unsqueeze(0))[0].float()
     for index in (0, size // 8, size // 2, size - 1):
         u = basis[:, index : index + 1]
-        c = centred @ u
+        c = centered @ u
         variance, g = c.square().mean(0), head.along(u)
         yield head.point(PROJECTION, 0, -c @ u.T, variance * g / 2, variance * g / 2)
         for bits in BITS:
-            stored, largest = quantise_coordinate(c, bits)
+            stored, largest = quantize_coordinate(c, bits)
             noise = g / (2 * 3 * 4**bits)
-            yield head.point(QUANTISATION, bits, (stored - c) @ u.T, largest.square() * noise, variance * noise)
+            yield head.point(QUANTIZATION, bits, (stored - c) @ u.T, largest.square() * noise, variance * noise)
     g = head.along(torch.eye(size, device=head.key.device))
     for bits in BITS:
-        stored, largest = quantise_coordinate(centred, bits)
+        stored, largest = quantize_coordinate(centered, bits)
         noise = g / (2 * 3 * 4**bits)
-        variance = centred.square().mean(0)
-        yield head.point(CHANNELS, bits, stored - centred, largest.square() * noise, variance * noise)
-    in_basis, g = centred @ basis, head.along(basis)
+        variance = centered.square().mean(0)
+        yield head.point(CHANNELS, bits, stored - centered, largest.square() * noise, variance * noise)
+    in_basis, g = centered @ basis, head.along(basis)
     for kept in (size // 8, size // 4, size // 2, size * 3 // 4):
         dropped = basis[:, kept:]
         predicted = (in_basis.square().mean(0) * g / 2)[kept:]
-        yield head.point(RANK, kept, -centred @ dropped @ dropped.T, predicted, predicted)
+        yield head.point(RANK, kept, -centered @ dropped @ dropped.T, predicted, predicted)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from fraqtl_bench.quality.law import BITS, PROJECTION, QUANTISATION, Point
+from fraqtl_bench.quality.law import BITS, PROJECTION, QUANTIZATION, Point
 from fraqtl_bench.quality.schema import Law, LawLine, LawRatio, Row
 
 PARADIGM = {"quantisation": "precision", "server": "precision", "rank": "deletion", "hybrid": "deletion"}
@@ -29,21 +29,21 @@ def add_margins(rows: Sequence[Row]) -> None:
             row.margin = min(others) - row.perplexity
 
 
-def summarise_law(points: Sequence[Point]) -> Law:
-    """Means per kind and bits, ratios of projection to quantisation, and at most 2000 points for the figure."""
+def summarize_law(points: Sequence[Point]) -> Law:
+    """Means per kind and bits, ratios of projection to quantization, and at most 2000 points for the figure."""
     groups = {(p.kind, p.bits): [q for q in points if (q.kind, q.bits) == (p.kind, p.bits)] for p in points}
     lines = [_line(kind, bits, group) for (kind, bits), group in groups.items()]
-    by_bits = {line.bits: line for line in lines if line.kind == QUANTISATION}
+    by_bits = {line.bits: line for line in lines if line.kind == QUANTIZATION}
     dropped = next((line for line in lines if line.kind == PROJECTION), None)
     ratios = []
     for bits in BITS if dropped else ():
         assert dropped is not None
-        quantised = by_bits[bits]
+        quantized = by_bits[bits]
         ratios.append(
             LawRatio(
                 bits=bits,
-                measured=dropped.measured / quantised.measured,
-                predicted=dropped.predicted / quantised.predicted,
+                measured=dropped.measured / quantized.measured,
+                predicted=dropped.predicted / quantized.predicted,
                 published=3.0 * 4**bits,
             )
         )

@@ -96,7 +96,7 @@ def _parsed(name: str, match: re.Match[str], seed: int) -> Method:
     else:
         family, rank = ("rank" if bits == FP16_BITS else "hybrid"), int(match["rank"])
         grid = Float16() if bits == FP16_BITS else Symmetric(bits, "channel")
-        codec = Coordinates(basis, grid, rank, centred=True, seed=seed)
+        codec = Coordinates(basis, grid, rank, centered=True, seed=seed)
     side = SIDES[match["side"] or ""]
     key = codec if "k" in side else Exact()
     value = codec if "v" in side else Exact()

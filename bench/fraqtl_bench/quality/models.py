@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from fraqtl_bench.quality.cache import LabCache
-from fraqtl_bench.quantiser.capture import demo_model
+from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError, UnsupportedError, one_of
 
 DEMO = "demo"

@@ -53,7 +53,7 @@ class Row(Part):
     budget: bits per dimension of the codes alone, on the side that is stored. bits_per_dim: of all that is kept for a
     sequence of one window, scales and constants included; vector_bits_per_dim: without the constants. dims: coordinates
     kept of a vector. perplexity_delta: against fp16. margin: perplexity of the best method of the other paradigm (rank
-    and hybrids against quantisation) at the same budget, minus the own; positive is better.
+    and hybrids against quantization) at the same budget, minus the own; positive is better.
     """
 
     method: str
@@ -90,7 +90,7 @@ class LawLine(Part):
 
 
 class LawRatio(Part):
-    """How much more dropping a direction costs than quantising it: KL of projection / KL of quantisation."""
+    """How much more dropping a direction costs than quantizing it: KL of projection / KL of quantization."""
 
     bits: int
     measured: float

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quality.cache import Fitted, logits
-from fraqtl_bench.quality.codecs import Coordinates, LayerSample, serialise
+from fraqtl_bench.quality.codecs import Coordinates, LayerSample, serialize
 from fraqtl_bench.quality.grids import Symmetric
 from fraqtl_bench.quality.models import Subject
 from fraqtl_kernels.errors import FraqtlError
@@ -66,12 +66,12 @@ def check_errors(fitted: Fitted, samples: Sequence[LayerSample]) -> None:
 
 
 def check_storage(fitted: Fitted, samples: Sequence[LayerSample]) -> None:
-    """The bits that a method claims are the bytes that it keeps, serialised."""
+    """The bits that a method claims are the bytes that it keeps, serialized."""
     for stream in ("key", "value"):
         part = getattr(fitted.layers[0], stream)
         x: Tensor = samples[0].stream(stream).float()
         heads, tokens, size = x.shape
         claimed = heads * (tokens * part.codec.vector_bits(size) + part.codec.constant_bits(size, part.constants))
-        kept = 8 * (len(serialise(part.codec.encode(x[None], part.constants))) + len(serialise(part.constants)))
+        kept = 8 * (len(serialize(part.codec.encode(x[None], part.constants))) + len(serialize(part.constants)))
         if kept != claimed:
             raise SelfCheckError(f"{fitted.method.name} keeps {kept} bits of its {stream}s but claims {claimed}")

@@ -22,8 +22,8 @@ from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import Planes
 
 _OF_STREAM = {
-    "key": ("key_centre", "key_basis", "key_inverse", "key_feedback", "sink_centre", "key_scale"),
-    "value": ("value_centre", "value_basis", "value_inverse", "value_feedback", "value_scale"),
+    "key": ("key_center", "key_basis", "key_inverse", "key_feedback", "outlier_center", "key_scale"),
+    "value": ("value_center", "value_basis", "value_inverse", "value_feedback", "value_scale"),
 }
 
 
@@ -86,6 +86,10 @@ def read_constants(path: Path, layers: int) -> list[dict[str, Kept]]:
     if len(names) != layers:
         raise ConfigError(
             f"{str(path)!r} is for {len(names)} layers, the model has {layers}: name the file of its server"
+        )
+    if not {name.rpartition("/")[2] for name in tensors} <= {field.name for field in fields(LayerConstants)}:
+        raise ConfigError(
+            f"{str(path)!r} is a calibration of another version: name one that a server of this version keeps"
         )
     return [
         {

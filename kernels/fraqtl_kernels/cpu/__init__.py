@@ -11,20 +11,20 @@ import torch
 from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.layers.warm_up import warm_up_layers
-from fraqtl_kernels.cpu.nearest import warm_up_nearest
-from fraqtl_kernels.cpu.refinements import Refinements
+from fraqtl_kernels.cpu.residual import Residuals
+from fraqtl_kernels.cpu.residual_attention import warm_up_residual_attention
 from fraqtl_kernels.cpu.step import DecodeStep, StepPlan, warm_up_step
 from fraqtl_kernels.cpu.write import warm_up_write, write
 from fraqtl_kernels.formats import KVFormat
 
 # What a bfloat16 model in the default format needs. They share nothing: one may compile beside another.
-WARM_UPS = (warm_up_step, warm_up_write, warm_up_layers, warm_up_nearest)
+WARM_UPS = (warm_up_step, warm_up_write, warm_up_layers, warm_up_residual_attention)
 
 __all__ = [
     "WARM_UPS",
     "AttentionPlan",
     "DecodeStep",
-    "Refinements",
+    "Residuals",
     "StepPlan",
     "attend",
     "plan_attention",
@@ -44,4 +44,4 @@ def warm_up(format: KVFormat, dtype: torch.dtype) -> None:
         warm_up_decode()
     warm_up_write()
     warm_up_layers(dtype)
-    warm_up_nearest()
+    warm_up_residual_attention()

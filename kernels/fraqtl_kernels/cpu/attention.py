@@ -1,7 +1,8 @@
 """CPU attention over packed pages: prefill, chunked prefill, decode and mixed batches.
 
-A batch is sorted into buckets once a step. Requests with few query tokens (of refined formats: with one) take the
-compiled kernel of `decode.py`; prompts take `prefill.py`, or `tiles.py` where scores are soft-capped, and `nearest.py`.
+A batch is sorted into buckets once a step. Requests with few query tokens (of formats with residuals: with one) take
+the compiled kernel of `decode.py`; prompts take `prefill.py`, or `tiles.py` where scores are soft-capped, and
+`residual_attention.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
-from fraqtl_kernels.cpu.nearest import add_nearest
 from fraqtl_kernels.cpu.prefill import LastTile, prefill
 from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
-from fraqtl_kernels.cpu.refinements import Refinements
+from fraqtl_kernels.cpu.residual import Residuals
+from fraqtl_kernels.cpu.residual_attention import add_residual_tokens
 from fraqtl_kernels.cpu.tiles import Bucket, attend_tiles
 from fraqtl_kernels.pages import PageLayout
 
@@ -36,21 +37,21 @@ class AttentionPlan:
         return AttentionPlan(tuple(b for b in self.buckets if b.tokens.shape[1] > 1))
 
 
-def plan_attention(query_start: list[int], lengths: list[int]) -> AttentionPlan:
+def plan_attention(query_start: list[int], seq_lens: list[int]) -> AttentionPlan:
     """Group the requests of a batch: those with one query token together, the others by themselves.
 
-    query_start: R + 1 offsets into the query tensor. lengths: R cache lengths, queries included.
+    query_start: R + 1 offsets into the query tensor. seq_lens: R cache lengths, queries included.
     """
-    counts = [query_start[r + 1] - query_start[r] for r in range(len(lengths))]
+    counts = [query_start[r + 1] - query_start[r] for r in range(len(seq_lens))]
     decodes = [r for r, n in enumerate(counts) if n == 1]
     buckets = []
     if decodes:
         tokens = torch.tensor([query_start[r] for r in decodes])
-        positions = torch.tensor([lengths[r] - 1 for r in decodes])
+        positions = torch.tensor([seq_lens[r] - 1 for r in decodes])
         buckets.append(Bucket(torch.tensor(decodes), tokens[:, None], positions[:, None]))
     for r, n in enumerate(counts):
         if n > 1:
-            buckets += _prefill_tiles(r, query_start[r], n, lengths[r])
+            buckets += _prefill_tiles(r, query_start[r], n, seq_lens[r])
     return AttentionPlan(tuple(buckets))
 
 
@@ -76,13 +77,13 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     constants: LayerConstants = IDENTITY,
-    refinements: Refinements | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """Write causal attention over the packed pages to `output`.
 
     query, output: (tokens, query heads, D) in any floating dtype; pool as for `write`;
-    block_table: (requests, blocks) int; constants as for `write`. refinements: what `write` returned for this batch;
-    without them requests with more than one query token read nothing refined. Same result as
+    block_table: (requests, blocks) int; constants as for `write`. residuals: what `write` returned for this batch;
+    without them requests with more than one query token read without residuals. Same result as
     `reference.paged_attention`.
     """
     heads, last_tile = pool.shape[1], LastTile()
@@ -92,16 +93,16 @@ def attend(
         # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
         q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
         queries = prepare_queries(q, layout.format.k, constants, scale)
-        if count == 1 or (refinements is None and count <= DECODE_QUERIES):
+        if count == 1 or (residuals is None and count <= DECODE_QUERIES):
             out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
         else:
-            batch, apart = (queries, layout.planes(pool), layout, block_table, bucket), refinements is not None
+            batch, skip_residual = (queries, layout.planes(pool), layout, block_table, bucket), residuals is not None
             if soft_cap:
-                out, total = attend_tiles(*batch, window, soft_cap, apart)
+                out, lse = attend_tiles(*batch, window, soft_cap, skip_residual)
             else:
-                out, total = prefill(*batch, window, apart, last_tile)
-            if refinements is not None:
-                out = add_nearest(out, total, *batch, refinements, window, soft_cap)
+                out, lse = prefill(*batch, window, skip_residual, last_tile)
+            if residuals is not None:
+                out = add_residual_tokens(out, lse, *batch, residuals, window, soft_cap)
         out = restore_output(out, layout.format.v, constants)
         out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
         output[bucket.tokens] = out.to(output.dtype)

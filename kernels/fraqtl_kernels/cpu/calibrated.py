@@ -1,4 +1,4 @@
-"""Codes of one calibrated vector on the CPU, compiled: `reference.quantise_with_feedback`.
+"""Codes of one calibrated vector on the CPU, compiled: `reference.quantize_with_feedback`.
 
 The eight scales are tried in the eight lanes of a register, one coordinate after another, so nothing is added up across
 lanes and one vector is encoded like many. What a trial needs of the feedback F is the product left · F.
@@ -110,9 +110,9 @@ def _store_eight(rows, start, a, b, c, d, e, f, g, h):
 
 
 @njit(cache=True, nogil=True)
-def _four_at(left, start, at, apart):
-    """Four rows, `apart` from each other, times that of order 4, in place."""
-    i, step = start + at * WIDTH, apart * WIDTH
+def _four_at(left, start, at, row_stride):
+    """Four rows, `row_stride` from each other, times that of order 4, in place."""
+    i, step = start + at * WIDTH, row_stride * WIDTH
     j, k, m = i + step, i + 2 * step, i + 3 * step
     a, b, c, d = _four(load(left, i), load(left, j), load(left, k), load(left, m))
     store(left, i, a)
@@ -122,13 +122,13 @@ def _four_at(left, start, at, apart):
 
 
 @njit(cache=True, nogil=True)
-def _scaled_four_at(left, start, at, apart, spectrum, first):
+def _scaled_four_at(left, start, at, row_stride, spectrum, first):
     """The same twice, and the spectrum between."""
-    i, step = start + at * WIDTH, apart * WIDTH
+    i, step = start + at * WIDTH, row_stride * WIDTH
     j, k, m = i + step, i + 2 * step, i + 3 * step
     a, b, c, d = _four(load(left, i), load(left, j), load(left, k), load(left, m))
-    a, b = a * splat_at(spectrum, first + at), b * splat_at(spectrum, first + at + apart)
-    c, d = c * splat_at(spectrum, first + at + 2 * apart), d * splat_at(spectrum, first + at + 3 * apart)
+    a, b = a * splat_at(spectrum, first + at), b * splat_at(spectrum, first + at + row_stride)
+    c, d = c * splat_at(spectrum, first + at + 2 * row_stride), d * splat_at(spectrum, first + at + 3 * row_stride)
     a, b, c, d = _four(a, b, c, d)
     store(left, i, a)
     store(left, j, b)
@@ -137,18 +137,18 @@ def _scaled_four_at(left, start, at, apart, spectrum, first):
 
 
 @njit(cache=True, nogil=True)
-def _scaled_eight_at(left, start, at, apart, spectrum, first):
+def _scaled_eight_at(left, start, at, row_stride, spectrum, first):
     """The same of eight rows and the matrix of order 8."""
-    step, i = apart * WIDTH, start + at * WIDTH
+    step, i = row_stride * WIDTH, start + at * WIDTH
     j = i + 4 * step
     a, b, c, d = load(left, i), load(left, i + step), load(left, i + 2 * step), load(left, i + 3 * step)
     e, f, g, h = load(left, j), load(left, j + step), load(left, j + 2 * step), load(left, j + 3 * step)
     a, b, c, d, e, f, g, h = _eight(a, b, c, d, e, f, g, h)
     k = first + at
-    a, b = a * splat_at(spectrum, k), b * splat_at(spectrum, k + apart)
-    c, d = c * splat_at(spectrum, k + 2 * apart), d * splat_at(spectrum, k + 3 * apart)
-    e, f = e * splat_at(spectrum, k + 4 * apart), f * splat_at(spectrum, k + 5 * apart)
-    g, h = g * splat_at(spectrum, k + 6 * apart), h * splat_at(spectrum, k + 7 * apart)
+    a, b = a * splat_at(spectrum, k), b * splat_at(spectrum, k + row_stride)
+    c, d = c * splat_at(spectrum, k + 2 * row_stride), d * splat_at(spectrum, k + 3 * row_stride)
+    e, f = e * splat_at(spectrum, k + 4 * row_stride), f * splat_at(spectrum, k + 5 * row_stride)
+    g, h = g * splat_at(spectrum, k + 6 * row_stride), h * splat_at(spectrum, k + 7 * row_stride)
     a, b, c, d, e, f, g, h = _eight(a, b, c, d, e, f, g, h)
     store(left, i, a)
     store(left, i + step, b)
@@ -313,11 +313,11 @@ def encode(z, count, size, feedback, first, structured, spare, raw, code_at, sca
     for t in range(count):
         most, is_whole = extent(z, t * size, size)
         scales[t] = np.float32(0) if is_whole else np.float32(np.nan)
-        found = round_to_half(smaller(splat(most) * load(fractions, 0), splat(_HIGHEST)))
-        store(choices, t * WIDTH, found)
-        store(inverses, t * WIDTH, splat(np.float32(1)) / found)
+        rounded = round_to_half(smaller(splat(most) * load(fractions, 0), splat(_HIGHEST)))
+        store(choices, t * WIDTH, rounded)
+        store(inverses, t * WIDTH, splat(np.float32(1)) / rounded)
         # A scale that is neither rounded like a subnormal nor clamped leaves less than two steps of the largest number
-        tame[t] = is_whole and lane(found, 0) >= np.float32(2.0**-14) and lane(found, WIDTH - 1) < _HIGHEST
+        tame[t] = is_whole and lane(rounded, 0) >= np.float32(2.0**-14) and lane(rounded, WIDTH - 1) < _HIGHEST
     for t in range(count + 1):
         if t < count:
             fed = t % 2 * rows
@@ -341,10 +341,10 @@ def scale_of(most, edge):
 
 
 @njit(cache=True, nogil=True)
-def refine(z, at, size, raw, code_at, finer, finer_at):
+def encode_residual(z, at, size, raw, code_at, residual, residual_at):
     """Code what `encode` left at z[at : at + size] like an ordinary vector of 4 bits. Returns its scale.
 
-    The codes go to raw[code_at], unless that is negative, and what they stand for to finer[finer_at], likewise.
+    The codes go to raw[code_at], unless that is negative, and what they stand for to residual[residual_at], likewise.
     """
     width = size // 2
     most, is_whole = extent(z, at, size)
@@ -358,7 +358,7 @@ def refine(z, at, size, raw, code_at, finer, finer_at):
         high = _nearest(fma(load(z, at + width + d), inverse, midpoint))
         if code_at >= 0:
             store_bytes(raw, code_at + d, fma(high, splat(np.float32(16)), low))
-        if finer_at >= 0:
-            store(finer, finer_at + d, (low - midpoint) * step)
-            store(finer, finer_at + width + d, (high - midpoint) * step)
+        if residual_at >= 0:
+            store(residual, residual_at + d, (low - midpoint) * step)
+            store(residual, residual_at + width + d, (high - midpoint) * step)
     return scale

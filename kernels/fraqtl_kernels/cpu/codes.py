@@ -26,7 +26,7 @@ def are_direct(bits, groups):
 
 
 # One function a width: in one with branches, Numba keeps counting references to every slice, which costs more than the
-# loops. Rows are sliced before their loop, because an index that might be negative keeps it from vectorising.
+# loops. Rows are sliced before their loop, because an index that might be negative keeps it from vectorizing.
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _load_pairs(raw, start, count, size, tile):
     """`count` rows of 2-bit codes from byte `start` of the pool, as floats."""

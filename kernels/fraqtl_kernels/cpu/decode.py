@@ -24,7 +24,7 @@ from fraqtl_kernels.cpu.softmax import highest, load_scales, scale_scores, weigh
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 
 RUN_TOKENS = 512  # no run is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
@@ -55,17 +55,17 @@ def attend_run(
     midpoints,
     window,
     soft_cap,
-    best,
-    sums,
+    m_i,
+    l_i,
     values,
 ):
     """One run of blocks of one request and KV head.
 
-    q: (M, D). terms: (3, M), sum(q), base and sink of `Queries`. table: (blocks,) of the request. positions: of its
-    query tokens. first_block, after: the run's first block and the one after its last. best, sums: (M,), values:
-    (M, D), the run's results, see the module's docstring.
+    q: (M, D). terms: (3, M), sum(q), `score_bias` and `outlier_bias` of `Queries`. table: (blocks,) of the request.
+    positions: of its query tokens. first_block, after: the run's first block and the one after its last. m_i, l_i:
+    (M,), values: (M, D), the run's results, see the module's docstring.
     sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
-    slots from tokens to their refinements (of K and V, 0 if they have none), addresses of `rows.scorer`, `rows.adder`.
+    slots from tokens to their residuals (of K and V, 0 if they have none), addresses of `rows.scorer`, `rows.adder`.
     """
     block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
     block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance, k_rows, v_rows = sizes[5:]
@@ -79,21 +79,21 @@ def attend_run(
     k_scales, v_scales = np.ones(tokens + SLACK, np.float32), np.ones(tokens + SLACK, np.float32)
     scores, weights = np.empty((2, queries, tokens + SLACK), np.float32)
     scaled_sums = np.zeros(queries, np.float32)  # of weight times V scale: takes the midpoint off at the end
-    best[:] = -np.inf
-    sums[:] = 0
+    m_i[:] = -np.inf
+    l_i[:] = 0
     values[:] = 0
     pages = raw.ctypes.data + head * head_stride
-    newest, oldest = positions[-1], positions[0]
+    last_position, first_position = positions[-1], positions[0]
     block = first_block
     while block < after:
-        # Whole blocks together, the newest by itself: it has the refinements, beyond its end
-        blocks = max(1, min(gang, after - block, (newest + 1) // block_size - block))
+        # Whole blocks together, the newest by itself: it has the residuals, beyond its end
+        blocks = max(1, min(gang, after - block, (last_position + 1) // block_size - block))
         numbers = table[block : block + blocks]
-        base = block * block_size
-        begin = max(0, oldest - window + 1 - base) if window > 0 else 0
-        end = min(blocks * block_size, newest + 1 - base)
-        k_reach = end if blocks > 1 else min(block_size, end + k_distance)
-        v_reach = end if blocks > 1 else min(block_size, end + v_distance)
+        block_start = block * block_size
+        begin = max(0, first_position - window + 1 - block_start) if window > 0 else 0
+        end = min(blocks * block_size, last_position + 1 - block_start)
+        k_load_end = end if blocks > 1 else min(block_size, end + k_distance)
+        v_load_end = end if blocks > 1 else min(block_size, end + v_distance)
         for i in range(blocks):
             page, at = pages + np.int64(numbers[i]) * block_stride, i * block_size
             if k_groups == 1:
@@ -102,54 +102,54 @@ def attend_run(
                 load_scales(page + vs_offset, block_size, v_scales, at)
         source = pages, numbers.ctypes.data, block_stride
         if not k_direct:
-            load_pages(raw, raw16, half, numbers, head, sizes, 0, midpoints, k_reach, tile)
+            load_pages(raw, raw16, half, numbers, head, sizes, 0, midpoints, k_load_end, tile)
             source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
         to = scores.ctypes.data, tokens + SLACK
-        run_rows(k_rows, (queries, q.ctypes.data, *source, block_size, 0, k_reach, *to))
+        run_rows(k_rows, (queries, q.ctypes.data, *source, block_size, 0, k_load_end, *to))
         for m in range(queries):
             row, weight, value = scores[m], weights[m], values[m]
             if k_bits < 16:
                 zero = midpoints[0] * terms[0, m]
-                for n in range(max(end, k_distance), k_reach):
+                for n in range(max(end, k_distance), k_load_end):
                     row[n] = (row[n] - zero) * abs(k_scales[n])
                 scale_scores(row, end, zero, terms[1, m], terms[2, m], k_scales)  # nobody reads before `begin`
-                for n in range(max(end, k_distance), k_reach):
+                for n in range(max(end, k_distance), k_load_end):
                     row[n - k_distance] += row[n]
             position = positions[m % positions.shape[0]]
-            last = min(end, position + 1 - base)
-            first = max(begin, position - window + 1 - base) if window > 0 else begin
+            last = min(end, position + 1 - block_start)
+            first = max(begin, position - window + 1 - block_start) if window > 0 else begin
             if last <= first:
                 continue
             if soft_cap > 0:
                 _cap(row, first, last, soft_cap)
-            top = highest(row, first, last, best[m])
-            decay = np.exp(best[m] - top)
-            best[m] = top
-            added, added_scaled = weigh(row, first, last, top, v_scales, weight)
-            sums[m] = sums[m] * decay + added
-            for n in range(max(end, first + v_distance), v_reach):
-                weight[n] = np.exp(row[n - v_distance] - top) * abs(v_scales[n])
+            m_new = highest(row, first, last, m_i[m])
+            alpha = np.exp(m_i[m] - m_new)
+            m_i[m] = m_new
+            added, added_scaled = weigh(row, first, last, m_new, v_scales, weight)
+            l_i[m] = l_i[m] * alpha + added
+            for n in range(max(end, first + v_distance), v_load_end):
+                weight[n] = np.exp(row[n - v_distance] - m_new) * abs(v_scales[n])
                 added_scaled += weight[n]
-            scaled_sums[m] = scaled_sums[m] * decay + added_scaled
-            if decay != np.float32(1):
+            scaled_sums[m] = scaled_sums[m] * alpha + added_scaled
+            if alpha != np.float32(1):
                 for d in range(size):
-                    value[d] *= decay
+                    value[d] *= alpha
         source = pages + v_offset, numbers.ctypes.data, block_stride
         if not v_direct:
-            load_pages(raw, raw16, half, numbers, head, sizes, 1, midpoints, v_reach, tile)
+            load_pages(raw, raw16, half, numbers, head, sizes, 1, midpoints, v_load_end, tile)
             source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
         for m in range(1 if together else queries):
             count, first, last = queries, begin, end
             if not together:
                 position = positions[m % positions.shape[0]]
-                first = max(begin, position - window + 1 - base) if window > 0 else begin
-                count, last = 1, min(end, position + 1 - base)
+                first = max(begin, position - window + 1 - block_start) if window > 0 else begin
+                count, last = 1, min(end, position + 1 - block_start)
             where = (count, values[m].ctypes.data, *source, block_size)
             by = weights[m].ctypes.data, tokens + SLACK
             if first < last:
                 run_rows(v_rows, (*where, first, last, *by))
-            if max(end, first + v_distance) < v_reach:
-                run_rows(v_rows, (*where, max(end, first + v_distance), v_reach, *by))
+            if max(end, first + v_distance) < v_load_end:
+                run_rows(v_rows, (*where, max(end, first + v_distance), v_load_end, *by))
         block += blocks
     for m in range(queries):
         value = values[m]
@@ -158,9 +158,7 @@ def attend_run(
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def _decode(
-    q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, highest, total, out
-):
+def _decode(q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, m_i, l_i, out):
     """See `decode` and `attend_run`. runs: (runs, 3) request of the bucket, its first block, the one after its last.
 
     q_terms: (3, R, KV heads, M).
@@ -184,18 +182,18 @@ def _decode(
             midpoints,
             window,
             soft_cap,
-            highest[run, head],
-            total[run, head],
+            m_i[run, head],
+            l_i[run, head],
             out[run, head],
         )
 
 
-def page_sizes(pool: Tensor, layout: PageLayout, *, refined: bool) -> tuple[int, ...]:
-    """`sizes` of `attend_run`. refined: whether pages hold the refinements of the newest tokens."""
+def page_sizes(pool: Tensor, layout: PageLayout, *, with_residual: bool) -> tuple[int, ...]:
+    """`sizes` of `attend_run`. with_residual: whether pages hold the residuals of the newest tokens."""
     k, v = layout.format.k, layout.format.v
     offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
     groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
-    distances = tuple(DISTANCE if refined and x.refined else 0 for x in (k, v))
+    distances = tuple(DISTANCE if with_residual and x.has_residual else 0 for x in (k, v))
     bits, size = (_kind(k), _kind(v)), layout.head_size
     direct = [are_direct(*x) for x in zip(bits, groups, strict=True)]
     rows = scorer(bits[0] if direct[0] else FLOATS, size), adder(bits[1] if direct[1] else FLOATS, size)
@@ -234,28 +232,28 @@ def decode(
     ]  # a copy, so its memory layout, and with it the compiled code, is always the same
     runs = split_runs(positions, layout.block_size, pool.shape[1], window)
     shape = (len(runs), *q.shape[1:3])
-    highest, total = q.new_empty(shape), q.new_empty(shape)
+    m_i, l_i = q.new_empty(shape), q.new_empty(shape)
     out = q.new_empty(*shape, q.shape[-1])
     raw = pool_bytes(pool)
     _decode(
         q.numpy(),
-        torch.stack([queries.total, queries.base, queries.sink]).numpy(),
+        torch.stack([queries.q_sum, queries.score_bias, queries.outlier_bias]).numpy(),
         raw,
         raw.view(np.uint16),
         half_table(),
         block_table.int().numpy(),
         positions.numpy(),
         runs.numpy(),
-        # A position's refinements stand in the pages only until the next one comes.
-        page_sizes(pool, layout, refined=positions.shape[1] == 1),
+        # A position's residuals stand in the pages only until the next one comes.
+        page_sizes(pool, layout, with_residual=positions.shape[1] == 1),
         grid_midpoints(layout),
         window or 0,
         np.float32(soft_cap or 0),
-        highest.numpy(),
-        total.numpy(),
+        m_i.numpy(),
+        l_i.numpy(),
         out.numpy(),
     )
-    return _combine(runs[:, 0], len(bucket.rows), highest, total, out)
+    return _combine(runs[:, 0], len(bucket.rows), m_i, l_i, out)
 
 
 def warm_up_decode() -> None:
@@ -285,13 +283,13 @@ def split_runs(positions: Tensor, block_size: int, heads: int, window: int | Non
     return torch.tensor(runs)
 
 
-def _combine(request: Tensor, count: int, highest: Tensor, total: Tensor, out: Tensor) -> Tensor:
+def _combine(request: Tensor, count: int, m_i: Tensor, l_i: Tensor, out: Tensor) -> Tensor:
     """Join the runs of every request; see the module's docstring."""
     if len(request) == count:
-        return out / total[..., None]
-    index = request[:, None, None].expand_as(highest)
-    top = highest.new_full((count, *highest.shape[1:]), -torch.inf).scatter_reduce(0, index, highest, "amax")
+        return out / l_i[..., None]
+    index = request[:, None, None].expand_as(m_i)
+    m_new = m_i.new_full((count, *m_i.shape[1:]), -torch.inf).scatter_reduce(0, index, m_i, "amax")
     # A run that a query sees nothing of has -inf; where all have, its request can't be in the batch.
-    weight = (highest - top[request]).exp()
+    weight = (m_i - m_new[request]).exp()
     joined = out.new_zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
-    return joined / torch.zeros_like(top).index_add_(0, request, total * weight)[..., None]
+    return joined / torch.zeros_like(m_new).index_add_(0, request, l_i * weight)[..., None]

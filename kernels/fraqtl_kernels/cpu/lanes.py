@@ -1,6 +1,6 @@
 """Eight float32 numbers as one value that Numba keeps in a register: `Lanes`.
 
-Numba vectorises loops where it can see that it may; what the write does to a vector it can't. So the code says it:
+Numba vectorizes loops where it can see that it may; what the write does to a vector it can't. So the code says it:
 `load` and `store` move eight numbers, + - * / and the functions below work on all eight. LLVM makes one AVX
 instruction of each, or two of NEON. There are no fast-math flags: what a lane holds depends on that lane alone,
 in any function that such code is compiled into.

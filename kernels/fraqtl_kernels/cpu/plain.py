@@ -1,4 +1,4 @@
-"""Codes of one vector without calibration on the CPU, compiled: the rotation, `reference.quantise`, and refinements.
+"""Codes of one vector without calibration on the CPU, compiled: the rotation, `reference.quantize`, and residuals.
 
 The rotation is H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: log2 |S| rounds of sums and differences and
 |B| products a number, in place of D products.
@@ -20,18 +20,18 @@ _FAST = {"reassoc", "contract", "nsz"}  # not "nnan": NaN must stay NaN
 
 
 @cache
-def rotation_base(size: int) -> Any:
+def make_hadamard_base(size: int) -> Any:
     """B of H = S ⊗ B, entries ±1, (b, b) float32 with b = 1, 12 or 20."""
-    base = size
-    while base % 2 == 0 and base not in (12, 20):
-        base //= 2
-    return hadamard(base).sign().float().numpy()
+    hadamard_base = size
+    while hadamard_base % 2 == 0 and hadamard_base not in (12, 20):
+        hadamard_base //= 2
+    return hadamard(hadamard_base).sign().float().numpy()
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def rotate(x, spare, base):
+def rotate(x, spare, hadamard_base):
     """x <- x · H · sqrt(D), in place. spare: as many numbers as B has rows."""
-    size, width = x.shape[0], base.shape[0]
+    size, width = x.shape[0], hadamard_base.shape[0]
     half = width
     while half < size:
         for start in range(0, size, 2 * half):
@@ -46,7 +46,7 @@ def rotate(x, spare, base):
         for j in range(width):
             spare[j] = np.float32(0)
         for i in range(width):
-            row, value = base[i], x[start + i]
+            row, value = hadamard_base[i], x[start + i]
             for j in range(width):
                 spare[j] += value * row[j]
         for j in range(width):
@@ -76,7 +76,7 @@ def _codes_of(x, scale, midpoint, levels, codes):
 def _pack(codes, bits, target):
     """target <- the codes as `reference.pack` packs them."""
     row = target.shape[0]
-    if bits == 4:  # by itself, because this vectorises
+    if bits == 4:  # by itself, because this vectorizes
         low, high = codes[:row], codes[row:]
         for i in range(row):
             target[i] = low[i] | (high[i] << np.uint8(4))
@@ -95,30 +95,30 @@ def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at)
     size = x.shape[0]
     width = size // groups
     for group in range(groups):
-        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        part, part_codes = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
         scale = _scale_of(part, edge)
         raw16[scale_at // 2 + group] = np.uint16(half_bits(scale))
-        _codes_of(part, scale, midpoint, levels, its)
+        _codes_of(part, scale, midpoint, levels, part_codes)
         for d in range(width):
-            part[d] -= (np.float32(its[d]) - midpoint) * scale
+            part[d] -= (np.float32(part_codes[d]) - midpoint) * scale
     _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def refine_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at, finer, finer_at):
-    """Code what `encode_plain` left of x. To the pool unless code_at < 0, and to `finer` unless finer_at < 0."""
+def encode_plain_residual(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at, residual, residual_at):
+    """Code what `encode_plain` left of x. To the pool unless code_at < 0, and to `residual` unless residual_at < 0."""
     edge, midpoint, levels, _ = numbers
     size = x.shape[0]
     width = size // groups
     for group in range(groups):
-        part, its = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
+        part, part_codes = x[group * width : (group + 1) * width], codes[group * width : (group + 1) * width]
         scale = _scale_of(part, edge)
-        _codes_of(part, scale, midpoint, levels, its)
+        _codes_of(part, scale, midpoint, levels, part_codes)
         if code_at >= 0:
             raw16[scale_at // 2 + group] = np.uint16(half_bits(scale))
-        if finer_at >= 0:
-            target = finer[finer_at + group * width : finer_at + (group + 1) * width]
+        if residual_at >= 0:
+            target = residual[residual_at + group * width : residual_at + (group + 1) * width]
             for d in range(width):
-                target[d] = (np.float32(its[d]) - midpoint) * scale
+                target[d] = (np.float32(part_codes[d]) - midpoint) * scale
     if code_at >= 0:
         _pack(codes, bits, raw[code_at : code_at + size * bits // 8])

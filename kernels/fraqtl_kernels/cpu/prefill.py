@@ -1,6 +1,6 @@
 """CPU prefill: many queries of one request, through torch's flash attention for CPUs.
 
-A tile of keys and values is dequantised, attended, and dropped; what the tiles give is joined by the
+A tile of keys and values is dequantized, attended, and dropped; what the tiles give is joined by the
 logarithms of their softmax sums: out = Σ_t e^(lse_t - lse) · out_t, lse = log Σ_t e^lse_t. So the
 workspace is one tile, whatever the context.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.refinement import DISTANCE, is_refined
+from fraqtl_kernels.residual import DISTANCE, reads_residual
 
 # The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -45,21 +45,21 @@ def prefill(
     block_table: Tensor,
     bucket: Bucket,
     window: int | None,
-    apart: bool = False,
+    skip_residual: bool = False,
     last_tile: LastTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one request. apart: without the tokens that queries read refined. last_tile: of the same layer, best
-    handed from the request's last queries to its first.
+    """Attention of one request. skip_residual: without the tokens that queries read with their residuals. last_tile: of
+    the same layer, best handed from the request's last queries to its first.
 
     Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored, and the logarithms
-    (1, KV heads, M, 1) of the softmax sums. The centre of the keys is left out: softmax is blind to it.
+    (1, KV heads, M, 1) of the softmax sums. The center of the keys is left out: softmax is blind to it.
     """
     _, heads, rows, size = queries.q.shape
     count = bucket.positions.shape[1]
     group = rows // count
     q = queries.q.view(1, heads * group, count, size)
     out = torch.zeros_like(q)
-    total = q.new_full((1, heads * group, count, 1), -torch.inf)
+    lse = q.new_full((1, heads * group, count, 1), -torch.inf)
     tiles = LastTile() if last_tile is None or window is not None else last_tile  # one for a window is spoilt below
     positions = bucket.positions[0]
     for blocks, position in key_tiles(layout, block_table, bucket, window):
@@ -67,7 +67,7 @@ def prefill(
         # What lies behind the last key, or before the window of all, may be anything, even NaN
         used = min(position.shape[1], int(positions[-1]) + 1 - first)
         gone = 0 if window is None else max(0, int(positions[0]) - window + 1 - first)
-        bias, blind = _hide(positions, first, used, window, layout.block_size if apart else None)
+        bias, blind = _hide(positions, first, used, window, layout.block_size if skip_residual else None)
         if bool(blind.all()):
             continue
 
@@ -79,22 +79,22 @@ def prefill(
         key, value = tiles.read((int(bucket.rows[0]), first), used, make)
         if gone:
             key[:, :, :gone], value[:, :, :gone] = 0, 0
-        part, lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
+        part, part_lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
         # A query that sees nothing of this tile: its lse says so, its output is not to be used.
-        lse = lse.view(1, -1, count, 1).masked_fill(blind, -torch.inf)
-        joined = torch.logaddexp(total, lse)
-        weight = (lse - joined).exp().masked_fill(blind, 0)
-        out = out * (total - joined).exp().nan_to_num(0.0) + part.masked_fill(blind, 0) * weight
-        total = joined
-    return out.view(1, heads, rows, size), total.view(1, heads, rows, 1)
+        part_lse = part_lse.view(1, -1, count, 1).masked_fill(blind, -torch.inf)
+        joined = torch.logaddexp(lse, part_lse)
+        weight = (part_lse - joined).exp().masked_fill(blind, 0)
+        out = out * (lse - joined).exp().nan_to_num(0.0) + part.masked_fill(blind, 0) * weight
+        lse = joined
+    return out.view(1, heads, rows, size), lse.view(1, heads, rows, 1)
 
 
 def _hide(query: Tensor, first: int, count: int, window: int | None, block_size: int | None) -> tuple[Tensor, Tensor]:
     """What is added to scores (queries, keys) float32 of keys first .. first + count - 1, 0 or -inf, and which queries
     (queries, 1) see none of them.
 
-    query: (queries,) positions, one after another. block_size: of pages whose newest tokens are read refined, and
-    are left out here; None: none are.
+    query: (queries,) positions, one after another. block_size: of pages whose newest tokens are read with their
+    residuals, and are left out here; None: none are.
     """
     start = int(query[0]) - first
     bias = torch.full((len(query), count), -torch.inf, dtype=torch.float32).triu_(start + 1)
@@ -106,7 +106,7 @@ def _hide(query: Tensor, first: int, count: int, window: int | None, block_size:
     rows = torch.arange(len(query))
     for back in range(DISTANCE if block_size is not None else 0):
         key = query - back
-        hidden = is_refined(query, key, block_size or 1) & (key >= oldest) & (key < first + count)
+        hidden = reads_residual(query, key, block_size or 1) & (key >= oldest) & (key < first + count)
         bias[rows[hidden], key[hidden] - first] = -torch.inf
         seen -= hidden.long()
     return bias, (seen <= 0)[:, None]
@@ -115,7 +115,7 @@ def _hide(query: Tensor, first: int, count: int, window: int | None, block_size:
 def _keys(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
     """(1, KV heads, keys, D) float32, in the stored basis."""
     keys = tile_values(planes.k, planes.k_scale, layout.format.k, blocks)
-    if queries.sink_shift is None or planes.k_scale is None:
+    if queries.outlier_shift is None or planes.k_scale is None:
         return keys
-    is_sink = gather(planes.k_scale, blocks).signbit()
-    return keys + queries.sink_shift[:, None] * is_sink[..., None]
+    is_outlier = gather(planes.k_scale, blocks).signbit()
+    return keys + queries.outlier_shift[:, None] * is_outlier[..., None]

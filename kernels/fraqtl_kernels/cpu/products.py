@@ -49,7 +49,7 @@ def _product(rows: int, columns: int) -> Any:
             begin, before = pointer(context, builder, sig.args[0], x, x_at, _F32), builder.block
             panel = pointer(context, builder, sig.args[3], matrix, at, _F32)
             starts = [builder.gep(begin, [builder.mul(x_stride, _I64(row))]) for row in range(rows)]
-            apart = builder.mul(depth, _I64(PANEL))
+            panel_stride = builder.mul(depth, _I64(PANEL))
             loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
             builder.branch(loop)
             builder.position_at_end(loop)
@@ -58,7 +58,7 @@ def _product(rows: int, columns: int) -> Any:
             here = builder.gep(panel, [builder.mul(k, _I64(PANEL))])
             pieces = []
             for column in range(columns):
-                piece = builder.gep(here, [builder.mul(apart, _I64(column))])
+                piece = builder.gep(here, [builder.mul(panel_stride, _I64(column))])
                 pieces.append(builder.load(builder.bitcast(piece, _COLUMNS.as_pointer())))
                 pieces[-1].align = 4
             added = []

@@ -1,7 +1,7 @@
 """Queries and outputs of the CPU kernels: in the basis of the stored keys and values, and back.
 
-score = q'·z + base (+ sink, for keys that took the sink centre),  q' = scale · q R^T, R the inverse of the basis
-base = scale · q·centre,  sink = scale · q·(sink centre - centre) = q'·sink_shift
+score = q'·z + score_bias (+ outlier_bias, for keys that took the outlier center),  q' = scale · q R^T, R the inverse of
+the basis score_bias = scale · q·center,  outlier_bias = scale · q·(outlier center - center) = q'·outlier_shift
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ class Queries:
     """The queries of a bucket.
 
     q: (R, KV heads, M, D) float32, M = query heads a KV head x query tokens, the tokens innermost.
-    base, sink: (R, KV heads, M) float32. sink_shift: (KV heads, D) float32, the same as a vector that is added to
-    stored keys, or None if there is no sink centre.
+    score_bias, outlier_bias: (R, KV heads, M) float32. outlier_shift: (KV heads, D) float32, the same as a vector that
+    is added to stored keys, or None if there is no outlier center.
     """
 
     q: Tensor
-    base: Tensor
-    sink: Tensor
-    sink_shift: Tensor | None
+    score_bias: Tensor
+    outlier_bias: Tensor
+    outlier_shift: Tensor | None
 
     @property
-    def total(self) -> Tensor:
+    def q_sum(self) -> Tensor:
         """(R, KV heads, M): what the midpoint of the grid is multiplied by."""
         return self.q.sum(-1)
 
 
 def prepare_queries(query: Tensor, vector: VectorFormat, constants: LayerConstants, scale: float) -> Queries:
     """query: (R, KV heads, M, D) float32, in the model's own basis. vector: how keys are stored."""
-    operand, shift = _operand(query.shape[1], query.shape[3], vector, constants, scale)
+    operand, outlier_shift = _operand(query.shape[1], query.shape[3], vector, constants, scale)
     product = query @ operand
     size = query.shape[3]
-    return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1], shift)
+    return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1], outlier_shift)
 
 
 def restore_output(out: Tensor, vector: VectorFormat, constants: LayerConstants) -> Tensor:
     """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored."""
-    if vector.centred and constants.value is not None:
-        return out @ _inverse(constants) + constants.value.centre[:, None]
+    if vector.calibrated and constants.value is not None:
+        return out @ _inverse(constants) + constants.value.center[:, None]
     if vector.static and constants.value_scale is not None:
         return out * constants.value_scale[:, None]
     return unrotate(out, vector)
@@ -65,26 +65,27 @@ def _inverse(constants: LayerConstants) -> Tensor:
 def _operand(
     heads: int, size: int, vector: VectorFormat, constants: LayerConstants, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(KV heads, D, D + 2) float32: what queries are multiplied by to give q', base and sink; and the sink shift."""
+    """(KV heads, D, D + 2) float32: what queries are multiplied by to give q', score_bias and outlier_bias; and the
+    outlier shift."""
     columns = torch.eye(size, dtype=torch.float32).expand(heads, size, size)
-    base = sink = torch.zeros(heads, size, 1, dtype=torch.float32)
-    shift = None
-    transform = constants.key if vector.centred else None
+    score_bias = outlier_bias = torch.zeros(heads, size, 1, dtype=torch.float32)
+    outlier_shift = None
+    transform = constants.key if vector.calibrated else None
     if vector.static or transform is not None:
         columns = constants.prepare_queries(columns)
     if transform is None:
         columns = rotate(columns, vector)
     else:
-        base = transform.centre[..., None]
-        if constants.sink_centre is not None:
-            sink = (constants.sink_centre - transform.centre)[..., None]
+        score_bias = transform.center[..., None]
+        if constants.outlier_center is not None:
+            outlier_bias = (constants.outlier_center - transform.center)[..., None]
             # The vector that the inverse, as rounded, carries back to it
-            shift = torch.linalg.solve(transform.inverse.double().mT, sink.double())[..., 0].float()
-    return torch.cat([columns, base, sink], -1) * scale, shift
+            outlier_shift = torch.linalg.solve(transform.inverse.double().mT, outlier_bias.double())[..., 0].float()
+    return torch.cat([columns, score_bias, outlier_bias], -1) * scale, outlier_shift
 
 
 def query_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any, Any]:
-    """What turns a query into q', base and sink but for the softmax scale, as NumPy arrays.
+    """What turns a query into q', score_bias and outlier_bias but for the softmax scale, as NumPy arrays.
 
     (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D). All float32.
     """
@@ -99,11 +100,11 @@ def query_operands(heads: int, size: int, vector: VectorFormat, constants: Layer
 def output_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any]:
     """What `restore_output` multiplies with and adds, float32: (KV heads, D, D) or (KV heads, 0, 0), (KV heads, D)."""
     origin = torch.zeros(1, heads, 1, size, dtype=torch.float32)
-    centre = restore_output(origin, vector, constants)
+    center = restore_output(origin, vector, constants)
     unit = torch.eye(size, dtype=torch.float32).expand(1, heads, size, size).contiguous()
-    matrix = (restore_output(unit, vector, constants) - centre)[0]
-    if vector.centred and constants.value is not None:
+    matrix = (restore_output(unit, vector, constants) - center)[0]
+    if vector.calibrated and constants.value is not None:
         matrix = _inverse(constants)  # as it is, without the rounding of a sum and a difference
     if torch.equal(matrix, unit[0]):
         matrix = matrix[:, :0, :0]
-    return matrix.contiguous().numpy(), centre[0, :, 0].contiguous().numpy()
+    return matrix.contiguous().numpy(), center[0, :, 0].contiguous().numpy()

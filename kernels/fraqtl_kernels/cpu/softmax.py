@@ -34,32 +34,33 @@ def load_scales(address, count, scales, at):
 
 
 @njit(cache=True, nogil=True)
-def scale_scores(scores, count, zero, offset, sink, scales):
-    """Products with codes become scores: (x - zero) · |scale| + offset, and + sink where a scale's sign bit is set."""
-    less, plain, sunk = splat(-zero), splat(offset), splat(offset + sink)
+def scale_scores(scores, count, zero, score_bias, outlier_bias, scales):
+    """Products with codes become scores: (x - zero) · |scale| + score_bias, and + outlier_bias where a scale's sign bit
+    is set."""
+    less, biased, biased_outlier = splat(-zero), splat(score_bias), splat(score_bias + outlier_bias)
     for n in range(0, count, WIDTH):
         x, scale = load(scores, n), load(scales, n)
-        found = fma(x + less, magnitude(scale), where_negative(scale, sunk, plain))
+        found = fma(x + less, magnitude(scale), where_negative(scale, biased_outlier, biased))
         store(scores, n, first_of(count - n, found, x))
 
 
 @njit(cache=True, nogil=True)
-def highest(scores, first, after, top):
-    """The largest of `top` and scores[first:after], NaN left out."""
-    found = splat(top)
+def highest(scores, first, after, m_i):
+    """The largest of `m_i` and scores[first:after], NaN left out."""
+    found = splat(m_i)
     for n in range(first, after, WIDTH):
         found = larger(first_of(after - n, load(scores, n), found), found)
     return largest(found)
 
 
 @njit(cache=True, nogil=True)
-def weigh(scores, first, after, top, scales, weights):
-    """weights[n] <- e^(scores[n] - top) · |scales[n]| for n = first .. after - 1, 0 in the rest of the last eight.
+def weigh(scores, first, after, m_i, scales, weights):
+    """weights[n] <- e^(scores[n] - m_i) · |scales[n]| for n = first .. after - 1, 0 in the rest of the last eight.
 
     Returns the sums without and with the scales.
     """
     nothing = splat(np.float32(0))
-    less, sums, scaled_sums = splat(-top), nothing, nothing
+    less, sums, scaled_sums = splat(-m_i), nothing, nothing
     for n in range(first, after, WIDTH):
         weight = first_of(after - n, exp(load(scores, n) + less), nothing)
         scaled = first_of(after - n, weight * magnitude(load(scales, n)), nothing)

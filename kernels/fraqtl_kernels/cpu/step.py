@@ -26,10 +26,10 @@ from fraqtl_kernels.cpu.codes import FAST, half_table
 from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, page_sizes, pool_bytes, split_runs
 from fraqtl_kernels.cpu.encode import make_spaces, store_tile
 from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
+from fraqtl_kernels.cpu.operands import StreamOperands, join
 from fraqtl_kernels.cpu.products import ROWS
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
 from fraqtl_kernels.cpu.share import share
-from fraqtl_kernels.cpu.sides import Side, join
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
@@ -51,18 +51,18 @@ def _row(address, start, size, like):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _store(side, address, stride, like, row, head, size, slots, raw, raw16, store, spaces):
+def _store(stream, address, stride, like, row, head, size, slots, raw, raw16, store, spaces):
     """The key (side 0) or value (side 1) of one token and head, into its slot."""
-    tables, finer, bases, whole, numbers, places, raw_at = store
-    if whole[side, 4] > 0:
-        arrays = tables[side], finer[side], bases[side]
-        store_tile(head, row, row + 1, arrays, whole[side], numbers[side], slots, raw, raw16, places, spaces)
+    tables, residual, hadamard_bases, whole, numbers, places, raw_at = store
+    if whole[stream, 4] > 0:
+        arrays = tables[stream], residual[stream], hadamard_bases[stream]
+        store_tile(head, row, row + 1, arrays, whole[stream], numbers[stream], slots, raw, raw16, places, spaces)
         return
     slot = slots[row]
     if slot < 0:
         return
     block_size, block_stride, head_stride = places[:3]
-    place = (slot // block_size) * block_stride + head * head_stride + raw_at[side] + slot % block_size * 2 * size
+    place = (slot // block_size) * block_stride + head * head_stride + raw_at[stream] + slot % block_size * 2 * size
     source = _row(address, row * stride + head * size, size, like).view(np.uint16)
     target = raw16[place // 2 : place // 2 + size]
     for d in range(size):
@@ -70,93 +70,99 @@ def _store(side, address, stride, like, row, head, size, slots, raw, raw16, stor
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _prepare_query(query, matrix, offset, sink, scale, target, terms):
-    """target <- scale · q times the matrix, terms <- sum(target), scale · q·offset, scale · q·sink."""
+def _prepare_query(query, matrix, center, outlier_shift, scale, target, terms):
+    """target <- scale · q times the matrix, terms <- sum(target), scale · q·center, scale · q·outlier_shift."""
     size = target.shape[0]
     target[:] = 0
     a, b = np.float32(0), np.float32(0)
     for i in range(size):
         value = to_float(query[i]) * scale
-        a += value * offset[i]
-        b += value * sink[i]
+        a += value * center[i]
+        b += value * outlier_shift[i]
         if matrix.shape[0]:
             row = matrix[i]
             for d in range(size):
                 target[d] += value * row[d]
         else:
             target[i] = value
-    total = np.float32(0)
+    q_sum = np.float32(0)
     for d in range(size):
-        total += target[d]
-    terms[0], terms[1], terms[2] = total, a, b
+        q_sum += target[d]
+    terms[0], terms[1], terms[2] = q_sum, a, b
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms):
     """Step 1 of items begin .. end - 1."""
-    matrix, offset, sink, scale = reading
+    matrix, center, outlier_shift, scale = reading
     heads, group, size = q.shape[1:]
     spaces = make_spaces(ROWS, size)
     for item in range(begin, end):
         token, head = item // heads, item % heads
         row = rows[token]
-        for side in range(2 if writes else 0):
-            at, stride = addresses[1 + side], strides[1 + side]
-            _store(side, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
+        for stream in range(2 if writes else 0):
+            at, stride = addresses[1 + stream], strides[1 + stream]
+            _store(stream, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
         for m in range(group):
             query = _row(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
             _prepare_query(
-                query, matrix[head], offset[head], sink[head], scale, q[token, head, m], terms[token, head, :, m]
+                query,
+                matrix[head],
+                center[head],
+                outlier_shift[head],
+                scale,
+                q[token, head, m],
+                terms[token, head, :, m],
             )
 
 
 @njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
-def _join(runs, head, m, best, sums, values, weights):
+def _join(runs, head, m, m_i, l_i, values, weights):
     """Of one query, the sum of what its runs found goes to its first run; see the docstring of `decode.py`."""
     first, after = runs
-    top = best[first, head, m]
+    m_new = m_i[first, head, m]
     for run in range(first + 1, after):
-        top = max(top, best[run, head, m])
-    total = np.float32(0)
+        m_new = max(m_new, m_i[run, head, m])
+    l_joined = np.float32(0)
     for run in range(first, after):
-        weights[run - first] = np.exp(best[run, head, m] - top)
-        total += sums[run, head, m] * weights[run - first]
+        weights[run - first] = np.exp(m_i[run, head, m] - m_new)
+        l_joined += l_i[run, head, m] * weights[run - first]
     target = values[first, head, m]
     for run in range(first, after):
-        share = weights[run - first] / total
+        weight_share = weights[run - first] / l_joined
         if run == first:
             for d in range(target.shape[0]):
-                target[d] *= share
-        elif share != 0:  # a run that the query sees nothing of
+                target[d] *= weight_share
+        elif weight_share != 0:  # a run that the query sees nothing of
             other = values[run, head, m]
             for d in range(target.shape[0]):
-                target[d] += share * other[d]
+                target[d] += weight_share * other[d]
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _finish(begin, end, rows, address, stride, like, starts, best, sums, values, restoring):
+def _finish(begin, end, rows, address, stride, like, starts, m_i, l_i, values, restoring):
     """Step 3 of items begin .. end - 1."""
-    matrix, centre = restoring
+    matrix, center = restoring
     heads, group, size = values.shape[1:]
     y = np.empty(size, np.float32)
     weights = np.empty(values.shape[0], np.float32)
     for item in range(begin, end):
         token, head = item // heads, item % heads
         for m in range(group):
-            _join((starts[token], starts[token + 1]), head, m, best, sums, values, weights)
-            found = values[starts[token], head, m]
+            _join((starts[token], starts[token + 1]), head, m, m_i, l_i, values, weights)
+            attended = values[starts[token], head, m]
             out = _row(address, rows[token] * stride + (head * group + m) * size, size, like)
             if matrix.shape[1]:
-                y[:] = centre[head]
+                y[:] = center[head]
                 for i in range(size):
-                    row, value = matrix[head, i], found[i]
+                    row, value = matrix[head, i], attended[i]
                     for d in range(size):
                         y[d] += value * row[d]
                 for d in range(size):
                     out[d] = from_float(y[d], out[d])
             else:
                 for d in range(size):
-                    out[d] = from_float(found[d], out[d])
+                    out[d] = from_float(attended[d], out[d])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -186,15 +192,15 @@ def _run(
     soft_cap,
     q,
     terms,
-    best,
-    sums,
+    m_i,
+    l_i,
     values,
 ):
     """Parts begin .. end - 1 of step `number` of the module's docstring, or of all of them if it is 0.
 
     A part is a (token, KV head), in step 2 a (run, KV head). rows: (tokens,) of the tensors. addresses, strides: of
-    queries, keys, values, outputs. storing: of `sides.join`, places of `store_tile`, where raw vectors begin. starts:
-    (tokens + 1,) the first run of every token. The rest as in `attend_run`.
+    queries, keys, values, outputs. storing: of `operands.join`, places of `store_tile`, where raw vectors begin.
+    starts: (tokens + 1,) the first run of every token. The rest as in `attend_run`.
     """
     heads = q.shape[1]
     for part in range(begin, end):
@@ -225,12 +231,12 @@ def _run(
                 midpoints,
                 window,
                 soft_cap,
-                best[run, head],
-                sums[run, head],
+                m_i[run, head],
+                l_i[run, head],
                 values[run, head],
             )
         if number == 0 or number == 3:
-            _finish(part, part + 1, rows, addresses[3], strides[3], like, starts, best, sums, values, restoring)
+            _finish(part, part + 1, rows, addresses[3], strides[3], like, starts, m_i, l_i, values, restoring)
 
 
 def _run_all(tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
@@ -314,18 +320,18 @@ class DecodeStep:
         self._block_size, self._window = layout.block_size, window or 0
         raw = pool_bytes(pool)
         unit = torch.empty(1, heads, size, dtype=dtype)
-        sides = (
-            Side.of(unit, k, 0, layout.k_scale_offset, constants, "key", None),
-            Side.of(unit, v, layout.v_offset, layout.v_scale_offset, constants, "value", None),
+        streams = (
+            StreamOperands.of(unit, k, 0, layout.k_scale_offset, constants, "key", None),
+            StreamOperands.of(unit, v, layout.v_offset, layout.v_scale_offset, constants, "value", None),
         )
-        *arrays, self._whole, numbers = join(*sides)
+        *arrays, self._whole, numbers = join(*streams)
         places = (layout.block_size, pool.stride(0), pool.stride(1), heads, size)
         self._storing = (*arrays, self._whole, numbers, places, (0, layout.v_offset))
         self._pages: tuple[Any, ...] = (half_table(), raw, raw.view(np.uint16))
         self._reading: tuple[Any, ...] = (
             (*query_operands(heads, size, k, constants), np.float32(scale)),
             output_operands(heads, size, v, constants),
-            page_sizes(pool, layout, refined=True),
+            page_sizes(pool, layout, with_residual=True),
             grid_midpoints(layout),
             self._window,
             np.float32(soft_cap or 0),
@@ -337,9 +343,9 @@ class DecodeStep:
         """`storing` of `_run` for these tensors."""
         arrays, (_, numbers, places, raw_at) = self._storing[:3], self._storing[3:]
         whole = self._whole.copy()
-        for side, x in enumerate((key, value)):
+        for stream, x in enumerate((key, value)):
             each = x.element_size()
-            whole[side, 0], whole[side, 2], whole[side, 3] = x.data_ptr(), x.stride(0) * each, x.stride(1) * each
+            whole[stream, 0], whole[stream, 2], whole[stream, 3] = x.data_ptr(), x.stride(0) * each, x.stride(1) * each
         return (*arrays, whole, numbers, places, raw_at)
 
     def takes(self, query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor) -> bool:
@@ -360,7 +366,7 @@ class DecodeStep:
         tensors = (query, k, v, output)
         runs, starts = plan.runs(self._block_size, heads, self._window)
         group = query.shape[1] // heads
-        found = np.empty((len(runs), heads, group, size), np.float32)
+        values = np.empty((len(runs), heads, group, size), np.float32)
         arguments = (
             plan.rows,
             tuple(x.data_ptr() for x in tensors),
@@ -377,9 +383,9 @@ class DecodeStep:
             *self._reading,
             np.empty((count, heads, group, size), np.float32),
             np.empty((count, heads, 3, group), np.float32),
-            np.empty(found.shape[:3], np.float32),
-            np.empty(found.shape[:3], np.float32),
-            found,
+            np.empty(values.shape[:3], np.float32),
+            np.empty(values.shape[:3], np.float32),
+            values,
         )
         _run_all(count, len(runs), heads, arguments)
 

@@ -3,7 +3,7 @@
 Codes are never turned into a floating copy of the cache. A tile of pages is gathered, its codes
 become floats, and the rest is folded into the two products:
 
-    q·k = |k_scale| · (q·c - midpoint · sum(q)) + what the centres add (see `queries.py`)
+    q·k = |k_scale| · (q·c - midpoint · sum(q)) + what the centers add (see `queries.py`)
     out = Σ_j (p_j · v_scale_j) · (c_j - midpoint)
 
 Tiles of at most `TILE_TOKENS` keys are joined by their running maximum and sum (the online
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.codec import dequantise, unpack
+from fraqtl_kernels.codec import dequantize, unpack
 from fraqtl_kernels.cpu.queries import Queries
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.refinement import is_refined
+from fraqtl_kernels.residual import reads_residual
 
 TILE_TOKENS = 4096  # keys gathered at once
 
@@ -49,13 +49,13 @@ def attend_tiles(
     bucket: Bucket,
     window: int | None,
     soft_cap: float | None,
-    apart: bool = False,
+    skip_residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """apart: without the tokens that queries read refined. Returns (R, KV heads, M, D) float32 like the queries, in the
-    basis in which V is stored, and the logarithms (R, KV heads, M, 1) of the softmax sums."""
+    """skip_residual: without the tokens that queries read with their residuals. Returns (R, KV heads, M, D) float32
+    like the queries, in the basis in which V is stored, and the logarithms (R, KV heads, M, 1) of the softmax sums."""
     q = queries.q
-    highest = q.new_full((*q.shape[:3], 1), -torch.inf)
-    total = torch.zeros_like(highest)
+    m_i = q.new_full((*q.shape[:3], 1), -torch.inf)
+    l_i = torch.zeros_like(m_i)
     out = torch.zeros_like(q)
     repeat = q.shape[2] // bucket.tokens.shape[1]
     for blocks, position in key_tiles(layout, block_table, bucket, window):
@@ -65,18 +65,18 @@ def attend_tiles(
         hidden = position[:, None] > bucket.positions[:, :, None]  # (R, Q, keys)
         if window is not None:
             hidden |= position[:, None] <= bucket.positions[:, :, None] - window
-        if apart:
-            hidden |= is_refined(bucket.positions[:, :, None], position[:, None], layout.block_size)
+        if skip_residual:
+            hidden |= reads_residual(bucket.positions[:, :, None], position[:, None], layout.block_size)
         scores = scores.masked_fill_(hidden.repeat(1, repeat, 1)[:, None], -torch.inf)
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        reference = new_highest.clamp_min(torch.finfo(q.dtype).min)  # a row that sees no key yet has -inf
-        weights = scores.sub_(reference).exp_()
-        decay = (highest - reference).exp()
-        total = total * decay + weights.sum(-1, keepdim=True)
-        out = out * decay + _weighted_values(weights, planes, layout, blocks, hidden.all(1))
-        highest = new_highest
-    empty = total == 0
-    return out / total.masked_fill(empty, 1), (highest + total.log()).masked_fill(empty, -torch.inf)
+        m_new = torch.maximum(m_i, scores.amax(-1, keepdim=True))
+        m_finite = m_new.clamp_min(torch.finfo(q.dtype).min)  # a row that sees no key yet has -inf
+        weights = scores.sub_(m_finite).exp_()
+        alpha = (m_i - m_finite).exp()
+        l_i = l_i * alpha + weights.sum(-1, keepdim=True)
+        out = out * alpha + _weighted_values(weights, planes, layout, blocks, hidden.all(1))
+        m_i = m_new
+    empty = l_i == 0
+    return out / l_i.masked_fill(empty, 1), (m_i + l_i.log()).masked_fill(empty, -torch.inf)
 
 
 def key_tiles(
@@ -112,7 +112,7 @@ def tile_values(plane: Tensor, scale: Tensor | None, vector: VectorFormat, block
     codes = codes_as_floats(plane, vector, blocks)
     if vector.is_raw:
         return codes
-    return codes - vector.midpoint if scale is None else dequantise(codes, gather(scale, blocks), vector)
+    return codes - vector.midpoint if scale is None else dequantize(codes, gather(scale, blocks), vector)
 
 
 def _scores(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
@@ -120,11 +120,13 @@ def _scores(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor
     scores = q @ codes_as_floats(planes.k, vector, blocks).transpose(-1, -2)
     if vector.is_raw:
         return scores
-    scores = scores - vector.midpoint * queries.total[..., None]
+    scores = scores - vector.midpoint * queries.q_sum[..., None]
     if planes.k_scale is None:
         return scores
     scale = gather(planes.k_scale, blocks)[:, :, None]
-    return scores * scale.float().abs() + queries.base[..., None] + queries.sink[..., None] * scale.signbit()
+    return (
+        scores * scale.float().abs() + queries.score_bias[..., None] + queries.outlier_bias[..., None] * scale.signbit()
+    )
 
 
 def _weighted_values(weights: Tensor, planes: Planes, layout: PageLayout, blocks: Tensor, unseen: Tensor) -> Tensor:

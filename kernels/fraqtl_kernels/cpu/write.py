@@ -1,15 +1,15 @@
-"""CPU write path: centre, rotate, quantise, refine, pack and scatter one batch of tokens into their slots."""
+"""CPU write path: center, rotate, quantize, encode residuals, pack and scatter one batch of tokens into their slots."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.codec import pack, quantise_static
+from fraqtl_kernels.codec import pack, quantize_static
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.encode import store_batch
-from fraqtl_kernels.cpu.refinements import Finer, Refinements, find_runs, read_earlier
-from fraqtl_kernels.cpu.sides import Side
+from fraqtl_kernels.cpu.operands import StreamOperands
+from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals, find_runs, read_earlier
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
@@ -21,44 +21,44 @@ def write(
     value: Tensor,
     slot_mapping: Tensor,
     constants: LayerConstants = IDENTITY,
-) -> Refinements | None:
+) -> Residuals | None:
     """Store keys and values of a batch.
 
     pool: (blocks, KV heads, N, bytes) uint8, see `PageLayout.planes`. key, value: (tokens, KV heads, D)
     in a floating dtype, any strides. slot_mapping: (>= tokens,) block · N + offset; negative: skip. The tokens of a
-    request stand next to each other, in their order. Returns their refinements, for `attend`, or None if the format
+    request stand next to each other, in their order. Returns their residuals, for `attend`, or None if the format
     has none or no request has more than one token.
     """
     slots = slot_mapping[: key.shape[0]].long()
     key, value = key[: len(slots)], value[: len(slots)]
     k, v = layout.format.k, layout.format.v
-    refinements = _prepare(pool, layout, key, slots)
+    residuals = _prepare(pool, layout, key, slots)
     if len(slots) and (k.is_scaled or v.is_scaled):
-        finer_k, finer_v = (None, None) if refinements is None else (refinements.key, refinements.value)
-        rows_k, rows_v = (None if finer is None else finer.tokens for finer in (finer_k, finer_v))
-        keys = Side.of(key, k, 0, layout.k_scale_offset, constants, "key", rows_k)
-        values = Side.of(value, v, layout.v_offset, layout.v_scale_offset, constants, "value", rows_v)
+        residual_k, residual_v = (None, None) if residuals is None else (residuals.key, residuals.value)
+        rows_k, rows_v = (None if residual is None else residual.tokens for residual in (residual_k, residual_v))
+        keys = StreamOperands.of(key, k, 0, layout.k_scale_offset, constants, "key", rows_k)
+        values = StreamOperands.of(value, v, layout.v_offset, layout.v_scale_offset, constants, "value", rows_v)
         store_batch(pool, slots, keys, values, layout.block_size)
     if not (k.is_scaled and v.is_scaled):
         _store_others(pool, layout, key, value, slots, constants)
-    return refinements
+    return residuals
 
 
-def _prepare(pool: Tensor, layout: PageLayout, key: Tensor, slots: Tensor) -> Refinements | None:
-    """Room for the refinements of a batch, and those before it. None if nobody will ask."""
-    if not layout.format.is_refined or len(slots) < 2:
+def _prepare(pool: Tensor, layout: PageLayout, key: Tensor, slots: Tensor) -> Residuals | None:
+    """Room for the residuals of a batch, and those before it. None if nobody will ask."""
+    if not layout.format.has_residual or len(slots) < 2:
         return None
     runs = find_runs(slots, layout.block_size)
     if not len(runs):
         return None
     planes, k, v = layout.planes(pool), layout.format.k, layout.format.v
-    return Refinements(
-        _finer(key.shape, planes.k, planes.k_scale, k, layout, slots, runs),
-        _finer(key.shape, planes.v, planes.v_scale, v, layout, slots, runs),
+    return Residuals(
+        _stream_residuals(key.shape, planes.k, planes.k_scale, k, layout, slots, runs),
+        _stream_residuals(key.shape, planes.v, planes.v_scale, v, layout, slots, runs),
     )
 
 
-def _finer(
+def _stream_residuals(
     shape: torch.Size,
     plane: Tensor,
     scales: Tensor | None,
@@ -66,10 +66,12 @@ def _finer(
     layout: PageLayout,
     slots: Tensor,
     runs: Tensor,
-) -> Finer | None:
-    if not vector.refined or scales is None:
+) -> StreamResiduals | None:
+    if not vector.has_residual or scales is None:
         return None
-    return Finer(torch.empty(shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs))
+    return StreamResiduals(
+        torch.empty(shape, dtype=torch.float32), read_earlier(plane, scales, vector, layout, slots, runs)
+    )
 
 
 def _store_others(
@@ -89,7 +91,7 @@ def _store_others(
 
 
 def _plain(x: Tensor, vector: VectorFormat, step: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if vector.is_raw else pack(quantise_static(x.float(), step, vector), vector)
+    return x.to(dtype) if vector.is_raw else pack(quantize_static(x.float(), step, vector), vector)
 
 
 def warm_up_write() -> None:

@@ -33,11 +33,11 @@ from triton.runtime.jit import JITFunction
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.combine import combine_kernel
 from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.workspace import dequantise, workspace_kernel
+from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
 from fraqtl_kernels.gpu.write import write, write_kernel
 from fraqtl_kernels.pages import PageLayout
 
@@ -53,7 +53,7 @@ OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
 @dataclass(frozen=True)
 class Variant:
     """One kernel as it is launched: 8 KV heads of 4 query heads. options: "plain" without constants of calibration,
-    "direct" without splits, "masked" with a window, a soft-cap and sinks.
+    "direct" without splits, "masked" with a window, a soft-cap and sink logits.
     """
 
     kernel: str
@@ -120,7 +120,7 @@ def _constants(variant: Variant) -> LayerConstants:
     return LayerConstants.of(transform, transform, ones)
 
 
-def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operands: LayerOperands) -> None:
     """Launch attention as the variant says."""
     tokens = variant.queries * REQUESTS
     query = torch.zeros(tokens, KV_HEADS * GROUP, variant.head_size, dtype=DTYPES[variant.dtype])
@@ -129,9 +129,9 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: 
     batch = (query, pool, layout, table, start, torch.full((REQUESTS,), TOKENS, dtype=torch.int32))
     scoring: Any = {"scale": 1.0}
     if "masked" in variant.options:
-        scoring |= {"window": 64, "soft_cap": 30.0, "sinks": torch.zeros(KV_HEADS * GROUP)}
+        scoring |= {"window": 64, "soft_cap": 30.0, "sink_logits": torch.zeros(KV_HEADS * GROUP)}
     if variant.kernel == "prefill":
-        prefill(*batch, variant.queries, torch.empty_like(query), bases, ptx=True, **scoring)
+        prefill(*batch, variant.queries, torch.empty_like(query), operands, ptx=True, **scoring)
         return
     plan = plan_decode(
         layout,
@@ -139,25 +139,25 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: 
         queries=variant.queries,
         query_heads=KV_HEADS * GROUP,
         kv_heads=KV_HEADS,
-        longest=1 if "direct" in variant.options else 1 << 20,
-        multiprocessors=132,
+        max_seq_len=1 if "direct" in variant.options else 1 << 20,
+        num_sms=132,
     )
     scratch = torch.empty(plan.scratch_floats(variant.head_size))
-    decode(*batch, torch.empty_like(query), plan, bases, scratch, ptx=True, **scoring)
+    decode(*batch, torch.empty_like(query), plan, operands, scratch, ptx=True, **scoring)
 
 
-def _write(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+def _write(variant: Variant, pool: torch.Tensor, layout: PageLayout, operands: LayerOperands) -> None:
     key, value = torch.zeros(2, TOKENS, KV_HEADS, variant.head_size, dtype=DTYPES[variant.dtype])
-    write(pool, layout, key, value, torch.arange(TOKENS), bases)
+    write(pool, layout, key, value, torch.arange(TOKENS), operands)
 
 
-def _workspace(variant: Variant, pool: torch.Tensor, layout: PageLayout, bases: Bases) -> None:
+def _workspace(variant: Variant, pool: torch.Tensor, layout: PageLayout, operands: LayerOperands) -> None:
     key, value = torch.zeros(2, TOKENS, KV_HEADS, variant.head_size, dtype=DTYPES[variant.dtype])
     integers = torch.zeros(REQUESTS + 1, TOKENS, dtype=torch.int32)
-    dequantise(pool, layout, integers, integers[:-1, 0], integers[:, 0], TOKENS, key, value, bases)
+    dequantize(pool, layout, integers, integers[:-1, 0], integers[:, 0], TOKENS, key, value, operands)
 
 
-KERNELS: dict[str, tuple[JITFunction, Callable[[Variant, torch.Tensor, PageLayout, Bases], None]]] = {
+KERNELS: dict[str, tuple[JITFunction, Callable[[Variant, torch.Tensor, PageLayout, LayerOperands], None]]] = {
     "decode": (attend_kernel, _attention),
     "combine": (combine_kernel, _attention),
     "prefill": (attend_kernel, _attention),
@@ -188,7 +188,7 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
     layout = PageLayout(FORMATS[variant.format], variant.head_size, variant.block_size)
     width = layout.format.bytes_per_token(variant.head_size)
     pool = torch.zeros(TOKENS // variant.block_size, KV_HEADS, variant.block_size, width, dtype=torch.uint8)
-    bases = Bases.of(layout.format, variant.head_size, DTYPES[variant.dtype], "cpu", _constants(variant))
+    operands = LayerOperands.of(layout.format, variant.head_size, DTYPES[variant.dtype], "cpu", _constants(variant))
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -198,7 +198,7 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
 
     driver.set_active(NoGpu(architecture))
     with patch.object(JITFunction, "run", compile_only):
-        launch(variant, pool, layout, bases)
+        launch(variant, pool, layout, operands)
     (only,) = compiled
     return only
 
@@ -252,8 +252,8 @@ def table(usages: list[Usage]) -> str:
     head = " | ".join(f"sm_{a}: registers, spills, shared" for a in architectures)
     lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(architectures)]
     for name, by_arch in rows.items():
-        found = (by_arch[a] for a in architectures)
-        cells = (f"{u.registers}, {u.spills}, {u.shared}" for u in found)
+        in_order = (by_arch[a] for a in architectures)
+        cells = (f"{u.registers}, {u.spills}, {u.shared}" for u in in_order)
         lines.append(f"| {name} | {next(iter(by_arch.values())).warps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -2,15 +2,15 @@
 
 With stored codes c, scale s and zero point z (midpoint plus unpack bias, see `unpack.py`):
 
-    score_j = k_scale_j · (q·c_j - z_k · sum(q)) [+ q·centre_j]       key scale on the scores
+    score_j = k_scale_j · (q·c_j - z_k · sum(q)) [+ q·center_j]       key scale on the scores
     out     = Σ_j (p_j v_scale_j) · c_j - z_v · Σ_j p_j v_scale_j      value scale on the weights
 
 so no element of the cache is ever multiplied. Queries arrive scaled by softmax scale · log2(e):
 weights are powers of two, exp2(score - running maximum) (Milakov & Gimelshein, arXiv 1805.02867).
 Static key scales are part of q, static value scales are applied to the finished output.
 
-The centre of a key is left out where all keys share it and softmax doesn't see it. Keys with the sign bit in their
-scale have the sink centre: their scores get q·(sink centre - centre), `q_shift`.
+The center of a key is left out where all keys share it and softmax doesn't see it. Keys with the sign bit in their
+scale have the outlier center: their scores get q·(outlier center - center), `q_shift`.
 
 Rows: row m is query token m // GROUP and query head m % GROUP of one KV head, so all query heads of
 a KV head read the codes once.
@@ -31,11 +31,11 @@ from fraqtl_kernels.gpu.tiles import (
     round16,
     store_parts,
 )
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _DISTANCE = tl.constexpr(DISTANCE)
-_NEWEST = tl.constexpr(16)  # keys of a tile that holds the newest tokens: the least that a product takes
+_RESIDUAL_TILE = tl.constexpr(16)  # keys of a tile that holds the newest tokens: the least that a product takes
 
 
 @triton.jit
@@ -68,13 +68,13 @@ def load_query(
     basis,
     basis_stride_head,
     key_scale,
-    centre,
-    sink_shift,
+    center,
+    outlier_shift,
     scale,
     factor,
     VECTOR: tl.constexpr,
 ):
-    """Parts of the rotated, scaled query in its own dtype; z_k · sum(q), q·centre and q·shift of every row in fp32.
+    """Parts of the rotated, scaled query in its own dtype; z_k · sum(q), q·center and q·shift of every row in fp32.
 
     scale: softmax scale (and log2(e) without soft-cap). The rest as for `decode.attend_kernel`.
     """
@@ -95,8 +95,8 @@ def load_query(
             at = key_scale + vector + part * VECTOR.COLUMNS + column
             scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
         parts = scaled
-    constant = dot_vector(parts, None if centre is None else centre + vector, VECTOR)
-    shift = dot_vector(parts, None if sink_shift is None else sink_shift + vector, VECTOR)
+    constant = dot_vector(parts, None if center is None else center + vector, VECTOR)
+    shift = dot_vector(parts, None if outlier_shift is None else outlier_shift + vector, VECTOR)
     rounded = ()
     zero = tl.zeros([parts[0].shape[0]], tl.float32)
     for part in tl.static_range(PARTS):
@@ -129,13 +129,13 @@ def load_tile_scales(pool_head, block, stride_block, start, last, oldest, PAGE: 
 
 
 @triton.jit
-def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """Products with dequantised keys as scores in units of log2: centres added, capped."""
-    if HAS_CENTRE:
+def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Products with dequantized keys as scores in units of log2: centers added, capped."""
+    if HAS_CENTER:
         scores += q_constant[:, None]
     if HAS_SHIFT:
-        is_sink = tl.where(k_scale.to(tl.int16, bitcast=True) < 0, 1.0, 0.0)
-        scores += is_sink[None, :] * q_shift[:, None]
+        is_outlier = tl.where(k_scale.to(tl.int16, bitcast=True) < 0, 1.0, 0.0)
+        scores += is_outlier[None, :] * q_shift[:, None]
     if soft_cap is not None:
         # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
         scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
@@ -144,7 +144,7 @@ def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE: tl
 
 @triton.jit
 def score_codes(q_parts, q_zero, k_parts, k_scale, K: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """(ROWS, keys) products of queries with codes, dequantised."""
+    """(ROWS, keys) products of queries with codes, dequantized."""
     KEY_PARTS: tl.constexpr = K.PARTS
     scores = tl.zeros([q_parts[0].shape[0], k_scale.shape[0]], tl.float32)
     for part in tl.static_range(KEY_PARTS):
@@ -185,13 +185,13 @@ def add_values(weights, page, slot, known, out, sums, V: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
-def newest_before(position, BLOCK_SIZE: tl.constexpr):
+def residual_tokens_before(position, BLOCK_SIZE: tl.constexpr):
     """How many tokens before the one at `position` stand among the DISTANCE newest of its block."""
     return tl.minimum(_DISTANCE - 1, position % BLOCK_SIZE)
 
 
 @triton.jit
-def attend_newest(
+def attend_residual_tokens(
     q_parts,
     q_zero,
     q_constant,
@@ -202,12 +202,13 @@ def attend_newest(
     stride_block,
     window,
     soft_cap,
-    HAS_CENTRE: tl.constexpr,
+    HAS_CENTER: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PAGE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Attention over the newest tokens of the query's block, refined where they are: what `attend_tiles` starts from.
+    """Attention over the newest tokens of the query's block, with their residuals where they have some: what
+    `attend_tiles` starts from.
 
     Returns parts of the output (ROWS, WIDTH), maximum and sum (ROWS,), and the sums of rounded weights.
     """
@@ -218,26 +219,26 @@ def attend_newest(
     PARTS: tl.constexpr = V.PARTS
     WIDTH: tl.constexpr = V.WIDTH
     page = pool_head + tl.load(table_row + position // PAGE.BLOCK_SIZE).to(tl.int64) * stride_block
-    index = tl.arange(0, _NEWEST)
-    before = newest_before(position, PAGE.BLOCK_SIZE)
+    index = tl.arange(0, _RESIDUAL_TILE)
+    before = residual_tokens_before(position, PAGE.BLOCK_SIZE)
     known = index <= before
     slot = tl.where(known, position % PAGE.BLOCK_SIZE - before + index, 0)
-    finer = known & (slot + _DISTANCE < PAGE.BLOCK_SIZE)
-    behind = tl.where(finer, slot + _DISTANCE, 0)
+    has_residual = known & (slot + _DISTANCE < PAGE.BLOCK_SIZE)
+    residual_slot = tl.where(has_residual, slot + _DISTANCE, 0)
     k_scale = load_scales(page, slot, known, K)[0]
     k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
     scores = score_codes(q_parts, q_zero, k_parts, k_scale, K, HAS_SHIFT)
-    if K.REFINED:
-        k_parts = load_codes(page + K.CODES + behind * K.ROW_BYTES, finer, DTYPE, K, False, PAGE.PTX)
-        finer_scale = load_scales(page, behind, finer, K)[0]
-        scores += score_codes(q_parts, q_zero, k_parts, finer_scale, K, False)
-    scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE, HAS_SHIFT)
+    if K.HAS_RESIDUAL:
+        k_parts = load_codes(page + K.CODES + residual_slot * K.ROW_BYTES, has_residual, DTYPE, K, False, PAGE.PTX)
+        residual_scale = load_scales(page, residual_slot, has_residual, K)[0]
+        scores += score_codes(q_parts, q_zero, k_parts, residual_scale, K, False)
+    scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER, HAS_SHIFT)
     seen = known
     if window is not None:
         seen = seen & (before - index < window)
     scores = tl.where(seen[None, :], scores, float("-inf"))
-    high_score = tl.max(scores, 1)
-    weights = tl.exp2(scores - high_score[:, None])
+    m_i = tl.max(scores, 1)
+    weights = tl.exp2(scores - m_i[:, None])
     out = ()
     sums = ()
     for part in tl.static_range(PARTS):
@@ -245,9 +246,9 @@ def attend_newest(
         if part < V.GROUPS or part == 0:
             sums = sums + (tl.zeros([ROWS], tl.float32),)
     out, sums = add_values(weights, page, slot, known, out, sums, V, DTYPE, PAGE.PTX)
-    if V.REFINED:
-        out, sums = add_values(weights, page, behind, finer, out, sums, V, DTYPE, PAGE.PTX)
-    return out, high_score, tl.sum(weights, 1), sums
+    if V.HAS_RESIDUAL:
+        out, sums = add_values(weights, page, residual_slot, has_residual, out, sums, V, DTYPE, PAGE.PTX)
+    return out, m_i, tl.sum(weights, 1), sums
 
 
 @triton.jit
@@ -266,16 +267,16 @@ def attend_tiles(
     stride_block,
     window,
     soft_cap,
-    HAS_CENTRE: tl.constexpr,
+    HAS_CENTER: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PAGE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Attention of the rows over tokens [first, last): (parts of the output, maximum, sum), not normalised.
+    """Attention of the rows over tokens [first, last): (parts of the output, maximum, sum), not normalized.
 
-    Where the newest tokens are read refined, the program that has the last token takes them first (`attend_newest`).
-    The maximum is in units of log2. With DEFERRED, row sums are kept per column of the tile and added up after the
-    loop: no reduction across threads inside it, for registers.
+    Where the newest tokens are read with their residuals, the program that has the last token takes them first
+    (`attend_residual_tokens`). The maximum is in units of log2. With DEFERRED, row sums are kept per column of the tile
+    and added up after the loop: no reduction across threads inside it, for registers.
     """
     DTYPE: tl.constexpr = q_parts[0].dtype
     ROWS: tl.constexpr = SHAPE.ROWS
@@ -286,19 +287,19 @@ def attend_tiles(
     WIDTH: tl.constexpr = V.WIDTH
     HAS_ZERO: tl.constexpr = V.ZEROS[0] != 0
     index = tl.arange(0, TILE)
-    high_score = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS, TILE] if SHAPE.DEFERRED else [ROWS], tl.float32)
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS, TILE] if SHAPE.DEFERRED else [ROWS], tl.float32)
     weight_sums = ()
     out = ()
     for part in tl.static_range(PARTS):
         out = out + (tl.zeros([ROWS, WIDTH], tl.float32),)
         if part < V.GROUPS or part == 0:
-            weight_sums = weight_sums + (total,)
+            weight_sums = weight_sums + (l_i,)
     bound = position + 1  # every row sees what is before it
-    if SHAPE.REFINED and (K.REFINED or V.REFINED):
-        bound = length - 1 - newest_before(length - 1, PAGE.BLOCK_SIZE)
+    if SHAPE.HAS_RESIDUAL and (K.HAS_RESIDUAL or V.HAS_RESIDUAL):
+        bound = length - 1 - residual_tokens_before(length - 1, PAGE.BLOCK_SIZE)
         if last == length:
-            out, high_score, added, sums = attend_newest(
+            out, m_i, added, sums = attend_residual_tokens(
                 q_parts,
                 q_zero,
                 q_constant,
@@ -309,12 +310,12 @@ def attend_tiles(
                 stride_block,
                 window,
                 soft_cap,
-                HAS_CENTRE,
+                HAS_CENTER,
                 HAS_SHIFT,
                 PAGE,
                 SHAPE,
             )
-            total = in_first_column(added, SHAPE)
+            l_i = in_first_column(added, SHAPE)
             weight_sums = ()
             for part in tl.static_range(PARTS):
                 if part < V.GROUPS or part == 0:
@@ -338,17 +339,17 @@ def attend_tiles(
         slot = start % PAGE.BLOCK_SIZE + index if PAGE.BLOCK_SIZE % TILE == 0 else token % PAGE.BLOCK_SIZE
         k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
         scores = score_codes(q_parts, q_zero, k_parts, k_scale, K, HAS_SHIFT)
-        scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTRE, HAS_SHIFT)
+        scores = finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER, HAS_SHIFT)
         seen = token[None, :] < bound[:, None]
         if window is not None:
             seen = seen & (token[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-        new_high = tl.maximum(high_score, tl.max(scores, 1))
-        shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(high_score - shift)
-        high_score = new_high
-        total = add_weights(total, decay, weights, SHAPE)
+        alpha = tl.exp2(m_i - shift)
+        m_i = m_new
+        l_i = add_weights(l_i, alpha, weights, SHAPE)
         v_parts = load_codes(page + V.CODES + slot * V.ROW_BYTES, known, DTYPE, V, True, PAGE.PTX)
         scaled = weigh(weights, v_scales, V, DTYPE)
         new_sums = ()
@@ -356,14 +357,14 @@ def attend_tiles(
         for part in tl.static_range(PARTS):
             weights16 = scaled[part if part < V.GROUPS else 0]
             if HAS_ZERO and (part < V.GROUPS or part == 0):
-                new_sums = new_sums + (add_weights(weight_sums[part], decay, weights16.to(tl.float32), SHAPE),)
-            new_out = new_out + (dot16(weights16, v_parts[part], out[part] * decay[:, None]),)
+                new_sums = new_sums + (add_weights(weight_sums[part], alpha, weights16.to(tl.float32), SHAPE),)
+            new_out = new_out + (dot16(weights16, v_parts[part], out[part] * alpha[:, None]),)
         out = new_out
         if HAS_ZERO:
             weight_sums = new_sums
         k_scale, v_scales = next_k_scale, next_v_scales
     if SHAPE.DEFERRED:
-        total = tl.sum(total, 1)
+        l_i = tl.sum(l_i, 1)
     finished = ()
     for part in tl.static_range(PARTS):
         if HAS_ZERO:
@@ -373,7 +374,7 @@ def attend_tiles(
             finished = finished + (out[part] - V.ZEROS[0] * weight_sum[:, None],)
         else:
             finished = finished + (out[part],)
-    return finished, high_score, total
+    return finished, m_i, l_i
 
 
 @triton.jit
@@ -386,30 +387,30 @@ def in_first_column(x, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def add_weights(total, decay, weights, SHAPE: tl.constexpr):
+def add_weights(l_i, alpha, weights, SHAPE: tl.constexpr):
     """The running sum over tiles, decayed, with the weights of a tile added: a column of the tile each if DEFERRED."""
     if SHAPE.DEFERRED:
-        return total * decay[:, None] + weights
+        return l_i * alpha[:, None] + weights
     else:
-        return total * decay + tl.sum(weights, 1)
+        return l_i * alpha + tl.sum(weights, 1)
 
 
 @triton.jit
-def add_sink(sinks, head, high_score, total, SHAPE: tl.constexpr):
-    """The softmax sum with exp(sink) of the row's query head added. sinks: (query heads,)."""
+def add_sink_logits(sink_logits, head, m_i, l_i, SHAPE: tl.constexpr):
+    """The softmax sum with exp(sink logit) of the row's query head added. sink_logits: (query heads,)."""
     ROWS: tl.constexpr = SHAPE.ROWS
-    sink = tl.load(sinks + head * SHAPE.GROUP + tl.arange(0, ROWS) % SHAPE.GROUP).to(tl.float32) * LOG2E
-    return total + tl.exp2(tl.minimum(sink - high_score, 126.0))
+    sink_logit = tl.load(sink_logits + head * SHAPE.GROUP + tl.arange(0, ROWS) % SHAPE.GROUP).to(tl.float32) * LOG2E
+    return l_i + tl.exp2(tl.minimum(sink_logit - m_i, 126.0))
 
 
 @triton.jit
 def store_output(
-    parts, share, rows, used, head, basis, basis_stride_head, centre, value_scale, factor, V: tl.constexpr
+    parts, weight_share, rows, used, head, basis, basis_stride_head, center, value_scale, factor, V: tl.constexpr
 ):
     """Carry fp32 parts of the attention output back into the model's basis and store them.
 
-    share: (rows,) the weights of all keys together, less than 1 with sinks. rows, used: `query_rows`. basis, centre,
-    value_scale: of all heads.
+    weight_share: (rows,) the weights of all keys together, less than 1 with sink logits. rows, used: `query_rows`.
+    basis, center, value_scale: of all heads.
     """
     DTYPE: tl.constexpr = rows.dtype.element_ty
     PARTS: tl.constexpr = V.PARTS
@@ -425,10 +426,10 @@ def store_output(
             at = value_scale + (head * PARTS + part) * V.COLUMNS + column
             scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
         parts = scaled
-    if centre is not None:
+    if center is not None:
         moved = ()
         for part in tl.static_range(PARTS):
-            at = centre + (head * PARTS + part) * V.COLUMNS + column
-            moved = moved + (parts[part] + share[:, None] * tl.load(at, mask=real, other=0.0),)
+            at = center + (head * PARTS + part) * V.COLUMNS + column
+            moved = moved + (parts[part] + weight_share[:, None] * tl.load(at, mask=real, other=0.0),)
         parts = moved
     store_parts(rows, parts, used, DTYPE, V)

@@ -49,7 +49,7 @@ class VectorShape:
     16 bits, so that a part is every other dimension of a half (`word_order`): the shared memory of a GPU
     transposes 16-bit numbers on the way to the tensor cores, but not bytes. GROUPS: fp16 scales a vector, 0 if it
     has none. CODES, SCALES: bytes of the page before its codes and its scales. ZEROS: what the unpacked codes of each
-    part hold where the value is zero. REFINED: the newest tokens of a block have refinements behind it.
+    part hold where the value is zero. HAS_RESIDUAL: the newest tokens of a block have residuals behind it.
     """
 
     BITS: int
@@ -66,7 +66,7 @@ class VectorShape:
     MIDPOINT: float
     RAW: tl.dtype
     ZEROS: tuple[float, ...]
-    REFINED: bool
+    HAS_RESIDUAL: bool
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,15 @@ class PageShape:
 class AttentionShape:
     """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time.
 
-    REFINED: whether the newest tokens are read refined. Pages hold what the one query of a decode step needs for that.
+    HAS_RESIDUAL: whether the newest tokens are read with their residuals. Pages hold what the one query of a decode
+    step needs for that.
     """
 
     QUERIES: int
     GROUP: int
     TILE: int
     STAGES: int
-    REFINED: bool = False
+    HAS_RESIDUAL: bool = False
 
     @property
     def ROWS(self) -> int:  # noqa: N802
@@ -119,7 +120,7 @@ def has_kernels(format: KVFormat) -> bool:
     return (
         k.bits in (4, 8, 16)
         and k.groups == 1
-        and all(x.rotated and x.bits == 4 for x in (k, v) if x.centred)
+        and all(x.rotated and x.bits == 4 for x in (k, v) if x.calibrated)
         and v.bits in (2, 4, 8, 16)
         and v.groups in (1, 8 // v.bits)
     )
@@ -145,8 +146,8 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, 
     return PageShape(
         HEAD=layout.head_size,
         BLOCK_SIZE=layout.block_size,
-        K=_vector(k, layout.head_size, dtype, 0, layout.k_scale_offset, centred=False, **options),
-        V=_vector(v, layout.head_size, dtype, layout.v_offset, layout.v_scale_offset, centred=True, **options),
+        K=_vector(k, layout.head_size, dtype, 0, layout.k_scale_offset, symmetric=False, **options),
+        V=_vector(v, layout.head_size, dtype, layout.v_offset, layout.v_scale_offset, symmetric=True, **options),
         PTX=ptx,
     )
 
@@ -172,7 +173,7 @@ def _vector(
     codes: int,
     scales: int,
     *,
-    centred: bool,
+    symmetric: bool,
     ptx: bool,
     words: bool,
 ) -> VectorShape:
@@ -187,14 +188,14 @@ def _vector(
         WORDS=words,
         PARTS=parts,
         COLUMNS=columns,
-        WIDTH=max(MIN_VALUE_WIDTH if centred else MIN_WIDTH, triton.next_power_of_2(columns)),
+        WIDTH=max(MIN_VALUE_WIDTH if symmetric else MIN_WIDTH, triton.next_power_of_2(columns)),
         ROW_BYTES=vector.code_bytes(head_size),
         CODES=codes,
         SCALES=scales,
         MIDPOINT=0.0 if vector.is_raw else vector.midpoint,
         RAW=TL_DTYPES[vector.raw_dtype or dtype],
-        ZEROS=zero_points(vector, dtype, centred=centred, ptx=ptx, words=words),
-        REFINED=vector.refined,
+        ZEROS=zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=words),
+        HAS_RESIDUAL=vector.has_residual,
     )
 
 

@@ -12,9 +12,9 @@ from typing import Unpack
 import triton
 from torch import Tensor
 
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import AttentionShape, Tuning
 from fraqtl_kernels.gpu.decode import Scoring, launch_attention
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.pages import PageLayout
 
 ROWS = 32  # query rows of a program
@@ -31,10 +31,10 @@ def prefill(
     layout: PageLayout,
     block_table: Tensor,
     query_start: Tensor,
-    lengths: Tensor,
-    most_queries: int,
+    seq_lens: Tensor,
+    max_query_len: int,
     output: Tensor,
-    bases: Bases,
+    operands: LayerOperands,
     *,
     ptx: bool | None = None,
     tuning: Tuning | None = None,
@@ -42,7 +42,7 @@ def prefill(
 ) -> None:
     """Write the attention of a batch to `output`: same result as `reference.paged_attention`.
 
-    most_queries: a bound on the query tokens of a request, any number; the rest as for `decode.decode`.
+    max_query_len: a bound on the query tokens of a request, any number; the rest as for `decode.decode`.
     """
     tuning = tuning or prefill_tuning(layout)
     group = query.shape[1] // pool.shape[1]
@@ -53,12 +53,12 @@ def prefill(
         layout,
         block_table,
         query_start,
-        lengths,
+        seq_lens,
         output,
-        bases,
+        operands,
         shape,
         tuning,
-        triton.cdiv(most_queries, shape.QUERIES),
+        triton.cdiv(max_query_len, shape.QUERIES),
         None,
         0,
         ptx,

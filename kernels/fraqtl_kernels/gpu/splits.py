@@ -56,10 +56,10 @@ class DecodePlan:
         return self.requests * self.query_heads * self.queries * self.splits * (head_size + 1)
 
 
-def choose_splits(requests: int, kv_heads: int, longest: int, tile: int, multiprocessors: int) -> int:
-    """Programs along the context for a batch of at most `requests` of at most `longest` tokens."""
-    wanted = PROGRAMS_PER_SM * multiprocessors * SLACK
-    chunks = triton.cdiv(longest, tile * MIN_TILES.value)
+def choose_splits(requests: int, kv_heads: int, max_seq_len: int, tile: int, num_sms: int) -> int:
+    """Programs along the context for a batch of at most `requests` of at most `max_seq_len` tokens."""
+    wanted = PROGRAMS_PER_SM * num_sms * SLACK
+    chunks = triton.cdiv(max_seq_len, tile * MIN_TILES.value)
     return max(1, min(wanted // (requests * kv_heads), chunks, MAX_SPLITS))
 
 
@@ -73,12 +73,14 @@ def oldest_visible(length, count, window):
 
 
 @triton.jit
-def chunk_tokens(first, length, lengths, query_start, requests, kv_heads, splits, programs, window, TILE: tl.constexpr):
+def chunk_tokens(
+    first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, TILE: tl.constexpr
+):
     """Tokens of one split of a request that sees [first, length), a multiple of TILE."""
     tiles = first * 0
     for start in range(0, requests, 256):
         r = start + tl.arange(0, 256)
-        n = tl.load(lengths + r, mask=r < requests, other=0).to(tl.int32)
+        n = tl.load(seq_lens + r, mask=r < requests, other=0).to(tl.int32)
         if window is not None:
             count = tl.load(query_start + r + 1, mask=r < requests, other=0)
             count -= tl.load(query_start + r, mask=r < requests, other=0)

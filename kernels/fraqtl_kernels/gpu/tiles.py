@@ -94,11 +94,11 @@ def rotate_parts(parts, basis, factor, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
+def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr):
     """One tile of stored vectors as (TILE, WIDTH) parts in DTYPE, plus the bias of `unpack.zero_points`.
 
     row: (TILE,) pointers to the first byte of each vector. token_mask: (TILE,) for raw vectors, which hold
-    anything (NaN too) where nothing was written. CENTRED: as in `unpack_nibbles`.
+    anything (NaN too) where nothing was written. SYMMETRIC: as in `unpack_nibbles`.
     """
     column, real = part_columns(VECTOR)
     if VECTOR.BITS == 16:
@@ -110,7 +110,7 @@ def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTR
             return round16(low.to(tl.float32), DTYPE), round16(high.to(tl.float32), DTYPE)
     elif VECTOR.WORDS:
         words = load_packed(row.to(tl.pointer_type(tl.uint16))[:, None] + column, real, VECTOR)
-        return unpack_words(words, DTYPE, CENTRED, PTX)
+        return unpack_words(words, DTYPE, SYMMETRIC, PTX)
     elif VECTOR.BITS == 8:
         low = load_packed(row[:, None] + column, real, VECTOR)
         high = load_packed(row[:, None] + VECTOR.COLUMNS + column, real, VECTOR)
@@ -118,7 +118,7 @@ def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, CENTR
     else:
         codes = load_packed(row[:, None] + column, real, VECTOR)
         if VECTOR.BITS == 4:
-            return unpack_nibbles(codes, DTYPE, CENTRED, PTX)
+            return unpack_nibbles(codes, DTYPE, SYMMETRIC, PTX)
         else:
             return unpack_pairs(codes, DTYPE, PTX)
 

@@ -9,7 +9,7 @@ and `zero_points` gives midpoint + bias. The PTX way sets the bits of a float wh
 place is 1 around the code (a "magic number", Kim et al., arXiv 2211.10017): per 8 nibbles 2 byte
 permutations, 4 three-input logic operations and the subtractions that keep the constant small. A bias
 adds rounding noise to the sum that it is taken out of, so values (summed over the whole context) are
-centred to c - 8, and keys (summed over D numbers) only where the bias would be 1024.
+centered to c - 8, and keys (summed over D numbers) only where the bias would be 1024.
 
 Inline PTX acts on the codes of one 32-bit register; no result depends on how a tile is laid out over threads.
 """
@@ -36,7 +36,7 @@ _NIBBLES_FP16 = """{
     sub.rn.f16x2 $0, $0, m;
     sub.rn.f16x2 $1, $1, m;
 """
-_CENTRE_HIGH_FP16 = """
+_SYMMETRIC_HIGH_FP16 = """
     mov.b32 m, 0x54805480;
     sub.rn.f16x2 $2, $2, m;
     sub.rn.f16x2 $3, $3, m;
@@ -52,7 +52,7 @@ _NIBBLES_BF16 = """{
     prmt.b32 $2, b, 0x43434343, 0x4140;
     prmt.b32 $3, b, 0x43434343, 0x4342;
 """
-_CENTRE_BF16 = """
+_SYMMETRIC_BF16 = """
     mov.b32 m, 0xc308c308;
     mov.b32 o, 0x3f803f80;
     fma.rn.bf16x2 $0, $0, o, m;
@@ -72,7 +72,7 @@ _WORDS_FP16 = """{
     sub.rn.f16x2 $0, $0, m;
     sub.rn.f16x2 $2, $2, m;
 """
-_CENTRE_ODD_FP16 = """
+_SYMMETRIC_ODD_FP16 = """
     mov.b32 m, 0x54805480;
     sub.rn.f16x2 $1, $1, m;
     sub.rn.f16x2 $3, $3, m;
@@ -153,13 +153,13 @@ _BYTES_FP16 = """{
 }"""
 
 NIBBLES_FP16 = tl.constexpr(_NIBBLES_FP16 + "}")
-NIBBLES_FP16_CENTRED = tl.constexpr(_NIBBLES_FP16 + _CENTRE_HIGH_FP16 + "}")
+NIBBLES_FP16_SYMMETRIC = tl.constexpr(_NIBBLES_FP16 + _SYMMETRIC_HIGH_FP16 + "}")
 NIBBLES_BF16 = tl.constexpr(_NIBBLES_BF16 + "}")
-NIBBLES_BF16_CENTRED = tl.constexpr(_NIBBLES_BF16 + _CENTRE_BF16 + "}")
+NIBBLES_BF16_SYMMETRIC = tl.constexpr(_NIBBLES_BF16 + _SYMMETRIC_BF16 + "}")
 WORDS_FP16 = tl.constexpr(_WORDS_FP16 + "}")
-WORDS_FP16_CENTRED = tl.constexpr(_WORDS_FP16 + _CENTRE_ODD_FP16 + "}")
+WORDS_FP16_SYMMETRIC = tl.constexpr(_WORDS_FP16 + _SYMMETRIC_ODD_FP16 + "}")
 WORDS_BF16 = tl.constexpr(_WORDS_BF16 + "}")
-WORDS_BF16_CENTRED = tl.constexpr(_WORDS_BF16 + _CENTRE_BF16 + "}")
+WORDS_BF16_SYMMETRIC = tl.constexpr(_WORDS_BF16 + _SYMMETRIC_BF16 + "}")
 PAIRS_FP16 = tl.constexpr(_PAIRS_FP16)
 PAIRS_BF16 = tl.constexpr(_PAIRS_BF16)
 BYTES_FP16 = tl.constexpr(_BYTES_FP16)
@@ -168,7 +168,7 @@ EIGHT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
 
 
 def zero_points(
-    vector: VectorFormat, dtype: torch.dtype, *, centred: bool, ptx: bool, words: bool = False
+    vector: VectorFormat, dtype: torch.dtype, *, symmetric: bool, ptx: bool, words: bool = False
 ) -> tuple[float, ...]:
     """What each unpacked part of a vector holds where the value is zero: midpoint + bias.
 
@@ -184,7 +184,7 @@ def zero_points(
         biases = [-2] * 4
     elif vector.bits == 8:
         biases = [-128] * 2
-    elif centred:
+    elif symmetric:
         biases = [-8] * 2
     else:
         biases = [-8, 64] if half else [128, 128]
@@ -192,16 +192,16 @@ def zero_points(
 
 
 @triton.jit
-def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
+def unpack_nibbles(codes, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr):
     """uint8 tile of any shape -> (low nibbles, high nibbles) in DTYPE, plus the bias of `zero_points`."""
     if PTX:
         if DTYPE == tl.float16:
-            asm: tl.constexpr = NIBBLES_FP16_CENTRED if CENTRED else NIBBLES_FP16
+            asm: tl.constexpr = NIBBLES_FP16_SYMMETRIC if SYMMETRIC else NIBBLES_FP16
             low, high = tl.inline_asm_elementwise(
                 asm, FOUR_REGISTERS, [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
             )
         else:
-            asm16: tl.constexpr = NIBBLES_BF16_CENTRED if CENTRED else NIBBLES_BF16
+            asm16: tl.constexpr = NIBBLES_BF16_SYMMETRIC if SYMMETRIC else NIBBLES_BF16
             low, high = tl.inline_asm_elementwise(
                 asm16, FOUR_REGISTERS, [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
@@ -212,16 +212,16 @@ def unpack_nibbles(codes, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.co
 
 
 @triton.jit
-def unpack_words(words, DTYPE: tl.constexpr, CENTRED: tl.constexpr, PTX: tl.constexpr):
+def unpack_words(words, DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr):
     """uint16 tile of any shape -> its four nibbles from low to high in DTYPE, plus the bias of `zero_points`."""
     if PTX:
         if DTYPE == tl.float16:
-            asm: tl.constexpr = WORDS_FP16_CENTRED if CENTRED else WORDS_FP16
+            asm: tl.constexpr = WORDS_FP16_SYMMETRIC if SYMMETRIC else WORDS_FP16
             return tl.inline_asm_elementwise(
                 asm, FOUR_REGISTERS, [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
             )
         else:
-            asm16: tl.constexpr = WORDS_BF16_CENTRED if CENTRED else WORDS_BF16
+            asm16: tl.constexpr = WORDS_BF16_SYMMETRIC if SYMMETRIC else WORDS_BF16
             return tl.inline_asm_elementwise(
                 asm16, FOUR_REGISTERS, [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
             )

@@ -1,12 +1,12 @@
-"""Dequantise cached tokens of some requests into a contiguous 16-bit workspace.
+"""Dequantize cached tokens of some requests into a contiguous 16-bit workspace.
 
 For prefill behind a cached prefix: flash attention then reads the workspace next to the raw keys and
 values of the chunk. Values come back in the model's own basis,
 
-    x = ((code - midpoint) R) · scale · factor + centre
+    x = ((code - midpoint) R) · scale · factor + center
 
-where code - midpoint and the matrix R back (see `bases.py`) are exact in 16 bits, so the only rounding is the last one.
-A caller bounds the workspace by calling it for a range of tokens of each request at a time.
+where code - midpoint and the matrix R back (see `operands.py`) are exact in 16 bits, so the only rounding is the last
+one. A caller bounds the workspace by calling it for a range of tokens of each request at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import check_contiguous, page_shape
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.tiles import load_codes, load_scales, part_columns, rotate_parts, round16, store_parts
 from fraqtl_kernels.pages import PageLayout
 
@@ -31,9 +31,9 @@ def restore_vectors(
     known,
     target,  # (TILE,) pointers to rows of the workspace
     basis,
-    static_scale,  # this and the centres: pointers to the vector of the KV head, or None
-    centre,
-    sink_centre,
+    static_scale,  # this and the centers: pointers to the vector of the KV head, or None
+    center,
+    outlier_center,
     factor,
     VECTOR: tl.constexpr,
 ):
@@ -64,12 +64,12 @@ def restore_vectors(
             x *= tl.abs(scales[0]).to(tl.float32)[:, None]
         if VECTOR.STATIC:
             x *= tl.load(static_scale + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
-        if centre is not None:
-            shift = tl.load(centre + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
-            if sink_centre is not None:
-                is_sink = scales[0].to(tl.int16, bitcast=True) < 0
-                of_sinks = tl.load(sink_centre + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
-                shift = tl.where(is_sink[:, None], of_sinks, shift)
+        if center is not None:
+            shift = tl.load(center + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
+            if outlier_center is not None:
+                is_outlier = scales[0].to(tl.int16, bitcast=True) < 0
+                outlier_shift = tl.load(outlier_center + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
+                shift = tl.where(is_outlier[:, None], outlier_shift, shift)
             x += shift
         restored = restored + (x,)
     store_parts(target[:, None], restored, known[:, None], DTYPE, VECTOR)
@@ -90,15 +90,15 @@ def workspace_kernel(
     value,
     value_stride_token,
     value_stride_head,
-    basis_key,  # these and what follows are fields of `Side` and `Reading`
+    basis_key,  # these and what follows are fields of `StreamOperands` and `ReadOperands`
     basis_key_stride_head,
     basis_value,
     basis_value_stride_head,
     key_scale,
     value_scale,
-    key_centre,
-    key_sink_centre,
-    value_centre,
+    key_center,
+    key_outlier_center,
+    value_center,
     key_factor,
     value_factor,
     PAGE: tl.constexpr,
@@ -126,8 +126,8 @@ def workspace_kernel(
             key + (start + index) * key_stride_token + head * key_stride_head,
             None if basis_key is None else basis_key + head * basis_key_stride_head,
             None if key_scale is None else key_scale + vector,
-            None if key_centre is None else key_centre + vector,
-            None if key_sink_centre is None else key_sink_centre + vector,
+            None if key_center is None else key_center + vector,
+            None if key_outlier_center is None else key_outlier_center + vector,
             key_factor,
             K,
         )
@@ -139,36 +139,36 @@ def workspace_kernel(
             value + (start + index) * value_stride_token + head * value_stride_head,
             None if basis_value is None else basis_value + head * basis_value_stride_head,
             None if value_scale is None else value_scale + vector,
-            None if value_centre is None else value_centre + vector,
+            None if value_center is None else value_center + vector,
             None,
             value_factor,
             V,
         )
 
 
-def dequantise(
+def dequantize(
     pool: Tensor,
     layout: PageLayout,
     block_table: Tensor,
     first: Tensor,
     target_start: Tensor,
-    longest: int,
+    max_tokens: int,
     key: Tensor,
     value: Tensor,
-    bases: Bases,
+    operands: LayerOperands,
 ) -> None:
     """Write tokens [first[r], first[r] + n_r) of every request r to rows target_start[r] ... of key and value.
 
     first: (requests,) int. target_start: (requests + 1,) int, so n_r = target_start[r+1] - target_start[r] (0 skips
-    a request); longest: a bound on n_r. key, value: (rows, KV heads, D) fp16 or bf16, last dimension contiguous.
+    a request); max_tokens: a bound on n_r. key, value: (rows, KV heads, D) fp16 or bf16, last dimension contiguous.
     """
     page = page_shape(layout, key.dtype, ptx=False)
-    bases.check(layout.format)
+    operands.check(layout.format)
     check_contiguous(key=key, value=value)
-    if longest <= 0:
+    if max_tokens <= 0:
         return
-    k, v = bases.key, bases.value
-    workspace_kernel[(triton.cdiv(longest, TILE), first.shape[0], 2 * pool.shape[1])](
+    k, v = operands.key, operands.value
+    workspace_kernel[(triton.cdiv(max_tokens, TILE), first.shape[0], 2 * pool.shape[1])](
         pool,
         pool.stride(0),
         pool.stride(1),
@@ -188,9 +188,9 @@ def dequantise(
         v.head_stride,
         k.scale,
         v.scale,
-        k.own_centre,
-        k.own_sink_centre,
-        v.own_centre,
+        k.own_center,
+        k.own_outlier_center,
+        v.own_center,
         k.factor,
         v.factor,
         PAGE=page,

@@ -1,16 +1,17 @@
-"""Store keys and values into packed pages: transform, centre, quantise, refine, pack and scatter in one launch.
+"""Store keys and values into packed pages: transform, center, quantize, encode residuals, pack and scatter in one
+launch.
 
-For every (token, KV head), with B the basis (a rotation, or what calibration chose) and c the centre in it:
+For every (token, KV head), with B the basis (a rotation, or what calibration chose) and c the center in it:
 
     y = x B - c,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
 
-a scale for each group of dimensions: the midpoint grid of `reference.quantise`, rounding half to even as it does.
-Calibrated vectors take the steps of `reference.quantise_with_feedback` from there. Keys
-take the sink centre if their scale is smaller with it; the sign bit of the scale says so. Static formats divide by
-their steps instead, see `reference.quantise_static`. Sums of products are
+a scale for each group of dimensions: the midpoint grid of `reference.quantize`, rounding half to even as it does.
+Calibrated vectors take the steps of `reference.quantize_with_feedback` from there. Keys
+take the outlier center if their scale is smaller with it; the sign bit of the scale says so. Static formats divide by
+their steps instead, see `reference.quantize_static`. Sums of products are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
 fp32 rounding of the edge between two codes, or two scales are equally good. A vector that holds NaN or infinity gets a
-NaN scale. Tokens of refined formats leave their refinement in a free slot, see `refinement.py`.
+NaN scale. Tokens of formats with residuals leave their residual in a free slot, see `residual.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, LARGEST_SCALE, SCALE_CHOICES
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning, check_contiguous, page_shape
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.tiles import dot16, load_parts, part_columns, rotate_parts, round16, store_parts
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 
 _DISTANCE = tl.constexpr(DISTANCE)
 TOKENS = 16  # tokens a program: the M of the rotation's product
@@ -88,20 +89,21 @@ def is_negative(scale):
 
 
 @triton.jit
-def choose_centre(parts, scales, sink_parts, VECTOR: tl.constexpr):
-    """(parts, scales) of the centre that leaves less of each key; the scale's sign bit set where it is the sinks'."""
+def choose_center(parts, scales, outlier_parts, VECTOR: tl.constexpr):
+    """(parts, scales) of the center that leaves less of each key; the scale's sign bit set where it is that of
+    outliers."""
     PARTS: tl.constexpr = VECTOR.PARTS
-    sink_scale = scales_of(sink_parts, VECTOR)[0]
-    nearer = sink_scale < scales[0]
+    outlier_scale = scales_of(outlier_parts, VECTOR)[0]
+    is_outlier = outlier_scale < scales[0]
     chosen = ()
     for part in tl.static_range(PARTS):
-        chosen = chosen + (tl.where(nearer[:, None], sink_parts[part], parts[part]),)
-    return chosen, (tl.where(nearer, -sink_scale, scales[0]),)
+        chosen = chosen + (tl.where(is_outlier[:, None], outlier_parts[part], parts[part]),)
+    return chosen, (tl.where(is_outlier, -outlier_scale, scales[0]),)
 
 
 @triton.jit
 def codes_with_feedback(parts, feedback, VECTOR: tl.constexpr):
-    """((low, high) codes int32, scales fp16) by `reference.quantise_with_feedback`. feedback: (D/2, D/2) in memory."""
+    """((low, high) codes int32, scales fp16) by `reference.quantize_with_feedback`. feedback: (D/2, D/2) in memory."""
     edge: tl.constexpr = 2 ** (VECTOR.BITS - 1)
     low, high = parts[0], parts[1]
     column, real = part_columns(VECTOR)
@@ -147,7 +149,7 @@ def store_codes(row, codes, mask, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def store_quantised(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
+def store_quantized(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
     """Codes and scales of `parts`, which say whether a vector is broken. mask: (TOKENS, 1)."""
     PARTS: tl.constexpr = VECTOR.PARTS
     GROUPS: tl.constexpr = VECTOR.GROUPS
@@ -176,8 +178,8 @@ def plain_codes(parts, scales, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def store_refinements(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
-    """What codes and scales leave of the parts, coded like an ordinary vector. See `refinement.py`."""
+def store_residuals(page, slot, codes, scales, parts, mask, VECTOR: tl.constexpr):
+    """What codes and scales leave of the parts, coded like an ordinary vector. See `residual.py`."""
     PARTS: tl.constexpr = VECTOR.PARTS
     _, real = part_columns(VECTOR)
     left = ()
@@ -185,8 +187,8 @@ def store_refinements(page, slot, codes, scales, parts, mask, VECTOR: tl.constex
         scale = tl.abs(scales[part if part < VECTOR.GROUPS else 0]).to(tl.float32)
         rest = parts[part] - (codes[part].to(tl.float32) - VECTOR.MIDPOINT) * scale[:, None]
         left = left + (tl.where(real, rest, 0.0),)
-    finer = scales_of(left, VECTOR)
-    store_quantised(page, slot, plain_codes(left, finer, VECTOR), finer, left, mask, VECTOR)
+    residual_scales = scales_of(left, VECTOR)
+    store_quantized(page, slot, plain_codes(left, residual_scales, VECTOR), residual_scales, left, mask, VECTOR)
 
 
 @triton.jit
@@ -195,12 +197,12 @@ def store_vectors(
     page,  # (TOKENS,) pointers to pages
     slot,  # (TOKENS,) places within them
     used,  # (TOKENS, 1)
-    behind,  # (TOKENS, 1) whether refinements go DISTANCE slots behind
+    stores_residual,  # (TOKENS, 1) whether residuals go DISTANCE slots behind
     basis,  # this and what follows: pointers to the matrix or vector of the KV head, or None
     feedback,
     static_scale,
-    centre,
-    sink_centre,
+    center,
+    outlier_center,
     factor,
     VECTOR: tl.constexpr,
 ):
@@ -227,19 +229,21 @@ def store_vectors(
         if VECTOR.ROTATED:
             parts = rotate_parts(raw, basis, factor, VECTOR)
         rotated = parts
-        if centre is not None:
-            parts = subtract(rotated, centre, VECTOR)
+        if center is not None:
+            parts = subtract(rotated, center, VECTOR)
         scales = scales_of(parts, VECTOR)
-        if sink_centre is not None:
-            parts, scales = choose_centre(parts, scales, subtract(rotated, sink_centre, VECTOR), VECTOR)
+        if outlier_center is not None:
+            parts, scales = choose_center(parts, scales, subtract(rotated, outlier_center, VECTOR), VECTOR)
         if feedback is not None:
             codes, best_scale = codes_with_feedback(parts, feedback, VECTOR)
-            scales = (best_scale if sink_centre is None else tl.where(is_negative(scales[0]), -best_scale, best_scale),)
+            scales = (
+                best_scale if outlier_center is None else tl.where(is_negative(scales[0]), -best_scale, best_scale),
+            )
         else:
             codes = plain_codes(parts, scales, VECTOR)
-        store_quantised(page, slot, codes, scales, parts, used, VECTOR)
-        if VECTOR.REFINED:
-            store_refinements(page, slot + _DISTANCE, codes, scales, parts, behind, VECTOR)
+        store_quantized(page, slot, codes, scales, parts, used, VECTOR)
+        if VECTOR.HAS_RESIDUAL:
+            store_residuals(page, slot + _DISTANCE, codes, scales, parts, stores_residual, VECTOR)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -254,7 +258,7 @@ def write_kernel(
     pool_stride_block,
     pool_stride_head,
     slot_mapping,
-    basis_key,  # these and what follows are fields of `Side`
+    basis_key,  # these and what follows are fields of `StreamOperands`
     basis_key_stride_head,
     basis_value,
     basis_value_stride_head,
@@ -262,9 +266,9 @@ def write_kernel(
     feedback_value,
     key_scale,
     value_scale,
-    key_centre,
-    key_sink_centre,
-    value_centre,
+    key_center,
+    key_outlier_center,
+    value_center,
     tokens,
     key_factor,
     value_factor,
@@ -282,7 +286,7 @@ def write_kernel(
     slot = (place % PAGE.BLOCK_SIZE).to(tl.int32)
     # Unless a token of this batch goes there
     after = tl.load(slot_mapping + token + _DISTANCE, mask=token + _DISTANCE < tokens, other=-1)
-    behind = used & (slot + _DISTANCE < PAGE.BLOCK_SIZE) & (after != place + _DISTANCE)
+    stores_residual = used & (slot + _DISTANCE < PAGE.BLOCK_SIZE) & (after != place + _DISTANCE)
     vector = head * PAGE.HEAD
     square = head * (PAGE.HEAD // 2) * (PAGE.HEAD // 2)
     if tl.program_id(2) == 0:
@@ -291,12 +295,12 @@ def write_kernel(
             page,
             slot,
             used[:, None],
-            behind[:, None],
+            stores_residual[:, None],
             None if basis_key is None else basis_key + head * basis_key_stride_head,
             None if feedback_key is None else feedback_key + square,
             None if key_scale is None else key_scale + vector,
-            None if key_centre is None else key_centre + vector,
-            None if key_sink_centre is None else key_sink_centre + vector,
+            None if key_center is None else key_center + vector,
+            None if key_outlier_center is None else key_outlier_center + vector,
             key_factor,
             K,
         )
@@ -306,11 +310,11 @@ def write_kernel(
             page,
             slot,
             used[:, None],
-            behind[:, None],
+            stores_residual[:, None],
             None if basis_value is None else basis_value + head * basis_value_stride_head,
             None if feedback_value is None else feedback_value + square,
             None if value_scale is None else value_scale + vector,
-            None if value_centre is None else value_centre + vector,
+            None if value_center is None else value_center + vector,
             None,
             value_factor,
             V,
@@ -328,7 +332,7 @@ def write(
     key: Tensor,
     value: Tensor,
     slot_mapping: Tensor,
-    bases: Bases,
+    operands: LayerOperands,
 ) -> None:
     """Store keys and values of a batch: same bytes as `reference.write`, see the module's docstring.
 
@@ -336,12 +340,12 @@ def write(
     bf16, last dimension contiguous. slot_mapping: (tokens or fewer,) block · N + offset; negative: skip.
     """
     page, tuning = page_shape(layout, key.dtype, ptx=False), write_tuning(layout.head_size)
-    bases.check(layout.format)
+    operands.check(layout.format)
     check_contiguous(key=key, value=value)
     tokens = min(slot_mapping.shape[0], key.shape[0])
     if tokens == 0:
         return
-    k, v = bases.key, bases.value
+    k, v = operands.key, operands.value
     write_kernel[(triton.cdiv(tokens, TOKENS), key.shape[1], 2)](
         key,
         key.stride(0),
@@ -361,9 +365,9 @@ def write(
         v.feedback,
         k.scale,
         v.scale,
-        k.centre,
-        k.sink_centre,
-        v.centre,
+        k.center,
+        k.outlier_center,
+        v.center,
         tokens,
         k.factor,
         v.factor,

@@ -24,7 +24,7 @@ from fraqtl_vllm.calibration.weights import weight_samples
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
-VERSION = 3  # of the procedure: another number makes every old file unknown
+VERSION = 4  # of the procedure and of the tensors' names: another number makes every old file unknown
 _FIELDS = [field.name for field in fields(LayerConstants)]
 
 
@@ -57,6 +57,9 @@ def load(path: Path, key: str) -> dict[str, LayerConstants] | None:
     except Exception as error:  # safetensors has errors of its own, and what a broken file raises is open
         logger.warning("The calibration file %s can't be read (%s): calibrating anew", path, error)
         return None
+    if metadata.get("version") != str(VERSION):
+        logger.warning("The calibration file %s was made by another version: calibrating anew", path)
+        return None
     if metadata.get("key") != key:
         logger.warning("The calibration file %s belongs to another model or format: calibrating anew", path)
         return None
@@ -75,7 +78,12 @@ def save(path: Path, key: str, constants: dict[str, LayerConstants]) -> bool:
         for field in _FIELDS
         if getattr(layer, field) is not None
     }
-    metadata = {"key": key, "checksum": checksum(tensors), "layers": json.dumps(list(constants))}
+    metadata = {
+        "version": str(VERSION),
+        "key": key,
+        "checksum": checksum(tensors),
+        "layers": json.dumps(list(constants)),
+    }
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

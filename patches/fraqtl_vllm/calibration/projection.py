@@ -2,7 +2,7 @@
 
 No name in a model says which matrix that is. It is the row-parallel linear layer beside the attention layer, in the
 same module, that takes as many inputs as attention gives. Its weight is taken if the layer's own kernel multiplies
-by it as it stands. Quantised and packed weights don't say what their matrix is: there unit vectors are sent through
+by it as it stands. Quantized and packed weights don't say what their matrix is: there unit vectors are sent through
 that kernel.
 """
 
@@ -26,7 +26,7 @@ def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dty
     layers: vLLM's attention layers in `model`. dtype: of the model's activations.
     """
     names = {id(layer): name for name, layer in layers.items()}
-    found = {}
+    grams = {}
     for parent in model.modules():
         children = list(parent.children())
         for child in children:
@@ -34,11 +34,11 @@ def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dty
                 continue
             gram = _of_layer(child, children, dtype)
             if gram is not None:
-                found[names[id(child)]] = gram
-    missing = len(layers) - len(found)
+                grams[names[id(child)]] = gram
+    missing = len(layers) - len(grams)
     if missing:
         logger.info("The output projection of %d layers is not known: errors of values count as they are", missing)
-    return found
+    return grams
 
 
 def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -> Tensor | None:
@@ -53,7 +53,7 @@ def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -
             return torch.stack([_gram(matching[0], head, heads, size, dtype) for head in range(heads)])
         rows = weight.float().T.unflatten(0, (heads, size))
         return _finite(rows @ rows.mT)
-    except Exception as error:  # what the kernels of quantised layers raise is open, and this is no need
+    except Exception as error:  # what the kernels of quantized layers raise is open, and this is no need
         logger.debug("The output projection can't be probed (%s: %s)", type(error).__name__, error)
         return None
 
@@ -65,9 +65,9 @@ def _weight(linear: Any, inputs: int, dtype: torch.dtype) -> Tensor | None:
         return None
     probe = torch.randn(1, inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     probe = probe.to(weight.device, dtype)
-    found = linear.quant_method.apply(linear, probe, None).float()
+    product = linear.quant_method.apply(linear, probe, None).float()
     expected = probe.float() @ weight.float().T
-    is_same = found.shape == expected.shape and (found - expected).norm() <= KERNEL_ERROR * expected.norm()
+    is_same = product.shape == expected.shape and (product - expected).norm() <= KERNEL_ERROR * expected.norm()
     return weight if is_same else None
 
 

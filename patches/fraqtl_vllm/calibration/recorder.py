@@ -30,7 +30,7 @@ class Recorder:
     def attend(
         self,
         layer: str,
-        shares: str | None,
+        shared_layer: str | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -42,10 +42,10 @@ class Recorder:
         """Causal attention within every sequence, and the layer's constants.
 
         query: (tokens, query heads, D), key, value: (tokens, KV heads, D), sequences of equal length one after
-        another. shares: the layer whose keys this one uses, if any. Returns float32 like query.
+        another. shared_layer: the layer whose keys this one uses, if any. Returns float32 like query.
         """
-        if shares is not None:
-            key, value = self._keys[shares]
+        if shared_layer is not None:
+            key, value = self._keys[shared_layer]
         out, importance = attend(
             query,
             key,
@@ -56,7 +56,7 @@ class Recorder:
             soft_cap=soft_cap,
             projection=self.projections.get(layer),
         )
-        if shares is None:
+        if shared_layer is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)
             self._keys[layer] = key, value
             self.on_layer(len(self.constants))

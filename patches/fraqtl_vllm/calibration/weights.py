@@ -25,8 +25,8 @@ def weight_samples(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple
     for name, weight in model.named_parameters():
         numbers = weight.detach()
         if numbers.numel() == 0:
-            found = _columns(model.get_submodule(name.rpartition(".")[0]), dtype, numbers.device)
-            numbers = numbers if found is None else found
+            columns = _columns(model.get_submodule(name.rpartition(".")[0]), dtype, numbers.device)
+            numbers = numbers if columns is None else columns
         yield name, tuple(numbers.shape), _sample(numbers.reshape(-1))
 
 
@@ -45,7 +45,7 @@ def _columns(layer: Any, dtype: torch.dtype, device: torch.device) -> Tensor | N
     try:
         with torch.inference_mode():
             columns: Tensor = method.apply(layer, units, None)
-    except Exception as error:  # what the kernels of quantised layers raise is open; their other parameters count
+    except Exception as error:  # what the kernels of quantized layers raise is open; their other parameters count
         logger.debug("A packed weight can't be sampled (%s: %s)", type(error).__name__, error)
         return None
     return columns

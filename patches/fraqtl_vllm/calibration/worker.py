@@ -50,8 +50,8 @@ def calibrate_worker(worker: Any) -> None:
 
 def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
     """vLLM's attention layers that our backend serves, by name."""
-    found = config.compilation_config.static_forward_context.items()
-    return {name: layer for name, layer in found if hasattr(getattr(layer, "impl", None), "use_constants")}
+    layers = config.compilation_config.static_forward_context.items()
+    return {name: layer for name, layer in layers if hasattr(getattr(layer, "impl", None), "use_constants")}
 
 
 def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
@@ -77,8 +77,8 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
     device = next(model.parameters()).device
     layers = packed_layers(config)
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
-        found = projections(model, layers, config.model_config.dtype)
-    recorder = Recorder(ours.format, prompt.sequences, found)
+        grams = projections(model, layers, config.model_config.dtype)
+    recorder = Recorder(ours.format, prompt.sequences, grams)
     recorded = sum(layer.impl.kv_sharing_target_layer_name is None for layer in layers.values())
     for layer in layers.values():
         layer.impl.recorder = recorder

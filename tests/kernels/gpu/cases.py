@@ -32,11 +32,11 @@ class Case:
     block_size: int = 16
     kv_heads: int = 2
     group: int = 4
-    lengths: tuple[int, ...] = (1, 17, 140)
+    seq_lens: tuple[int, ...] = (1, 17, 140)
     queries: tuple[int, ...] = (1, 1, 1)
     window: int | None = None
     soft_cap: float | None = None
-    sinks: bool = False
+    sink_logits: bool = False
     calibrated: bool = False
     padding: int = 0
     splits: int = 3
@@ -51,18 +51,18 @@ class Case:
             block_size=self.block_size,
             kv_heads=self.kv_heads,
             group=self.group,
-            lengths=self.lengths,
+            seq_lens=self.seq_lens,
             queries=self.queries,
             dtype=self.dtype,
             padding=self.padding,
             seed=self.seed,
         )
-        sinks = torch.randn(self.kv_heads * self.group) * 2 if self.sinks else None
-        centred = batch.layout.format.k.centred or batch.layout.format.v.centred
-        return (biased(batch) if self.calibrated and centred else batch), sinks
+        sink_logits = torch.randn(self.kv_heads * self.group) * 2 if self.sink_logits else None
+        calibrated = batch.layout.format.k.calibrated or batch.layout.format.v.calibrated
+        return (biased(batch) if self.calibrated and calibrated else batch), sink_logits
 
 
-def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed: int = 3) -> list[Case]:
+def random_cases(count: int, *, max_query_len: int, tiles: tuple[int, ...], seed: int = 3) -> list[Case]:
     """Cases that together meet every value of every axis, and with 100 of them every length of 1 .. 300."""
     rng = random.Random(seed)
     decks: dict[str, list[Any]] = {}
@@ -75,8 +75,8 @@ def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed:
 
     cases = []
     for number in range(count):
-        lengths = tuple(draw("length", range(1, 301)) for _ in range(3))
-        most = draw("queries", range(1, most_queries + 1))
+        seq_lens = tuple(draw("length", range(1, 301)) for _ in range(3))
+        most = draw("queries", range(1, max_query_len + 1))
         cases.append(
             Case(
                 format=draw("format", FORMATS),
@@ -85,11 +85,11 @@ def random_cases(count: int, *, most_queries: int, tiles: tuple[int, ...], seed:
                 block_size=draw("block size", (16, 32, 64, 128)),
                 kv_heads=draw("heads", (1, 2)),
                 group=draw("group", (1, 2, 4, 8, 7)),
-                lengths=lengths,
-                queries=tuple(min(n, rng.choice((1, most, most))) for n in lengths),
+                seq_lens=seq_lens,
+                queries=tuple(min(n, rng.choice((1, most, most))) for n in seq_lens),
                 window=draw("window", (None, None, 1, 33, 100)),
                 soft_cap=draw("cap", (None, None, 5.0)),
-                sinks=draw("sinks", (False, False, True)),
+                sink_logits=draw("sinks", (False, False, True)),
                 calibrated=draw("constants", (False, True)),
                 padding=draw("padding", (0, 48, 1024)),
                 splits=draw("splits", (1, 2, 3, 5)),
@@ -108,13 +108,13 @@ def biased(batch: PagedBatch) -> PagedBatch:
     kv_heads, size = batch.key.shape[2:]
     constants, key_factor, value_factor = random_constants(kv_heads, size)
     assert constants.key is not None and constants.value is not None
-    is_sink = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
-    centre = torch.where(is_sink, constants.sink_centre, constants.key.centre)
-    key = (batch.key * key_factor + centre).to(batch.key.dtype)
-    value = (batch.value * value_factor + constants.value.centre).to(batch.key.dtype)
+    is_outlier = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
+    center = torch.where(is_outlier, constants.outlier_center, constants.key.center)
+    key = (batch.key * key_factor + center).to(batch.key.dtype)
+    value = (batch.value * value_factor + constants.value.center).to(batch.key.dtype)
     group = batch.query.shape[1] // kv_heads
     query = (batch.query / key_factor.repeat_interleave(group, 0)).to(batch.query.dtype)
-    for r, length in enumerate(batch.lengths.tolist()):
+    for r, length in enumerate(batch.seq_lens.tolist()):
         token = torch.arange(length)
         slots = batch.block_table[r, token // batch.layout.block_size].long() * batch.layout.block_size
         slots += token % batch.layout.block_size
@@ -122,23 +122,23 @@ def biased(batch: PagedBatch) -> PagedBatch:
     return replace(batch, key=key, value=value, query=query, constants=constants)
 
 
-def expected(case: Case, batch: PagedBatch, sinks: Tensor | None, refined: bool = False) -> Tensor:
-    """refined: as decoding one token reads its pages."""
-    requests = zip(batch.block_table, batch.lengths.tolist(), strict=True)
-    finer = [reference.page_refinements(batch.pool, batch.layout, *request, batch.constants) for request in requests]
+def expected(case: Case, batch: PagedBatch, sink_logits: Tensor | None, with_residual: bool = False) -> Tensor:
+    """with_residual: as decoding one token reads its pages."""
+    requests = zip(batch.block_table, batch.seq_lens.tolist(), strict=True)
+    residual = [reference.page_residuals(batch.pool, batch.layout, *request, batch.constants) for request in requests]
     return reference.paged_attention(
         batch.query,
         batch.pool,
         batch.layout,
         batch.block_table,
         batch.query_start,
-        batch.lengths,
+        batch.seq_lens,
         scale=batch.scale,
         window=case.window,
         soft_cap=case.soft_cap,
-        sinks=sinks,
+        sink_logits=sink_logits,
         constants=batch.constants,
-        refinements=finer if refined else None,
+        residuals=residual if with_residual else None,
     )
 
 
@@ -150,15 +150,15 @@ def to_device(pool: Tensor) -> Tensor:
 
 def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, Tensor]:
     """(what the decode kernel computes, what the reference computes); output and scratch start as NaN."""
-    batch, sinks = case.batch()
+    batch, sink_logits = case.batch()
     plan = module.plan_decode(
         batch.layout,
-        requests=len(case.lengths),
+        requests=len(case.seq_lens),
         queries=max(case.queries),
         query_heads=case.kv_heads * case.group,
         kv_heads=case.kv_heads,
-        longest=max(case.lengths),
-        multiprocessors=16,
+        max_seq_len=max(case.seq_lens),
+        num_sms=16,
         tuning=case.tuning,
     )
     plan = replace(plan, splits=case.splits)
@@ -169,17 +169,17 @@ def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, 
         batch.layout,
         batch.block_table.to(DEVICE),
         batch.query_start.int().to(DEVICE),
-        batch.lengths.int().to(DEVICE),
+        batch.seq_lens.int().to(DEVICE),
         output,
         plan,
-        module.Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
+        module.LayerOperands.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
         torch.full((plan.scratch_floats(case.head_size),), torch.nan, device=DEVICE),
         scale=batch.scale,
         window=case.window,
         soft_cap=case.soft_cap,
-        sinks=None if sinks is None else sinks.to(DEVICE),
+        sink_logits=None if sink_logits is None else sink_logits.to(DEVICE),
     )
-    return output.cpu(), expected(case, batch, sinks, refined=max(case.queries) == 1)
+    return output.cpu(), expected(case, batch, sink_logits, with_residual=max(case.queries) == 1)
 
 
 def decode_error(case: Case, module: ModuleType = decode_module) -> float:

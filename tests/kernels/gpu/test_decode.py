@@ -23,7 +23,7 @@ SWEEP = int(os.environ.get("FRAQTL_SWEEP", "100"))
 
 
 @pytest.mark.parametrize(
-    "case", random_cases(SWEEP, most_queries=8, tiles=(16, 32)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
+    "case", random_cases(SWEEP, max_query_len=8, tiles=(16, 32)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
 )
 def test_sweep(case: Case) -> None:
     assert decode_error(case) <= TOLERANCE[case.dtype]
@@ -37,9 +37,9 @@ def test_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
 EVERY_OFFSET = (1, 2, 3, 4, 16, 17, *range(21, 35))  # in blocks of 16, the first, the second or the third
 
 
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_refined])
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.has_residual])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_the_newest_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype) -> None:
+def test_residual_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype) -> None:
     """Also where windows cut through them, and where they alone are a program's share."""
     every = ((None, None, 3), (None, 5.0, 1), (1, None, 2), (3, None, 2), (5, None, 1))
     for window, soft_cap, splits in every if dtype == torch.bfloat16 else every[::3]:
@@ -47,7 +47,7 @@ def test_the_newest_tokens_at_every_offset(name: str, block_size: int, dtype: to
             format=name,
             dtype=dtype,
             block_size=block_size,
-            lengths=EVERY_OFFSET if block_size == 16 else (1, 3, 4, 33, 60, 61, 62, 63, 64, 65, 129),
+            seq_lens=EVERY_OFFSET if block_size == 16 else (1, 3, 4, 33, 60, 61, 62, 63, 64, 65, 129),
             queries=(1,) * (len(EVERY_OFFSET) if block_size == 16 else 11),
             window=window,
             soft_cap=soft_cap,
@@ -60,34 +60,34 @@ def test_the_newest_tokens_at_every_offset(name: str, block_size: int, dtype: to
 
 def test_requests_without_a_query_are_skipped() -> None:
     """Padding of a CUDA graph: no query token, length 0. The others are right, nothing else is written."""
-    case = Case(lengths=(33, 1, 70), queries=(2, 1, 3))
+    case = Case(seq_lens=(33, 1, 70), queries=(2, 1, 3))
     batch, _ = case.batch()
     output, expected = run_decode(case)
     assert output.isfinite().all() and output.shape == expected.shape
-    padded = replace(case, lengths=(33, 1, 70), queries=(2, 0, 3))
+    padded = replace(case, seq_lens=(33, 1, 70), queries=(2, 0, 3))
     output, _ = run_decode(padded)
     assert output.isfinite().all() and len(output) == 5
-    assert torch.equal(batch.lengths, torch.tensor(case.lengths))
+    assert torch.equal(batch.seq_lens, torch.tensor(case.seq_lens))
 
 
 def test_a_graph_planned_for_more_serves_fewer_and_longer() -> None:
     """Splits, programs and scratch come from bounds; real lengths decide the chunks."""
     for splits in (2, 9):
-        assert decode_error(Case(lengths=(300, 2, 64), splits=splits, tuning=Tuning(16, 4, 1))) <= 2e-3
+        assert decode_error(Case(seq_lens=(300, 2, 64), splits=splits, tuning=Tuning(16, 4, 1))) <= 2e-3
 
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("name", ["fp16", "k4v4"])
 def test_blocks_that_a_window_has_freed_are_not_read(name: str, splits: int) -> None:
-    case = Case(format=name, lengths=(100,), queries=(1,), window=30, splits=splits)
+    case = Case(format=name, seq_lens=(100,), queries=(1,), window=30, splits=splits)
     batch, _ = case.batch()
     assert batch.block_table.numel() == 8
     original = Case.batch
 
     def freed(self: Case) -> object:
-        batch, sinks = original(self)
+        batch, sink_logits = original(self)
         batch.block_table[0, :4] = 0  # the null block, still poisoned with NaN
-        return batch, sinks
+        return batch, sink_logits
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Case, "batch", freed)
@@ -100,7 +100,7 @@ def test_splits_follow_requests_and_context() -> None:
     assert choose_splits(64, 8, 32768, 128, 132) == 1
     assert choose_splits(1, 8, 100, 128, 132) == 1
     layout = PageLayout(FORMATS["k4v4"], 128, 16)
-    plan = plan_decode(layout, requests=8, queries=2, query_heads=32, kv_heads=8, longest=4096, multiprocessors=132)
+    plan = plan_decode(layout, requests=8, queries=2, query_heads=32, kv_heads=8, max_seq_len=4096, num_sms=132)
     assert plan.splits == 8 and plan.shape.ROWS == 16
     assert plan.scratch_floats(128) == 8 * 32 * 2 * 8 * 129
 
@@ -109,12 +109,12 @@ def test_refusals() -> None:
     layout = PageLayout(FORMATS["k4v4"], 64, 16)
     heads = {"query_heads": 4, "kv_heads": 2}
     with pytest.raises(UnsupportedError, match="1 to 8 query tokens"):
-        plan_decode(layout, requests=1, queries=9, longest=10, multiprocessors=1, **heads)
+        plan_decode(layout, requests=1, queries=9, max_seq_len=10, num_sms=1, **heads)
     with pytest.raises(UnsupportedError, match="not a multiple"):
-        plan_decode(layout, requests=1, queries=1, query_heads=5, kv_heads=2, longest=10, multiprocessors=1)
+        plan_decode(layout, requests=1, queries=1, query_heads=5, kv_heads=2, max_seq_len=10, num_sms=1)
     with pytest.raises(UnsupportedError, match="float16 and bfloat16"):
         decode_error(Case(dtype=torch.float32))
-    plan = plan_decode(layout, requests=1, queries=1, longest=4096, multiprocessors=8, **heads)
+    plan = plan_decode(layout, requests=1, queries=1, max_seq_len=4096, num_sms=8, **heads)
     empty = torch.empty(1, 4, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="fp32 numbers of scratch for"):
         decode(empty, empty, layout, empty, empty, torch.ones(1), empty, plan, None, scale=1.0)

@@ -19,7 +19,7 @@ from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
 
 SOURCES = Path(fraqtl_kernels.gpu.__file__).parent
-CASE = Case(lengths=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning=Tuning(16, 4, 1))  # several chunks
+CASE = Case(seq_lens=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning=Tuning(16, 4, 1))  # several chunks
 MUTATIONS = {
     "the scale of V is ignored": ("attention.py", "weights * scales[group].to(tl.float32)[None, :]", "weights * 1.0"),
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
@@ -28,27 +28,35 @@ MUTATIONS = {
     "nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
     "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
-    "sink keys are not told apart": ("attention.py", "is_sink[None, :] * q_shift[:, None]", "is_sink[None, :] * 0.0"),
-    "queries are carried into another basis": ("bases.py", "matrix(inverse.mT)", "matrix(basis)"),
-    "the centre of V is left out": ("attention.py", "share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
-    "splits are not weighted": ("combine.py", "weight = tl.exp2(log_sum - shift)", "weight = tl.exp2(shift - shift)"),
+    "outlier keys are not told apart": (
+        "attention.py",
+        "is_outlier[None, :] * q_shift[:, None]",
+        "is_outlier[None, :] * 0.0",
+    ),
+    "queries are carried into another basis": ("operands.py", "matrix(inverse.mT)", "matrix(basis)"),
+    "the center of V is left out": ("attention.py", "weight_share[:, None] * tl.load(at, mask=real, other=0.0)", "0.0"),
+    "splits are not weighted": ("combine.py", "weight = tl.exp2(split_lse - shift)", "weight = tl.exp2(shift - shift)"),
 }
 
-DECODING = replace(CASE, lengths=(4, 5, 23), queries=(1, 1, 1))  # few keys: refined ones take much of the weight
-OF_REFINEMENTS = {
-    "refinements of K are left out": ("attention.py", "scores += score_codes(", "score_codes("),
-    "refinements of V are left out": ("attention.py", "    if V.REFINED:\n", "    if False:\n"),
-    "refinements stand one slot further": (
+DECODING = replace(CASE, seq_lens=(4, 5, 23), queries=(1, 1, 1))  # few keys: residuals take much of the weight
+OF_RESIDUALS = {
+    "residuals of K are left out": ("attention.py", "scores += score_codes(", "score_codes("),
+    "residuals of V are left out": ("attention.py", "    if V.HAS_RESIDUAL:\n", "    if False:\n"),
+    "residuals stand one slot further": (
         "attention.py",
-        "tl.where(finer, slot + _DISTANCE, 0)",
+        "tl.where(has_residual, slot + _DISTANCE, 0)",
         "slot + _DISTANCE + 1",
     ),
-    "the newest tokens are attended twice": (
+    "tokens with a residual are attended twice": (
         "attention.py",
         "last = tl.minimum(last, bound)\n        bound +=",
         "bound = length +",
     ),
-    "a token too few is read refined": ("attention.py", "tl.minimum(_DISTANCE - 1,", "tl.minimum(_DISTANCE - 2,"),
+    "a token too few is read with its residual": (
+        "attention.py",
+        "tl.minimum(_DISTANCE - 1,",
+        "tl.minimum(_DISTANCE - 2,",
+    ),
 }
 
 
@@ -81,19 +89,19 @@ def test_a_mutation_is_seen(mutant: ModuleType) -> None:
     assert not error <= 5 * TOLERANCE[CASE.dtype]
 
 
-def test_without_a_mutation_refined_tokens_are_read_so() -> None:
+def test_without_a_mutation_residuals_are_read() -> None:
     assert decode_error(DECODING) <= TOLERANCE[CASE.dtype]
 
 
-@pytest.mark.parametrize("mutant", OF_REFINEMENTS.values(), ids=OF_REFINEMENTS, indirect=True)
-def test_a_mutation_of_refinements_is_seen(mutant: ModuleType) -> None:
+@pytest.mark.parametrize("mutant", OF_RESIDUALS.values(), ids=OF_RESIDUALS, indirect=True)
+def test_a_mutation_of_residuals_is_seen(mutant: ModuleType) -> None:
     error = decode_error(DECODING, mutant)
     print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
     assert not error <= 5 * TOLERANCE[CASE.dtype]
 
 
-@pytest.mark.parametrize("mutant", [("combine.py", "of_keys / total", "total / total")], indirect=True)
-def test_the_centre_of_values_must_not_count_for_sinks(mutant: ModuleType) -> None:
-    case = replace(CASE, sinks=True, lengths=(3, 9))  # few keys: sinks take much of the weight
+@pytest.mark.parametrize("mutant", [("combine.py", "of_keys / l_i", "l_i / l_i")], indirect=True)
+def test_the_center_of_values_must_not_count_for_sinks(mutant: ModuleType) -> None:
+    case = replace(CASE, sink_logits=True, seq_lens=(3, 9))  # few keys: sinks take much of the weight
     assert decode_error(case) <= TOLERANCE[case.dtype]
     assert not decode_error(case, mutant) <= 5 * TOLERANCE[case.dtype]

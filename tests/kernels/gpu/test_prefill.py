@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.gpu.bases import Bases
 from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
 from tests.kernels.conftest import relative_error
 from tests.kernels.gpu.cases import TOLERANCE, Case, expected, random_cases, to_device
@@ -22,7 +22,7 @@ SWEEP = int(os.environ.get("FRAQTL_PREFILL_SWEEP", "30"))
 
 
 def prefill_error(case: Case) -> float:
-    batch, sinks = case.batch()
+    batch, sink_logits = case.batch()
     output = torch.full(batch.query.shape, torch.nan, dtype=case.dtype, device=DEVICE)
     prefill(
         batch.query.to(DEVICE),
@@ -30,21 +30,21 @@ def prefill_error(case: Case) -> float:
         batch.layout,
         batch.block_table.to(DEVICE),
         batch.query_start.int().to(DEVICE),
-        batch.lengths.int().to(DEVICE),
+        batch.seq_lens.int().to(DEVICE),
         max(case.queries),
         output,
-        Bases.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
+        LayerOperands.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
         scale=batch.scale,
         window=case.window,
         soft_cap=case.soft_cap,
-        sinks=None if sinks is None else sinks.to(DEVICE),
+        sink_logits=None if sink_logits is None else sink_logits.to(DEVICE),
         tuning=case.tuning,
     )
-    return relative_error(output.cpu(), expected(case, batch, sinks))
+    return relative_error(output.cpu(), expected(case, batch, sink_logits))
 
 
 @pytest.mark.parametrize(
-    "case", random_cases(SWEEP, most_queries=40, tiles=(32, 64)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
+    "case", random_cases(SWEEP, max_query_len=40, tiles=(32, 64)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
 )
 def test_sweep(case: Case) -> None:
     assert prefill_error(case) <= TOLERANCE[case.dtype]
@@ -52,12 +52,12 @@ def test_sweep(case: Case) -> None:
 
 def test_more_query_heads_than_rows_of_a_program() -> None:
     """One KV head for 40 query heads: a program still takes a whole query token."""
-    assert prefill_error(Case(kv_heads=1, group=40, lengths=(20,), queries=(3,))) <= 2e-3
+    assert prefill_error(Case(kv_heads=1, group=40, seq_lens=(20,), queries=(3,))) <= 2e-3
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_chunk_behind_a_cached_prefix(name: str, dtype: torch.dtype) -> None:
-    case = Case(format=name, dtype=dtype, lengths=(90, 33, 5), queries=(41, 33, 1), padding=48)
+    case = Case(format=name, dtype=dtype, seq_lens=(90, 33, 5), queries=(41, 33, 1), padding=48)
     assert prefill_error(case) <= TOLERANCE[dtype]
 
 
@@ -69,7 +69,7 @@ def test_shapes(head_size: int, group: int, block_size: int, dtype: torch.dtype)
         group=group,
         block_size=block_size,
         kv_heads=1,
-        lengths=(100, 70),
+        seq_lens=(100, 70),
         queries=(64, 70),
         tuning=Tuning(32, 4, 1),
     )
@@ -78,13 +78,13 @@ def test_shapes(head_size: int, group: int, block_size: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("soft_cap", [None, 4.0])
-def test_window_soft_cap_sinks_and_centre(window: int | None, soft_cap: float | None) -> None:
+def test_window_soft_cap_sink_logits_and_center(window: int | None, soft_cap: float | None) -> None:
     case = Case(
-        lengths=(75, 31),
+        seq_lens=(75, 31),
         queries=(50, 31),
         window=window,
         soft_cap=soft_cap,
-        sinks=True,
+        sink_logits=True,
         calibrated=True,
         tuning=Tuning(16, 4, 1),
     )

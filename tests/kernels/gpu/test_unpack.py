@@ -60,11 +60,11 @@ def run_ptx(asm: str, word: int, outputs: int, dtype: torch.dtype) -> list[float
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("centred", [False, True])
-def test_ptx_nibbles(dtype: torch.dtype, centred: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ptx_nibbles(dtype: torch.dtype, symmetric: bool) -> None:
     """Every byte in every place comes out as code + bias, and `zero_points` is where the value is zero."""
-    name = f"NIBBLES_{'FP16' if dtype == FP16 else 'BF16'}{'_CENTRED' if centred else ''}"
-    zeros = unpack.zero_points(VectorFormat(4), dtype, centred=centred, ptx=True)
+    name = f"NIBBLES_{'FP16' if dtype == FP16 else 'BF16'}{'_SYMMETRIC' if symmetric else ''}"
+    zeros = unpack.zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True)
     for byte in range(256):
         codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
         found = run_ptx(getattr(unpack, name).value, int.from_bytes(bytes(codes), "little"), 4, dtype)
@@ -73,10 +73,10 @@ def test_ptx_nibbles(dtype: torch.dtype, centred: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("centred", [False, True])
-def test_ptx_words(dtype: torch.dtype, centred: bool) -> None:
-    name = f"WORDS_{'FP16' if dtype == FP16 else 'BF16'}{'_CENTRED' if centred else ''}"
-    zeros = unpack.zero_points(VectorFormat(4), dtype, centred=centred, ptx=True, words=True)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ptx_words(dtype: torch.dtype, symmetric: bool) -> None:
+    name = f"WORDS_{'FP16' if dtype == FP16 else 'BF16'}{'_SYMMETRIC' if symmetric else ''}"
+    zeros = unpack.zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True, words=True)
     for byte in range(256):
         words = [byte | ((byte * 7 + 3) % 256 << 8), 255 - byte | ((byte * 31) % 256 << 8)]
         found = run_ptx(getattr(unpack, name).value, words[0] | (words[1] << 16), 4, dtype)
@@ -96,7 +96,7 @@ def test_words_hold_the_dimensions_in_their_order() -> None:
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 def test_ptx_pairs(dtype: torch.dtype) -> None:
     asm = unpack.PAIRS_FP16 if dtype == FP16 else unpack.PAIRS_BF16
-    zeros = unpack.zero_points(VectorFormat(2), dtype, centred=True, ptx=True)
+    zeros = unpack.zero_points(VectorFormat(2), dtype, symmetric=True, ptx=True)
     for byte in range(256):
         codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
         found = run_ptx(asm.value, int.from_bytes(bytes(codes), "little"), 8, dtype)
@@ -106,7 +106,7 @@ def test_ptx_pairs(dtype: torch.dtype) -> None:
 
 
 def test_ptx_bytes() -> None:
-    zeros = unpack.zero_points(VectorFormat(8), FP16, centred=True, ptx=True)
+    zeros = unpack.zero_points(VectorFormat(8), FP16, symmetric=True, ptx=True)
     for byte in range(256):
         codes = [byte, 255 - byte, (byte * 7) % 256, 128]
         found = run_ptx(unpack.BYTES_FP16.value, int.from_bytes(bytes(codes), "little"), 2, FP16)
@@ -149,13 +149,13 @@ def test_portable(dtype: torch.dtype) -> None:
     in_pairs = ((2, pairs[part], (codes >> (2 * part)) & 3) for part in range(4))
     for bits, unpacked, exact in ((4, low, codes & 15), (4, high, codes >> 4), (8, whole, codes), *in_pairs):
         vector = VectorFormat(bits)
-        zero = unpack.zero_points(vector, dtype, centred=True, ptx=False)[0]
+        zero = unpack.zero_points(vector, dtype, symmetric=True, ptx=False)[0]
         assert torch.equal(unpacked.double() - zero, exact.double() - vector.midpoint)
 
 
 def test_raw_vectors_have_no_zero_point() -> None:
-    assert unpack.zero_points(FORMATS["bf16"].k, BF16, centred=True, ptx=True) == (0, 0)
+    assert unpack.zero_points(FORMATS["bf16"].k, BF16, symmetric=True, ptx=True) == (0, 0)
 
 
 def test_the_zero_of_static_codes_needs_no_correction() -> None:
-    assert unpack.zero_points(FORMATS["k4v4-channel"].v, FP16, centred=True, ptx=True) == (0, 0)
+    assert unpack.zero_points(FORMATS["k4v4-channel"].v, FP16, symmetric=True, ptx=True) == (0, 0)

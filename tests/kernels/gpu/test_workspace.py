@@ -1,4 +1,4 @@
-"""Dequantising a range of cached tokens, against the reference's stored values."""
+"""Dequantizing a range of cached tokens, against the reference's stored values."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_kernels.gpu.bases import Bases
-from fraqtl_kernels.gpu.workspace import dequantise
+from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.workspace import dequantize
 from tests.kernels.conftest import relative_error
 from tests.kernels.gpu.cases import Case, to_device
 from tests.kernels.gpu.conftest import DEVICE
@@ -19,14 +19,14 @@ ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
-    case = Case(format=name, dtype=dtype, head_size=size, lengths=(5, 90, 64), calibrated=size != 80, padding=48)
+    case = Case(format=name, dtype=dtype, head_size=size, seq_lens=(5, 90, 64), calibrated=size != 80, padding=48)
     batch, _ = case.batch()
     ranges = ((0, 0), (17, 60), (16, 48))  # (first token, tokens): the first request is skipped
     start = torch.tensor([0, *(n for _, n in ranges)]).cumsum(0)
     key, value = (
         torch.full((start[-1] + 2, case.kv_heads, size), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)
     )
-    dequantise(
+    dequantize(
         to_device(batch.pool),
         batch.layout,
         batch.block_table.to(DEVICE),
@@ -35,7 +35,7 @@ def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
         60,
         key,
         value,
-        Bases.of(batch.layout.format, size, dtype, DEVICE, batch.constants),
+        LayerOperands.of(batch.layout.format, size, dtype, DEVICE, batch.constants),
     )
     planes = batch.layout.planes(batch.pool)
     for ours, stored in (

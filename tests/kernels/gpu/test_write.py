@@ -13,10 +13,10 @@ from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
-from fraqtl_kernels.gpu.bases import Bases
+from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import make_pool
 from tests.kernels.gpu.cases import to_device
 from tests.kernels.gpu.conftest import DEVICE
@@ -30,8 +30,8 @@ def written(
 ) -> Tensor:
     """The pool after the kernel has written to it, on the CPU."""
     pool = to_device(make_pool(layout, 7, key.shape[1], padding=64))
-    bases = Bases.of(layout.format, layout.head_size, key.dtype, DEVICE, constants)
-    write(pool, layout, key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE), bases)
+    operands = LayerOperands.of(layout.format, layout.head_size, key.dtype, DEVICE, constants)
+    write(pool, layout, key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE), operands)
     return pool.cpu() if DEVICE != "cpu" else pool
 
 
@@ -73,9 +73,9 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
     key_format, value_format = layout.format.k, layout.format.v
     key, value = strided(41, 3, size, dtype)
     constants = calibration(layout, key, value) if calibrated or layout.format.needs_calibration else IDENTITY
-    if key_format.centred and calibrated:
-        key[::3] += constants.sink_centre.to(dtype)
-        key[1::3] += constants.key_centre.to(dtype)
+    if key_format.calibrated and calibrated:
+        key[::3] += constants.outlier_center.to(dtype)
+        key[1::3] += constants.key_center.to(dtype)
     # A block's begin, single tokens, a run over the edge of two blocks, and tokens that are padding
     slots = torch.tensor([*range(64, 76), 3, 170, 130, *range(23, 49)])
     slots[[3, 17, 40]] = -1
@@ -87,8 +87,16 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
         return plane.transpose(1, 2).flatten(0, 1)[at].flatten(0, 1)
 
     key, value = key[slots >= 0].double(), value[slots >= 0].double()
-    for x, vector, plane, scales, step, encode, refine in (
-        (key, key_format, planes.k, planes.k_scale, constants.key_scale, reference.encode_keys, reference.refine_keys),
+    for x, vector, plane, scales, step, encode, encode_residual in (
+        (
+            key,
+            key_format,
+            planes.k,
+            planes.k_scale,
+            constants.key_scale,
+            reference.encode_keys,
+            reference.encode_key_residuals,
+        ),
         (
             value,
             value_format,
@@ -96,14 +104,14 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             planes.v_scale,
             constants.value_scale,
             reference.encode_values,
-            reference.refine_values,
+            reference.encode_value_residuals,
         ),
     ):
         if vector.is_raw:
             assert torch.equal(stored(plane), x.flatten(0, 1).to(vector.raw_dtype))
             continue
         codes = reference.unpack(stored(plane), vector)
-        if vector.centred and calibrated:
+        if vector.calibrated and calibrated:
             check_feedback(stored(scales), codes, *(y.flatten(0, 1) for y in encode(x, vector, constants)))
             if vector is key_format:
                 assert stored(scales).signbit().any() and not stored(scales).signbit().all()
@@ -111,11 +119,11 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             check_codes((x / step.double() + vector.midpoint).flatten(0, 1), codes, 1, vector)
         else:
             check_vectors(reference.rotate(x, vector).flatten(0, 1), codes, stored(scales), vector)
-        if vector.refined:
+        if vector.has_residual:
             own = (y.unflatten(0, (len(x), -1))[has_room] for y in (codes, stored(scales)))
-            exact = refine(x[has_room], *own, vector, constants)
-            behind = used[has_room] + DISTANCE
-            found = reference.unpack(stored(plane, behind), vector), stored(scales, behind)
+            exact = encode_residual(x[has_room], *own, vector, constants)
+            residual_slots = used[has_room] + DISTANCE
+            found = reference.unpack(stored(plane, residual_slots), vector), stored(scales, residual_slots)
             same = (found[0] == exact[0].flatten(0, 1)).all(-1) & (found[1] == exact[1].flatten(0, 1)).view(
                 len(found[0]), -1
             ).all(-1)
@@ -141,20 +149,20 @@ def test_only_given_slots_are_written(name: str) -> None:
     assert torch.equal(raw[:, -64:], raw_before[:, -64:])
     changed = layout.planes((pool != before).to(torch.uint8))
     format = layout.format
-    for plane, refined in ((changed.k, format.k.refined), (changed.v, format.v.refined)):
+    for plane, with_residual in ((changed.k, format.k.has_residual), (changed.v, format.v.has_residual)):
         rows = (plane.contiguous().view(torch.uint8) != 0).any(-1).nonzero()
-        places = [(1, 5), (6, 15)] + ([(1, 5 + DISTANCE)] if refined else [])
+        places = [(1, 5), (6, 15)] + ([(1, 5 + DISTANCE)] if with_residual else [])
         assert set(map(tuple, rows.tolist())) == {(b, h, o) for b, o in places for h in (0, 1)}
 
 
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_quantised])
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_quantized])
 def test_packing_is_bit_exact(name: str) -> None:
     """Values that fp32 rotates and scales without rounding: every byte of the pool equals the reference's."""
     layout = PageLayout(FORMATS[name], 64, 16)  # 1/sqrt(64) is a power of two
     key, value = (torch.randint(-64, 65, (50, 2, 64)).half() for _ in range(2))
 
-    key_transform, _ = random_transform(2, 64, centre=torch.randint(-8, 9, (2, 64)).float())
-    value_transform, _ = random_transform(2, 64, centre=torch.randint(-8, 9, (2, 64)).float())
+    key_transform, _ = random_transform(2, 64, center=torch.randint(-8, 9, (2, 64)).float())
+    value_transform, _ = random_transform(2, 64, center=torch.randint(-8, 9, (2, 64)).float())
     constants = LayerConstants.of(key_transform, value_transform, torch.randint(-99, 100, (2, 64)).float())
     if layout.format.needs_calibration:
         steps = torch.exp2(torch.randint(0, 5, (2, 64)).float())
@@ -173,7 +181,7 @@ def test_zero_tiny_huge_and_broken_vectors(name: str, calibrated: bool) -> None:
     x[1, 0, 3], x[2, 0, 5], x[3, 0, 7], x[4, 0, 9], x[5, 0, 9] = 1e-9, 1e9, math.nan, math.inf, -math.inf
     constants = IDENTITY
     if calibrated:
-        transform, _ = random_transform(1, 64, spread=0, centre=torch.zeros(1, 64))
+        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64))
         constants = LayerConstants.of(transform, transform)
     planes = layout.planes(written(layout, x, x, torch.arange(6), constants))
     stored = (

@@ -78,7 +78,7 @@ def _float_of(_context: Any, word: Any) -> Any:
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def exp(x):
-    """e^x to a few units in the last place, for |x| <= 87 (larger ones count as that); vectorises, unlike libm's.
+    """e^x to a few units in the last place, for |x| <= 87 (larger ones count as that); vectorizes, unlike libm's.
 
     e^x = 2^n · e^r with n = round(x · log2 e), |r| <= ln(2)/2 and a Taylor polynomial for e^r.
     """

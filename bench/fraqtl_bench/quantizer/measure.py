@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quantiser.cases import SINKS, Case, Head, Sample, attended_keys
-from fraqtl_bench.quantiser.steps import STEPS, Step
-from fraqtl_bench.quantiser.stored import through_pages
-from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, key_variants, store, value_variants
+from fraqtl_bench.quantizer.cases import SINKS, Case, Head, Sample, attended_keys
+from fraqtl_bench.quantizer.steps import STEPS, Step
+from fraqtl_bench.quantizer.stored import through_pages
+from fraqtl_bench.quantizer.variants import PLAIN, Constants, Variant, key_variants, store, value_variants
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.formats import KVFormat, get_format
 
@@ -53,7 +53,7 @@ def flips(sample: Sample, key: Tensor) -> float:
 
 
 def as_shipped(head: Head, format: KVFormat) -> tuple[Tensor, Tensor]:
-    """The measured keys and values (T, D) as the server would read them, none of them refined."""
+    """The measured keys and values (T, D) as the server would read them, none with its residual."""
     calibration, measured = head.calibration, head.measured
     constants = calibrate(format, *calibration.by_head)
     stored = through_pages(format, measured.key[:, None], measured.value[:, None], constants)
@@ -61,7 +61,7 @@ def as_shipped(head: Head, format: KVFormat) -> tuple[Tensor, Tensor]:
 
 
 def through_step(head: Head, step: Step) -> tuple[Tensor, Tensor]:
-    """The same with an earlier step of the quantiser."""
+    """The same with an earlier step of the quantizer."""
     calibration, measured = head.calibration, head.measured
     constants = step.calibrate(*calibration.by_head)
     key, value = step.store(measured.key[:, None], measured.value[:, None], constants)
@@ -147,7 +147,7 @@ def measure_case(case: Case) -> CaseResult:
     k_first = [torch.cat([s.key[:SINKS], x[SINKS:]]) for s, x in zip(measured, k, strict=True)]
     v_first = [torch.cat([s.value[:SINKS], x[SINKS:]]) for s, x in zip(measured, v, strict=True)]
     v_error = mean(relative_error(found, s.value) for found, s in zip(v, measured, strict=True))
-    spread = mean(attended_keys(s) for s in measured)
+    attended = mean(attended_keys(s) for s in measured)
     by_step = {name: [through_step(head, step) for head in case.heads] for name, step in STEPS.items()}
     steps = {name: measures(*zip(*stored, strict=True)) for name, stored in by_step.items()}
     step_v_errors = {
@@ -155,7 +155,7 @@ def measure_case(case: Case) -> CaseResult:
         for name, stored in by_step.items()
     }
     return CaseResult(
-        case, spread, measures(k, v), v_error, measures(k_first, v_first), steps, step_v_errors, keys, values
+        case, attended, measures(k, v), v_error, measures(k_first, v_first), steps, step_v_errors, keys, values
     )
 
 

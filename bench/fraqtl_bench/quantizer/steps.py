@@ -1,4 +1,4 @@
-"""What the parts of the calibrated quantiser give, one after another.
+"""What the parts of the calibrated quantizer give, one after another.
 
 - `matrix`: z = (x - c) B with the best B for plain rounding: B B^T is the geometric mean of G and S^-1, so that in the
   basis in which both are diagonal, a direction of deviation s (in units of what errors cost) is divided by sqrt(s);
@@ -14,52 +14,52 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import Find, calibrate, find_transform
+from fraqtl_kernels.calibration import Solver, calibrate, solve_transform
 from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
 from fraqtl_kernels.formats import get_format
 from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.rotation import hadamard
 
 
-def balanced(centre: Tensor, spread: Tensor, cost: Tensor) -> Transform:
-    """Like `find_transform`, without feedback."""
-    size = spread.shape[-1]
-    values, axes = torch.linalg.eigh(cost)
+def balanced(center: Tensor, covariance: Tensor, hessian: Tensor) -> Transform:
+    """Like `solve_transform`, without feedback."""
+    size = covariance.shape[-1]
+    values, axes = torch.linalg.eigh(hessian)
     root = (axes * values.sqrt()[:, None]) @ axes.mT
-    variance, axes = torch.linalg.eigh(root @ spread @ root)
-    basis = root @ (axes / variance.clamp_min(1e-12).pow(0.25)[:, None]) @ hadamard(size).to(spread)
+    variance, axes = torch.linalg.eigh(root @ covariance @ root)
+    basis = root @ (axes / variance.clamp_min(1e-12).pow(0.25)[:, None]) @ hadamard(size).to(covariance)
     basis = basis / torch.linalg.slogdet(basis).logabsdet.div(size).exp()[:, None, None]
-    return make_transform(centre, basis, torch.zeros(len(basis), size // 2, size // 2))
+    return make_transform(center, basis, torch.zeros(len(basis), size // 2, size // 2))
 
 
 @dataclass(frozen=True)
 class Step:
     """One way of storing keys and values with constants."""
 
-    find: Find
+    solve: Solver
     choices: tuple[float, ...] = (1.0,)
 
     def calibrate(
         self, key: Tensor, query: Tensor, value: Tensor, importance: Importance | None = None
     ) -> LayerConstants:
         """As `fraqtl_kernels.calibration.calibrate` for k4v4."""
-        return calibrate(get_format("k4v4"), key, query, value, importance, find=self.find)
+        return calibrate(get_format("k4v4"), key, query, value, importance, solve=self.solve)
 
     def store(self, key: Tensor, value: Tensor, constants: LayerConstants) -> tuple[Tensor, Tensor]:
         """Keys and values (tokens, KV heads, D) after a round trip."""
         assert constants.key is not None and constants.value is not None
-        z, is_sink = constants.key.apply(key), torch.zeros(key.shape[:-1], dtype=torch.bool)
-        if constants.sink_centre is not None:
-            as_sink = constants.key.apply(key, constants.sink_centre)
-            is_sink = as_sink.abs().amax(-1) < z.abs().amax(-1)
-            z = torch.where(is_sink[..., None], as_sink, z)
-        stored = constants.restore_keys(self._round_trip(z, constants.key), is_sink)
+        z, is_outlier = constants.key.apply(key), torch.zeros(key.shape[:-1], dtype=torch.bool)
+        if constants.outlier_center is not None:
+            as_outlier = constants.key.apply(key, constants.outlier_center)
+            is_outlier = as_outlier.abs().amax(-1) < z.abs().amax(-1)
+            z = torch.where(is_outlier[..., None], as_outlier, z)
+        stored = constants.restore_keys(self._round_trip(z, constants.key), is_outlier)
         return stored, constants.value.undo(self._round_trip(constants.value.apply(value), constants.value))
 
     def _round_trip(self, z: Tensor, transform: Transform) -> Tensor:
         vector = get_format("k4v4").k
-        codes, scale = reference.quantise_with_feedback(z, transform.feedback, vector, self.choices)
-        return reference.dequantise(codes, scale, vector, z.dtype)
+        codes, scale = reference.quantize_with_feedback(z, transform.feedback, vector, self.choices)
+        return reference.dequantize(codes, scale, vector, z.dtype)
 
 
-STEPS = {"matrix": Step(balanced), "feedback": Step(find_transform)}
+STEPS = {"matrix": Step(balanced), "feedback": Step(solve_transform)}

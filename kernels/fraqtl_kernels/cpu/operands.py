@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.cpu.calibrated import spectrum_of
-from fraqtl_kernels.cpu.plain import rotation_base
+from fraqtl_kernels.cpu.plain import make_hadamard_base
 from fraqtl_kernels.cpu.products import panels
 from fraqtl_kernels.formats import FEEDBACK_GRID, VectorFormat
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = np.empty(0, np.float32)
@@ -26,8 +26,8 @@ _NO_ROTATION = np.empty((0, 0), np.float32)
 class Table:
     """A layer's constants of its keys or values, for every head one after another, float32:
 
-    the centre (D), the way from it to the sink centre in the basis (D), the basis in panels (D · D), and the feedback,
-    as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID (D/2 · D/2).
+    the center (D), the way from it to the outlier center in the basis (D), the basis in panels (D · D), and the
+    feedback, as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID (D/2 · D/2).
     """
 
     numbers: Any
@@ -37,19 +37,20 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Side:
+class StreamOperands:
     """Keys or values of a batch.
 
-    x: what is read, to keep it alive. table: `Table.numbers`. finer: refinements to fill, flat. base: of the rotation.
-    whole: address and kind of the numbers, bytes from token to token and from head to head, bits (0: nothing to do),
-    groups, whether calibrated, structured, shifted, numbers of a head in the table, code offset and bytes, scale
-    offset and bytes, slots to a refinement, whether `finer` is to be filled. numbers: edge, midpoint, levels, D^-½.
+    x: what is read, to keep it alive. table: `Table.numbers`. residual: residuals to fill, flat. hadamard_base: of the
+    rotation. whole: address and kind of the numbers, bytes from token to token and from head to head, bits (0: nothing
+    to do), groups, whether calibrated, structured, shifted, numbers of a head in the table, code offset and bytes,
+    scale offset and bytes, slots to a residual, whether `residual` is to be filled. numbers: edge, midpoint, levels,
+    D^-½.
     """
 
     x: Tensor
     table: Any
-    finer: Any
-    base: Any
+    residual: Any
+    hadamard_base: Any
     whole: tuple[int, ...]
     numbers: tuple[float, ...]
 
@@ -61,11 +62,11 @@ class Side:
         code_offset: int,
         scale_offset: int,
         constants: LayerConstants,
-        which: str,
-        finer: Tensor | None,
-    ) -> Side:
-        """x: (tokens, KV heads, D), floating point, any strides. which: "key" or "value". finer: (tokens, KV heads, D)
-        float32 <- what the refinements of tokens stand for, zero for those without."""
+        stream: str,
+        residual: Tensor | None,
+    ) -> StreamOperands:
+        """x: (tokens, KV heads, D), floating point, any strides. stream: "key" or "value". residual: (tokens, KV heads,
+        D) float32 <- what the residuals of tokens stand for, zero for those without."""
         size = x.shape[-1]
         if not vector.is_scaled:
             return cls(x, _NOTHING, _NOTHING, _NO_ROTATION, (0,) * 16, (0.0,) * 4)
@@ -73,7 +74,7 @@ class Side:
             x = x.float()
         if x.stride(-1) != 1:
             x = x.contiguous()
-        table = tables_of(constants)[which] if vector.centred else None
+        table = tables_of(constants)[stream] if vector.calibrated else None
         each = x.element_size()
         whole = (
             x.data_ptr(),
@@ -90,25 +91,25 @@ class Side:
             vector.code_bytes(size),
             scale_offset,
             vector.scale_bytes,
-            DISTANCE if vector.refined else 0,
-            int(finer is not None),
+            DISTANCE if vector.has_residual else 0,
+            int(residual is not None),
         )
         return cls(
             x,
             _NOTHING if table is None else table.numbers,
-            _NOTHING if finer is None else finer.view(-1).numpy(),
-            rotation_base(size) if vector.rotated and table is None else _NO_ROTATION,
+            _NOTHING if residual is None else residual.view(-1).numpy(),
+            make_hadamard_base(size) if vector.rotated and table is None else _NO_ROTATION,
             whole,
             (vector.edge, vector.midpoint, vector.levels, size**-0.5),
         )
 
 
-def join(key: Side, value: Side) -> tuple[Any, ...]:
+def join(key: StreamOperands, value: StreamOperands) -> tuple[Any, ...]:
     """Both in the form that `encode.store_range` takes, the same types for every format."""
     return (
         (key.table, value.table),
-        (key.finer, value.finer),
-        (key.base, value.base),
+        (key.residual, value.residual),
+        (key.hadamard_base, value.hadamard_base),
         np.array([key.whole, value.whole], np.int64),
         np.array([key.numbers, value.numbers], np.float32),
     )
@@ -124,15 +125,17 @@ def tables_of(constants: LayerConstants) -> dict[str, Table | None]:
     return _PREPARED[constants]
 
 
-def _table(constants: LayerConstants, which: str) -> Table | None:
-    transform = constants.key if which == "key" else constants.value
+def _table(constants: LayerConstants, stream: str) -> Table | None:
+    transform = constants.key if stream == "key" else constants.value
     if transform is None:
         return None
-    centre = transform.centre.float()
-    sink = constants.sink_centre if which == "key" else None
-    shift = torch.zeros_like(centre) if sink is None else transform.apply(sink.float())
+    center = transform.center.float()
+    outlier_center = constants.outlier_center if stream == "key" else None
+    outlier_shift = torch.zeros_like(center) if outlier_center is None else transform.apply(outlier_center.float())
     spectrum = spectrum_of(transform.feedback)
     feedback = transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum
-    parts = centre, shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)
+    parts = center, outlier_shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)
     numbers = torch.cat(parts, 1)
-    return Table(numbers.flatten().contiguous().numpy(), numbers.shape[1], spectrum is not None, sink is not None)
+    return Table(
+        numbers.flatten().contiguous().numpy(), numbers.shape[1], spectrum is not None, outlier_center is not None
+    )

@@ -1,6 +1,6 @@
-"""`fraqtl-bench quantiser`: which 4-bit quantiser of keys and values loses least, at how many bytes?
+"""`fraqtl-bench quantizer`: which 4-bit quantizer of keys and values loses least, at how many bytes?
 
-Grid x rotation x centring x smoothing x choice of scale, on keys, queries and values of a model and
+Grid x rotation x centering x smoothing x choice of scale, on keys, queries and values of a model and
 on synthetic ones made like known trouble. See `variants`, `cases` and `measure` for the definitions.
 """
 
@@ -16,12 +16,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fraqtl_bench import results
-from fraqtl_bench.quantiser.capture import demo_model, model_case
-from fraqtl_bench.quantiser.cases import synthetic_cases
-from fraqtl_bench.quantiser.measure import SHIPPED, CaseResult, Measures, affordable, measure_case, overall, plain
-from fraqtl_bench.quantiser.perplexity import measure_perplexity
-from fraqtl_bench.quantiser.steps import STEPS
-from fraqtl_bench.quantiser.variants import key_variants
+from fraqtl_bench.quantizer.capture import demo_model, model_case
+from fraqtl_bench.quantizer.cases import synthetic_cases
+from fraqtl_bench.quantizer.measure import SHIPPED, CaseResult, Measures, affordable, measure_case, overall, plain
+from fraqtl_bench.quantizer.perplexity import measure_perplexity
+from fraqtl_bench.quantizer.steps import STEPS
+from fraqtl_bench.quantizer.variants import key_variants
 
 HEAD_SIZES = (64, 128)
 COLUMNS = {
@@ -39,7 +39,7 @@ def _cell(m: Measures) -> str:
 
 
 def case_table(found: list[CaseResult]) -> Table:
-    """A row per case: output error and flips of the plain, the shipped and the best quantisers."""
+    """A row per case: output error and flips of the plain, the shipped and the best quantizers."""
     table = Table(title="error of the attention output (share of argmax flips), at most the bytes of k4v4")
     for name in ("case", "plain INT4", SHIPPED, "best without calibration", "best", "which"):
         table.add_column(name, justify="left" if name in ("case", "which") else "right")
@@ -103,7 +103,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("quantiser", help="compare 4-bit quantisers of keys and values", description=__doc__)
+    parser = commands.add_parser(
+        "quantizer", aliases=["quantiser"], help="compare 4-bit quantizers of keys and values", description=__doc__
+    )
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face model (default: the demo model)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

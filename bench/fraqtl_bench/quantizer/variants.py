@@ -1,7 +1,7 @@
 """The ways of storing a vector in 4 bits that the ablation compares.
 
-A key is prepared (centred, smoothed, rotated), put on a grid with a scale of its own, and brought
-back. With two centres, one for ordinary keys and one for sinks, a key takes the one that leaves the
+A key is prepared (centered, smoothed, rotated), put on a grid with a scale of its own, and brought
+back. With two centers, one for ordinary keys and one for sinks, a key takes the one that leaves the
 smaller maximum (`fraqtl_kernels.constants` says where that is noted, at no cost in bytes). A value is
 rotated and put on the grid. With step s (fp16) the value of code c = 0..15 is
 
@@ -30,7 +30,7 @@ from fraqtl_kernels.rotation import hadamard
 LEVELS = 15
 GRIDS = ("symmetric", "asymmetric", "midpoint")
 ROTATIONS = ("none", "hadamard")
-CENTRINGS = ("none", "mean", "sinks")
+CENTERINGS = ("none", "mean", "sinks")
 SMOOTHINGS = ("none", "magnitude", "balanced", "powers")
 SCALES = ("absmax", "edge", "clip", "mse")
 CLIP = 0.875
@@ -42,25 +42,25 @@ _EDGE = {"symmetric": 14 / 15, "midpoint": 15 / 16, "asymmetric": 15 / 16}
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination. Centring and smoothing are for keys only and need calibration."""
+    """One combination. Centering and smoothing are for keys only and need calibration."""
 
     grid: str
     rotation: str
     scale: str
-    centring: str = "none"
+    centering: str = "none"
     smoothing: str = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.grid}/{self.rotation}/{self.scale}/{self.centring}/{self.smoothing}"
+        return f"{self.grid}/{self.rotation}/{self.scale}/{self.centering}/{self.smoothing}"
 
     @property
     def is_calibrated(self) -> bool:
-        return self.centring != "none" or self.smoothing != "none"
+        return self.centering != "none" or self.smoothing != "none"
 
     @property
     def values(self) -> Variant:
-        """The variant in which the values are stored: the same without centring and smoothing."""
+        """The variant in which the values are stored: the same without centering and smoothing."""
         return Variant(self.grid, self.rotation, self.scale)
 
     def bytes(self, head_size: int) -> int:
@@ -68,7 +68,7 @@ class Variant:
         return head_size // 2 + SCALE_BYTES * (2 if self.grid == "asymmetric" else 1)
 
     def bytes_per_token(self, head_size: int) -> int:
-        """Bytes per (token, KV head). Centres and smoothing factors are per head, not per token."""
+        """Bytes per (token, KV head). Centers and smoothing factors are per head, not per token."""
         return self.bytes(head_size) + self.values.bytes(head_size)
 
 
@@ -76,7 +76,7 @@ PLAIN = Variant("symmetric", "none", "absmax")
 
 
 def key_variants() -> Iterator[Variant]:
-    for parts in product(GRIDS, ROTATIONS, SCALES, CENTRINGS, SMOOTHINGS):
+    for parts in product(GRIDS, ROTATIONS, SCALES, CENTERINGS, SMOOTHINGS):
         yield Variant(*parts)
 
 
@@ -142,46 +142,46 @@ def tie_pairs(square: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Constants:
-    """What calibration finds for one KV head: a centre (D,), factors (D,) that keys are divided by, and perhaps a
-    second centre (D,) for sinks."""
+    """What calibration finds for one KV head: a center (D,), factors (D,) that keys are divided by, and perhaps a
+    second center (D,) for sinks."""
 
-    centre: Tensor
+    center: Tensor
     factor: Tensor
-    sink: Tensor | None = None
+    outlier_center: Tensor | None = None
 
     @classmethod
     def calibrate(cls, key: Tensor, query: Tensor, variant: Variant) -> Constants:
         """From keys (T, D) and queries (n, D) of a calibration sample.
 
-        centre: the mean key; with centring `sinks`, keys that are far from the median are left out of everything
-        and have a mean of their own. factor: `magnitude` is the rms m_k of a RoPE pair over the (centred)
+        center: the mean key; with centering `sinks`, keys that are far from the median are left out of everything
+        and have a mean of their own. factor: `magnitude` is the rms m_k of a RoPE pair over the (centered)
         keys, `balanced` is sqrt(m_k / m_q) with the rms m_q of the queries. The latter is the least
         of sum_i m_q,i² f_i² · sum_j m_k,j² / f_j², the mean squared error of q·k when the rotation
         spreads the error of key / f evenly (Cauchy-Schwarz); `powers` are the nearest powers of two.
         """
-        sink = None
-        if variant.centring == "sinks" and (far := far_from_the_median(key[:, None])[:, 0]).any():
-            sink, key = key[far].mean(0), key[~far]
-        centre = torch.zeros_like(key[0]) if variant.centring == "none" else key.mean(0)
+        outlier_center = None
+        if variant.centering == "sinks" and (far := far_from_the_median(key[:, None])[:, 0]).any():
+            outlier_center, key = key[far].mean(0), key[~far]
+        center = torch.zeros_like(key[0]) if variant.centering == "none" else key.mean(0)
         if variant.smoothing == "none":
-            return cls(centre, torch.ones_like(centre), sink)
-        size = tie_pairs((key - centre).square().mean(0)).sqrt()
+            return cls(center, torch.ones_like(center), outlier_center)
+        size = tie_pairs((key - center).square().mean(0)).sqrt()
         if variant.smoothing != "magnitude":
             size = (size / tie_pairs(query.square().mean(0)).sqrt().clamp_min(1e-6)).sqrt()
         size = size.clamp_min(1e-4 * size.max())
         if variant.smoothing == "powers":
             logs = size.log2()
             size = (logs - logs.mean()).round().exp2()
-        return cls(centre, size, sink)
+        return cls(center, size, outlier_center)
 
     def prepare_key(self, key: Tensor) -> Tensor:
-        return (key - self.centre) / self.factor
+        return (key - self.center) / self.factor
 
     def restore_key(self, key: Tensor) -> Tensor:
-        return key * self.factor + self.centre
+        return key * self.factor + self.center
 
     def prepare_query(self, query: Tensor) -> Tensor:
-        """The query that sees prepared keys: q·k - q·centre = (q · factor)·((k - centre) / factor)."""
+        """The query that sees prepared keys: q·k - q·center = (q · factor)·((k - center) / factor)."""
         return query * self.factor
 
 
@@ -191,11 +191,11 @@ def store(x: Tensor, variant: Variant, constants: Constants | None = None) -> Te
         return _round_trip(x, variant)[0]
     stored, largest = _round_trip(constants.prepare_key(x), variant)
     stored = constants.restore_key(stored)
-    if constants.sink is None:
+    if constants.outlier_center is None:
         return stored
-    moved = replace(constants, centre=constants.sink)
-    as_sink, largest_as_sink = _round_trip(moved.prepare_key(x), variant)
-    return torch.where((largest_as_sink < largest)[:, None], moved.restore_key(as_sink), stored)
+    moved = replace(constants, center=constants.outlier_center)
+    as_outlier, largest_as_outlier = _round_trip(moved.prepare_key(x), variant)
+    return torch.where((largest_as_outlier < largest)[:, None], moved.restore_key(as_outlier), stored)
 
 
 def _round_trip(x: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`fraqtl-bench quantiser`: each piece of the ablation against values written out by hand."""
+"""`fraqtl-bench quantizer`: each piece of the ablation against values written out by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fraqtl_bench import quantiser
+from fraqtl_bench import quantizer
 from fraqtl_bench.cli import main
-from fraqtl_bench.quantiser import capture, cases, measure, perplexity
-from fraqtl_bench.quantiser.steps import STEPS, Step
-from fraqtl_bench.quantiser.stored import Stored
-from fraqtl_bench.quantiser.variants import (
+from fraqtl_bench.quantizer import capture, cases, measure, perplexity
+from fraqtl_bench.quantizer.steps import STEPS, Step
+from fraqtl_bench.quantizer.stored import Stored
+from fraqtl_bench.quantizer.variants import (
     PLAIN,
     Constants,
     Variant,
@@ -28,7 +28,7 @@ from fraqtl_bench.quantiser.variants import (
     value_variants,
 )
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import find_transform
+from fraqtl_kernels.calibration import solve_transform
 from fraqtl_kernels.formats import get_format
 from fraqtl_kernels.rotation import hadamard
 
@@ -50,10 +50,10 @@ def sample(tokens: int = 40, queries: int = 9, size: int = 64) -> cases.Sample:
 
 def test_midpoint_grid_is_the_one_of_the_kernels(x: Tensor) -> None:
     x = torch.cat([x, torch.zeros_like(x[:1])])
-    codes, scale = reference.quantise(x, get_format("k4v4").k)
+    codes, scale = reference.quantize(x, get_format("k4v4").k)
     found = encode(x, "midpoint", 15 / 16)
     assert torch.equal(found.codes.to(torch.uint8), codes) and torch.equal(found.scale, scale)
-    assert torch.equal(found.decode(), reference.dequantise(codes, scale, get_format("k4v4").k, torch.float64))
+    assert torch.equal(found.decode(), reference.dequantize(codes, scale, get_format("k4v4").k, torch.float64))
 
 
 def test_grids_by_hand() -> None:
@@ -100,12 +100,12 @@ def test_every_combination_is_there_once() -> None:
     assert {PLAIN, POWERS} <= set(key_variants()) and POWERS.values in set(value_variants())
 
 
-def test_centring_leaves_softmax_unchanged() -> None:
+def test_centering_leaves_softmax_unchanged() -> None:
     s = sample()
     constants = Constants.calibrate(s.key + 5, s.query, Variant("midpoint", "none", "absmax", "mean"))
-    assert torch.allclose(constants.centre, s.key.mean(0) + 5, atol=1e-14, rtol=0)
-    centred = s.scores(constants.prepare_key(s.key)).softmax(-1)
-    torch.testing.assert_close(centred, s.scores().softmax(-1), atol=1e-13, rtol=0)
+    assert torch.allclose(constants.center, s.key.mean(0) + 5, atol=1e-14, rtol=0)
+    centered = s.scores(constants.prepare_key(s.key)).softmax(-1)
+    torch.testing.assert_close(centered, s.scores().softmax(-1), atol=1e-13, rtol=0)
     torch.testing.assert_close(constants.restore_key(constants.prepare_key(s.key)), s.key, atol=1e-13, rtol=0)
 
 
@@ -170,7 +170,7 @@ def test_causal_mask() -> None:
 def test_stored_as_the_shipped_format_stores_it(times: float) -> None:
     head = cases.synthetic_head(64, cases.outliers(2, 16, hidden=False), times, seed=2)
     key, value = measure.as_shipped(head, get_format("k4v4"))
-    own_key, own_value = measure.through_step(head, Step(find_transform, reference.SCALE_CHOICES))
+    own_key, own_value = measure.through_step(head, Step(solve_transform, reference.SCALE_CHOICES))
     # fp32 in both, summed in another order: a value on the edge of two codes may fall to the other side.
     assert torch.isclose(own_key, key, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97
     assert torch.isclose(own_value, value, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97
@@ -190,14 +190,14 @@ def test_every_step_loses_less_than_the_one_before() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.75 * errors[0]
 
 
-def test_the_second_centre_repairs_sinks() -> None:
+def test_the_second_center_repairs_sinks() -> None:
     head = cases.synthetic_head(64, cases.benign, 30, seed=3)
     errors = {}
-    for centring in ("mean", "sinks"):
-        variant = replace(POWERS, centring=centring)
+    for centering in ("mean", "sinks"):
+        variant = replace(POWERS, centering=centering)
         constants = Constants.calibrate(head.calibration.key, head.calibration.query, variant)
         stored = store(head.measured.key, variant, constants)
-        errors[centring] = (stored - head.measured.key)[: cases.SINKS].norm().item()
+        errors[centering] = (stored - head.measured.key)[: cases.SINKS].norm().item()
     assert errors["sinks"] < 0.1 * errors["mean"]
 
 
@@ -221,7 +221,7 @@ def test_heavy_tails_have_variance_one_and_far_extremes() -> None:
     assert measured.value.abs().max() > 10
 
 
-def test_held_out_centring_repairs_a_key_bias() -> None:
+def test_held_out_centering_repairs_a_key_bias() -> None:
     case = cases.Case("bias", 64, (cases.synthetic_head(64, cases.bias, 0, seed=7),), "bias")
     found = measure.measure_case(case)
     plain = found.keys[Variant("midpoint", "hadamard", "edge")]
@@ -234,12 +234,12 @@ def test_command_writes_every_combination(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cases, "TOKENS", 300)
     gaussian = cases.Case("gaussian, D=64", 64, (cases.synthetic_head(64, cases.benign, 0, seed=1),), "gaussian")
     model = replace(gaussian, name="model", family="model")
-    monkeypatch.setattr(quantiser, "synthetic_cases", lambda sizes, seed: [gaussian])
-    monkeypatch.setattr(quantiser, "model_case", lambda path, seed: model)
+    monkeypatch.setattr(quantizer, "synthetic_cases", lambda sizes, seed: [gaussian])
+    monkeypatch.setattr(quantizer, "model_case", lambda path, seed: model)
     row = {"perplexity": 5.0, "increase": 0.0, "standard_error": 0.0, "divergence": 0.0, "tokens": 9}
-    monkeypatch.setattr(quantiser, "measure_perplexity", lambda path, seed: {"float32": row})
+    monkeypatch.setattr(quantizer, "measure_perplexity", lambda path, seed: {"float32": row})
     out = tmp_path / "quantiser.json"
-    main(["quantiser", "--threads", str(torch.get_num_threads()), "--out", str(out)])
+    main(["quantizer", "--threads", str(torch.get_num_threads()), "--out", str(out)])
     found = json.loads(out.read_text())
     assert set(found["quantiser"]) == {"gaussian, D=64", "model"}
     case = found["quantiser"]["gaussian, D=64"]
@@ -276,7 +276,7 @@ def test_demo_model_is_found() -> None:
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["quantiser", "--model", str(tmp_path)])
+        main(["quantizer", "--model", str(tmp_path)])
     assert ended.value.code == 2 and "no config.json there" in capsys.readouterr().err
 
 
@@ -303,7 +303,7 @@ def test_perplexity_of_stored_keys() -> None:
     assert losses["exact"].loss == pytest.approx([by_hand], rel=1e-5) and losses["exact"].divergence == [0]
     changes = {name: rows.divergence[0] for name, rows in losses.items()}
     assert 0 < changes["k8v8"] < changes["k4v4"] < changes["k4v2"]
-    assert changes["k4v4"] < changes[perplexity.UNREFINED]
+    assert changes["k4v4"] < changes[perplexity.WITHOUT_RESIDUAL]
     assert set(found) >= {"bf16", "k4v4-channel", perplexity.PLAIN_NAME, perplexity.UNCALIBRATED}
     layers: list[int] = []
 

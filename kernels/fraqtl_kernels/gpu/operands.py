@@ -7,7 +7,7 @@ as exact as fp32 sums are. The matrices of calibration, one per KV head, hold 16
 
     queries: R^T      keys, values: B      back: R, the inverse of B
 
-Centres are subtracted in the stored basis, so they are carried there once, here.
+Centers are subtracted in the stored basis, so they are carried there once, here.
 
 What attention multiplies by comes in two orders of the stored dimensions: that of bytes, and that of words
 (`config.word_order`).
@@ -28,68 +28,68 @@ from fraqtl_kernels.rotation import hadamard
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOperands:
     """What attention multiplies by, with the stored dimensions in one order. None where there is nothing to do.
 
     query, back: (D, D), or (KV heads, D, D) if calibrated, contiguous in the model's dtype: prepared query = query row
     @ query · factor, output = stored row @ back · factor.
-    query_centre, sink_shift: (KV heads, D) fp32, what a prepared query is multiplied by for q·centre, q·(sink centre -
-    centre).
+    query_center, outlier_shift: (KV heads, D) fp32, what a prepared query is multiplied by for q·center, q·(outlier
+    center - center).
     """
 
     query: Tensor | None = None
     back: Tensor | None = None
-    query_centre: Tensor | None = None
-    sink_shift: Tensor | None = None
+    query_center: Tensor | None = None
+    outlier_shift: Tensor | None = None
 
-    def reordered(self, order: Tensor) -> Reading:
+    def reordered(self, order: Tensor) -> ReadOperands:
         """The same with the stored dimensions in another order. order: (D,) int64."""
 
         def pick(x: Tensor | None, dim: int) -> Tensor | None:
             return None if x is None else x.index_select(dim, order.to(x.device)).contiguous()
 
-        return Reading(
-            pick(self.query, -1), pick(self.back, -2), pick(self.query_centre, -1), pick(self.sink_shift, -1)
+        return ReadOperands(
+            pick(self.query, -1), pick(self.back, -2), pick(self.query_center, -1), pick(self.outlier_shift, -1)
         )
 
 
 @dataclass(frozen=True)
-class Side:
+class StreamOperands:
     """Operands of the keys or of the values of one layer. None where there is nothing to do.
 
-    store: like the matrices of `Reading`, stored row = row @ store · factor. feedback: (KV heads, D/2, D/2), alike.
-    centre, sink_centre: (KV heads, D) fp32 in the stored basis, own_centre, own_sink_centre: in the model's own.
-    scale: (KV heads, D) fp32, the steps of static formats. in_bytes, in_words: what to read with; the same where
-    nothing can be read as words.
+    store: like the matrices of `ReadOperands`, stored row = row @ store · factor. feedback: (KV heads, D/2, D/2),
+    alike. center, outlier_center: (KV heads, D) fp32 in the stored basis, own_center, own_outlier_center: in the
+    model's own. scale: (KV heads, D) fp32, the steps of static formats. in_bytes, in_words: what to read with; the same
+    where nothing can be read as words.
     """
 
     factor: float = 1.0
     store: Tensor | None = None
     feedback: Tensor | None = None
-    centre: Tensor | None = None
-    sink_centre: Tensor | None = None
-    own_centre: Tensor | None = None
-    own_sink_centre: Tensor | None = None
+    center: Tensor | None = None
+    outlier_center: Tensor | None = None
+    own_center: Tensor | None = None
+    own_outlier_center: Tensor | None = None
     scale: Tensor | None = None
-    in_bytes: Reading = Reading()
-    in_words: Reading = Reading()
+    in_bytes: ReadOperands = ReadOperands()
+    in_words: ReadOperands = ReadOperands()
 
     @property
     def head_stride(self) -> int:
         """Numbers between the matrices of two KV heads: 0 where they share one."""
         return self.store.stride(0) if self.store is not None and self.store.dim() == 3 else 0
 
-    def reading(self, words: bool) -> Reading:
+    def read(self, words: bool) -> ReadOperands:
         """For kernels that read words, or bytes."""
         return self.in_words if words else self.in_bytes
 
 
 @dataclass(frozen=True)
-class Bases:
+class LayerOperands:
     """Operands of one layer (layers without constants may share them)."""
 
-    key: Side
-    value: Side
+    key: StreamOperands
+    value: StreamOperands
 
     def check(self, format: KVFormat) -> None:
         """Raises ConfigError if the format has static scales and calibration has given none."""
@@ -104,7 +104,7 @@ class Bases:
         dtype: torch.dtype,
         device: torch.device | str,
         constants: LayerConstants = IDENTITY,
-    ) -> Bases:
+    ) -> LayerOperands:
         """Operands of a format."""
 
         def matrix(x: Tensor) -> Tensor:
@@ -113,21 +113,21 @@ class Bases:
         def vector(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device=device, dtype=torch.float32).contiguous()
 
-        def rotated(v: VectorFormat, scale: Tensor | None) -> Side:
+        def rotated(v: VectorFormat, scale: Tensor | None) -> StreamOperands:
             steps = vector(scale) if v.static else None
             if not v.rotated:
-                return Side(scale=steps)
+                return StreamOperands(scale=steps)
             signs = matrix(hadamard(head_size).sign())
-            reading = Reading(signs, signs.T.contiguous())
-            return Side(head_size**-0.5, signs, scale=steps, in_bytes=reading, in_words=words(v, reading))
+            read = ReadOperands(signs, signs.T.contiguous())
+            return StreamOperands(head_size**-0.5, signs, scale=steps, in_bytes=read, in_words=words(v, read))
 
-        def words(v: VectorFormat, reading: Reading) -> Reading:
-            return reading.reordered(word_order(head_size)) if readable_in_words(v) else reading
+        def words(v: VectorFormat, read: ReadOperands) -> ReadOperands:
+            return read.reordered(word_order(head_size)) if readable_in_words(v) else read
 
-        def calibrated(v: VectorFormat, t: Transform, sink: Tensor | None) -> Side:
+        def calibrated(v: VectorFormat, t: Transform, outlier_center: Tensor | None) -> StreamOperands:
             basis, inverse = t.basis.double().cpu(), t.inverse.double().cpu()
-            centre = t.centre.double().cpu()
-            sink = None if sink is None else sink.double().cpu()
+            center = t.center.double().cpu()
+            outlier_center = None if outlier_center is None else outlier_center.double().cpu()
 
             def stored(x: Tensor) -> Tensor | None:
                 return vector((x[:, None] @ basis)[:, 0])
@@ -135,27 +135,27 @@ class Bases:
             def for_queries(x: Tensor) -> Tensor | None:
                 return vector(torch.linalg.solve(inverse.mT, x))
 
-            reading = Reading(
+            read = ReadOperands(
                 matrix(inverse.mT),
                 matrix(inverse),
-                for_queries(centre),
-                None if sink is None else for_queries(sink - centre),
+                for_queries(center),
+                None if outlier_center is None else for_queries(outlier_center - center),
             )
-            return Side(
+            return StreamOperands(
                 1.0,
                 matrix(basis),
                 matrix(t.feedback),
-                stored(centre),
-                None if sink is None else stored(sink),
-                vector(centre),
-                vector(sink),
-                in_bytes=reading,
-                in_words=words(v, reading),
+                stored(center),
+                None if outlier_center is None else stored(outlier_center),
+                vector(center),
+                vector(outlier_center),
+                in_bytes=read,
+                in_words=words(v, read),
             )
 
-        k = constants.key if format.k.centred else None
-        v = constants.value if format.v.centred else None
+        k = constants.key if format.k.calibrated else None
+        v = constants.value if format.v.calibrated else None
         return cls(
-            rotated(format.k, constants.key_scale) if k is None else calibrated(format.k, k, constants.sink_centre),
+            rotated(format.k, constants.key_scale) if k is None else calibrated(format.k, k, constants.outlier_center),
             rotated(format.v, constants.value_scale) if v is None else calibrated(format.v, v, None),
         )

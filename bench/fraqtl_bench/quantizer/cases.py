@@ -35,24 +35,24 @@ BIAS = 20.0
 class Sample:
     """Keys and values (T, D) after RoPE, queries (n, D) and which keys each sees (n, T).
 
-    query_worth: (n,), value_worth: (T,), value_direction: (D, D), see `fraqtl_kernels.importance`; None: all alike.
+    query_weight: (n,), value_weight: (T,), value_direction: (D, D), see `fraqtl_kernels.importance`; None: all alike.
     """
 
     key: Tensor
     value: Tensor
     query: Tensor
     seen: Tensor
-    query_worth: Tensor | None = None
-    value_worth: Tensor | None = None
+    query_weight: Tensor | None = None
+    value_weight: Tensor | None = None
     value_direction: Tensor | None = None
 
     @property
     def by_head(self) -> tuple[Tensor, Tensor, Tensor, Importance | None]:
         """Key, query, value and importance as `fraqtl_kernels.calibration.calibrate` takes them, for one head."""
         importance = None
-        if self.query_worth is not None and self.value_worth is not None:
+        if self.query_weight is not None and self.value_weight is not None:
             direction = None if self.value_direction is None else self.value_direction[None]
-            importance = Importance(self.query_worth[:, None], self.value_worth[:, None], direction)
+            importance = Importance(self.query_weight[:, None], self.value_weight[:, None], direction)
         return self.key[:, None], self.query[:, None], self.value[:, None], importance
 
     def scores(self, key: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.constants import LayerConstants, Transform
-from fraqtl_kernels.cpu.refinements import Finer
+from fraqtl_kernels.cpu.residual import StreamResiduals
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
 
@@ -18,13 +18,13 @@ BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
 
 @dataclass(frozen=True)
 class Stored:
-    """key, value: (tokens, KV heads, D), what attention reads instead of the exact ones. finer_key, finer_value: the
-    same shape, what it adds to those that a query reads refined; None: nothing."""
+    """key, value: (tokens, KV heads, D), what attention reads instead of the exact ones. residual_key, residual_value:
+    the same shape, what it adds to those that a query reads with their residuals; None: nothing."""
 
     key: Tensor
     value: Tensor
-    finer_key: Tensor | None = None
-    finer_value: Tensor | None = None
+    residual_key: Tensor | None = None
+    residual_value: Tensor | None = None
 
 
 def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: LayerConstants) -> Stored:
@@ -33,18 +33,23 @@ def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: Layer
     layout = PageLayout(format, size, BLOCK_SIZE)
     blocks = -(-tokens // layout.block_size)
     pool = torch.zeros(blocks, heads, layout.block_size, format.bytes_per_token(size), dtype=torch.uint8)
-    finer = cpu.write(pool, layout, key, value, torch.arange(tokens), constants)
+    residual = cpu.write(pool, layout, key, value, torch.arange(tokens), constants)
     planes = layout.planes(pool)
     stored = reference.stored_keys(planes, format.k, constants), reference.stored_values(planes, format.v, constants)
     k, v = (x.transpose(1, 2).flatten(0, 1)[:tokens].to(key.dtype) for x in stored)
-    if finer is None:
+    if residual is None:
         return Stored(k, v)
     return Stored(
-        k, v, _added(finer.key, key, format.k, constants.key), _added(finer.value, value, format.v, constants.value)
+        k,
+        v,
+        _restored(residual.key, key, format.k, constants.key),
+        _restored(residual.value, value, format.v, constants.value),
     )
 
 
-def _added(finer: Finer | None, like: Tensor, vector: VectorFormat, transform: Transform | None) -> Tensor:
-    if finer is None:
+def _restored(
+    residual: StreamResiduals | None, like: Tensor, vector: VectorFormat, transform: Transform | None
+) -> Tensor:
+    if residual is None:
         return torch.zeros_like(like)
-    return reference.restore_refinement(finer.tokens, vector, transform).to(like.dtype)
+    return reference.restore_residual(residual.tokens, vector, transform).to(like.dtype)

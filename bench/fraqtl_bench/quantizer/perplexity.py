@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quantiser.capture import Passes, capture, capture_prompt, output_projections, token_ids
-from fraqtl_bench.quantiser.cases import TOKENS
-from fraqtl_bench.quantiser.steps import STEPS
-from fraqtl_bench.quantiser.stored import BLOCK_SIZE, Stored, through_pages
-from fraqtl_bench.quantiser.variants import PLAIN, Constants, Variant, store
+from fraqtl_bench.quantizer.capture import Passes, capture, capture_prompt, output_projections, token_ids
+from fraqtl_bench.quantizer.cases import TOKENS
+from fraqtl_bench.quantizer.steps import STEPS
+from fraqtl_bench.quantizer.stored import BLOCK_SIZE, Stored, through_pages
+from fraqtl_bench.quantizer.variants import PLAIN, Constants, Variant, store
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.importance import Importance
-from fraqtl_kernels.refinement import is_refined
+from fraqtl_kernels.residual import reads_residual
 
 TEXTS = 96
 CHATS = 2  # that the comparison calibrates on
@@ -32,7 +32,7 @@ EXACT = "float32"
 PLAIN_NAME = "plain INT4"
 UNCALIBRATED = "k4v4, not calibrated"
 ON_CHATS = "k4v4, calibrated on chats like these"
-UNREFINED = "k4v4, not refined"
+WITHOUT_RESIDUAL = "k4v4, not refined"
 UNDIRECTED = "k4v4, output projection ignored"
 POWERS_NAME = "centred, balanced by powers of 2"
 POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")
@@ -57,12 +57,12 @@ def storages(prompt: Passes, chats: Passes) -> dict[str, Storage]:
         constants = [STEPS[name].calibrate(*row, seen) for row, seen in by_token(prompt)]
         return lambda layer, key, value: Stored(*STEPS[name].store(key, value, constants[layer]))
 
-    def unrefined(layer: int, key: Tensor, value: Tensor) -> Stored:
-        return replace(formats["k4v4"](layer, key, value), finer_key=None, finer_value=None)
+    def without_residual(layer: int, key: Tensor, value: Tensor) -> Stored:
+        return replace(formats["k4v4"](layer, key, value), residual_key=None, residual_value=None)
 
     formats = {name: calibrated(name, prompt) for name in FORMATS if name != "fp16"}
     others: dict[str, Storage] = {
-        UNREFINED: unrefined,
+        WITHOUT_RESIDUAL: without_residual,
         POWERS_NAME: powers(prompt),
         UNCALIBRATED: uncalibrated,
         PLAIN_NAME: plain,
@@ -104,8 +104,8 @@ def log_probabilities(model: Any, ids: list[int], storage: Storage | None) -> Te
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if storage is not None:
             stored = storage(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
-            if stored.finer_key is not None:
-                return refined_attention(query[0], stored, module.scaling).transpose(0, 1)[None], None
+            if stored.residual_key is not None:
+                return attend_with_residual(query[0], stored, module.scaling).transpose(0, 1)[None], None
             key, value = (x.transpose(0, 1)[None] for x in (stored.key, stored.value))
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
@@ -115,18 +115,18 @@ def log_probabilities(model: Any, ids: list[int], storage: Storage | None) -> Te
     return logits.log_softmax(-1)
 
 
-def refined_attention(query: Tensor, stored: Stored, scale: float) -> Tensor:
+def attend_with_residual(query: Tensor, stored: Stored, scale: float) -> Tensor:
     """Causal attention (query heads, T, D) of one sequence. query: like the output; stored: with what is added."""
-    tensors = stored.key, stored.value, stored.finer_key, stored.finer_value
+    tensors = stored.key, stored.value, stored.residual_key, stored.residual_value
     group = query.shape[0] // stored.key.shape[1]
-    key, value, finer_key, finer_value = (
+    key, value, residual_key, residual_value = (
         x.transpose(0, 1).repeat_interleave(group, 0) for x in tensors if x is not None
     )
     position = torch.arange(query.shape[1])
-    near = is_refined(position[:, None], position, BLOCK_SIZE)
-    scores = query @ key.mT + (query @ finer_key.mT).masked_fill(~near, 0)
+    near = reads_residual(position[:, None], position, BLOCK_SIZE)
+    scores = query @ key.mT + (query @ residual_key.mT).masked_fill(~near, 0)
     weights = (scores * scale).masked_fill(position > position[:, None], -torch.inf).softmax(-1)
-    return weights @ value + weights.masked_fill(~near, 0) @ finer_value
+    return weights @ value + weights.masked_fill(~near, 0) @ residual_value
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Losses:
 
 
 def measure_perplexity(path: Path, seed: int) -> dict[str, dict[str, float]]:
-    """By storage: perplexity, its increase over the unquantised model's, and the divergence a token in nats."""
+    """By storage: perplexity, its increase over the unquantized model's, and the divergence a token in nats."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)

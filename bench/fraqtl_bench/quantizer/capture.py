@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fraqtl_bench.demo_model.corpus import FACTS, standard_library_prose
 from fraqtl_bench.projection import output_projection
-from fraqtl_bench.quantiser.cases import QUERIES, TOKENS, Case, Head, Sample, causal
+from fraqtl_bench.quantizer.cases import QUERIES, TOKENS, Case, Head, Sample, causal
 from fraqtl_bench.recall import make_text
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.importance import Importance, attend
@@ -125,10 +125,10 @@ def calibration_samples(prompt: Passes) -> list[Sample]:
         group = query.shape[1] // key.shape[1]
         for h in range(key.shape[1]):
             own = slice(h * group, (h + 1) * group)
-            queries, worth = query[:, own].transpose(0, 1).flatten(0, 1), importance.query[:, own].T.flatten()
+            queries, weight = query[:, own].transpose(0, 1).flatten(0, 1), importance.query[:, own].T.flatten()
             seen = torch.empty(0, key.shape[0], dtype=torch.bool)
             of_value = importance.value[:, h], None if importance.direction is None else importance.direction[h]
-            found.append(Sample(key[:, h], value[:, h], queries, seen, worth, *of_value))
+            found.append(Sample(key[:, h], value[:, h], queries, seen, weight, *of_value))
     return found
 
 

@@ -1,7 +1,7 @@
-"""Refinements of the tokens of a running batch, for queries of the same batch.
+"""Residuals of the tokens of a running batch, for queries of the same batch.
 
-Pages keep the refinements of a request's last tokens only, for the next step. Within a step, `write` hands on what it
-made; refinements of the step before, which it is about to overwrite, it reads first. See `refinement.py` for the rule.
+Pages keep the residuals of a request's last tokens only, for the next step. Within a step, `write` hands on what it
+made; residuals of the step before, which it is about to overwrite, it reads first. See `residual.py` for the rule.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.codec import dequantise, unpack
+from fraqtl_kernels.codec import dequantize, unpack
 from fraqtl_kernels.formats import VectorFormat
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_kernels.refinement import DISTANCE
+from fraqtl_kernels.residual import DISTANCE
 
-BEFORE = DISTANCE - 1  # tokens before a query that it may read refined
+BEFORE = DISTANCE - 1  # tokens before a query that it may read with their residuals
 
 
 @dataclass(frozen=True)
-class Finer:
-    """What refinements add to the keys, or to the values, of a batch: float32, in the stored basis.
+class StreamResiduals:
+    """What residuals add to the keys, or to the values, of a batch: float32, in the stored basis.
 
-    tokens: (tokens, KV heads, D), zero for tokens without a refinement. earlier: by the first token of a run, the
+    tokens: (tokens, KV heads, D), zero for tokens without a residual. earlier: by the first token of a run, the
     same of the BEFORE tokens before it, (BEFORE, KV heads, D), zero where there is none.
     """
 
@@ -41,18 +41,18 @@ class Finer:
 
 
 @dataclass(frozen=True)
-class Refinements:
-    """Of a batch in which a request has several tokens. None for keys or values that are not refined."""
+class Residuals:
+    """Of a batch in which a request has several tokens. None for keys or values that have none."""
 
-    key: Finer | None
-    value: Finer | None
+    key: StreamResiduals | None
+    value: StreamResiduals | None
 
 
 def find_runs(slots: Tensor, block_size: int) -> Tensor:
     """The first tokens (runs,) of all runs of two or more tokens that may belong to one request.
 
     slots: (tokens,). A token in the first slot of a block may follow one in the last slot of any other; if it doesn't,
-    nothing is lost: there are no refinements before it.
+    nothing is lost: there are no residuals before it.
     """
     place = slots.numpy()  # a batch of decodes asks in every layer, and NumPy takes less time to begin
     before, after = place[:-1], place[1:]
@@ -65,7 +65,7 @@ def find_runs(slots: Tensor, block_size: int) -> Tensor:
 def read_earlier(
     plane: Tensor, scales: Tensor, vector: VectorFormat, layout: PageLayout, slots: Tensor, runs: Tensor
 ) -> dict[int, Tensor]:
-    """`Finer.earlier` of a batch, out of pages that it has not been written to yet.
+    """`StreamResiduals.earlier` of a batch, out of pages that it has not been written to yet.
 
     plane, scales: of `Planes`. slots: (tokens,). runs: of `find_runs`.
     """
@@ -76,8 +76,8 @@ def read_earlier(
         if offset == 0:  # as most runs begin: nothing comes before
             earlier[first] = torch.zeros(BEFORE, plane.shape[1], layout.head_size, dtype=torch.float32)
             continue
-        of = torch.arange(offset - BEFORE, offset)
-        place = block, slice(None), (of + DISTANCE).clamp_max(size - 1)
-        finer = dequantise(unpack(plane[place], vector), scales[place], vector).transpose(0, 1)
-        earlier[first] = finer.masked_fill(((of < 0) | (of + DISTANCE >= size))[:, None, None], 0)
+        offsets = torch.arange(offset - BEFORE, offset)
+        place = block, slice(None), (offsets + DISTANCE).clamp_max(size - 1)
+        residual = dequantize(unpack(plane[place], vector), scales[place], vector).transpose(0, 1)
+        earlier[first] = residual.masked_fill(((offsets < 0) | (offsets + DISTANCE >= size))[:, None, None], 0)
     return earlier
