@@ -168,19 +168,19 @@ def _required(scale: Tensor | None) -> Tensor:
 
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
     """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
-    size = codes.shape[-1] * vector.bits // 8
-    packed = codes.new_zeros(*codes.shape[:-1], size)
-    for d in range(codes.shape[-1]):
-        packed[..., d % size] += codes[..., d] * 2 ** (d // size * vector.bits)
-    return packed
+    parts = codes.int().unflatten(-1, (8 // vector.bits, -1))
+    return (parts * _place_values(vector)).sum(-2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
-    size = packed.shape[-1]
-    columns = range(size * 8 // vector.bits)
-    codes = [packed[..., d % size].int() // 2 ** (d // size * vector.bits) % 2**vector.bits for d in columns]
-    return torch.stack(codes, -1).to(torch.uint8)
+    parts = packed.int().unsqueeze(-2) // _place_values(vector) % 2**vector.bits
+    return parts.flatten(-2).to(torch.uint8)
+
+
+def _place_values(vector: VectorFormat) -> Tensor:
+    """(codes a byte, 1): what one step of each part of the dimensions adds to a byte."""
+    return torch.tensor([[2**shift] for shift in range(0, 8, vector.bits)], dtype=torch.int32)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:

@@ -56,9 +56,10 @@ def make_batch(
     padding: int = 0,
     seed: int | None = None,
     calibrated: bool = False,
+    stored: bool = True,
 ) -> PagedBatch:
     """Random requests in a pool. calibrated: keys have a bias, smoothing to gain from, and sinks. Formats that need
-    calibration have it anyway."""
+    calibration have it anyway. stored: their keys and values are in the pages."""
     if seed is not None:
         torch.manual_seed(seed)
     layout = PageLayout(FORMATS[format_name], head_size, block_size)
@@ -78,7 +79,7 @@ def make_batch(
     constants = IDENTITY
     if calibrated or layout.format.needs_calibration:
         constants = calibrate(layout.format, key.flatten(0, 1), query, value.flatten(0, 1))
-    for r, n in enumerate(seq_lens):
+    for r, n in enumerate(seq_lens if stored else ()):
         token = torch.arange(n)
         slots = table[r, token // block_size].long() * block_size + token % block_size
         reference.write(pool, layout, key[r, :n], value[r, :n], slots, constants)

@@ -99,6 +99,7 @@ def test_step_writes_what_write_does_and_attends_as_the_reference(
         group=3,
         padding=96,
         calibrated=calibrated,
+        stored=False,
     )
     output, expected, pool = step_and_reference(batch)
     assert relative_error(output, expected) < TOLERANCE[dtype]
@@ -116,6 +117,7 @@ def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, so
         dtype=torch.bfloat16,
         group=2,
         calibrated=True,
+        stored=False,
     )
     output, expected, pool = step_and_reference(batch, window, soft_cap)
     assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
