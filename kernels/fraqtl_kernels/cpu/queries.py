@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fraqtl_kernels.codec import rotate, unrotate
 from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.cpu.products import panels
 from fraqtl_kernels.formats import VectorFormat
 
 
@@ -87,18 +88,18 @@ def _operand(
 def query_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any, Any]:
     """What turns a query into q', score_bias and outlier_bias but for the softmax scale, as NumPy arrays.
 
-    (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D). All float32.
+    `panels` of (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D). All float32.
     """
     operand, _ = _operand(heads, size, vector, constants, 1.0)
     matrix = operand[..., :size]
     if torch.equal(matrix, torch.eye(size).expand_as(matrix)):
         matrix = matrix[:, :0, :0]
-    parts = (matrix, operand[..., size], operand[..., size + 1])
+    parts = (panels(matrix), operand[..., size], operand[..., size + 1])
     return tuple(x.contiguous().numpy() for x in parts)  # type: ignore[return-value]
 
 
 def output_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any]:
-    """What `restore_output` multiplies with and adds, float32: (KV heads, D, D) or (KV heads, 0, 0), (KV heads, D)."""
+    """What `restore_output` multiplies with and adds, float32: as of `query_operands`, and (KV heads, D)."""
     origin = torch.zeros(1, heads, 1, size, dtype=torch.float32)
     center = restore_output(origin, vector, constants)
     unit = torch.eye(size, dtype=torch.float32).expand(1, heads, size, size).contiguous()
@@ -107,4 +108,4 @@ def output_operands(heads: int, size: int, vector: VectorFormat, constants: Laye
         matrix = _inverse(constants)  # as it is, without the rounding of a sum and a difference
     if torch.equal(matrix, unit[0]):
         matrix = matrix[:, :0, :0]
-    return matrix.contiguous().numpy(), center[0, :, 0].contiguous().numpy()
+    return panels(matrix).numpy(), center[0, :, 0].contiguous().numpy()

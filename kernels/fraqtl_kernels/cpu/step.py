@@ -27,7 +27,7 @@ from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, page_sizes, po
 from fraqtl_kernels.cpu.encode import make_spaces, store_tile
 from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
 from fraqtl_kernels.cpu.operands import StreamOperands, join
-from fraqtl_kernels.cpu.products import ROWS
+from fraqtl_kernels.cpu.products import ROWS, multiply
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
@@ -69,26 +69,32 @@ def _store(stream, address, stride, like, row, head, size, slots, raw, raw16, st
         target[d] = source[d]
 
 
+@njit(cache=True, nogil=True)
+def _workspaces(rows, size):
+    """Two (>= rows, size) float32 arrays that `multiply` takes."""
+    padded = (rows + ROWS - 1) // ROWS * ROWS
+    return np.empty((padded, size), np.float32), np.empty((padded, size), np.float32)
+
+
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _prepare_query(query, matrix, center, outlier_shift, scale, target, terms):
-    """target <- scale · q times the matrix, terms <- sum(target), scale · q·center, scale · q·outlier_shift."""
-    size = target.shape[0]
-    target[:] = 0
+def _prepare_query(query, center, outlier_shift, scale, x, terms):
+    """x <- scale · query, terms[1:] <- x·center, x·outlier_shift."""
     a, b = np.float32(0), np.float32(0)
-    for i in range(size):
-        value = to_float(query[i]) * scale
-        a += value * center[i]
-        b += value * outlier_shift[i]
-        if matrix.shape[0]:
-            row = matrix[i]
-            for d in range(size):
-                target[d] += value * row[d]
-        else:
-            target[i] = value
+    for i in range(x.shape[0]):
+        x[i] = to_float(query[i]) * scale
+        a += x[i] * center[i]
+        b += x[i] * outlier_shift[i]
+    terms[1], terms[2] = a, b
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
+def _copy_and_add(x, y):
+    """y <- x; returns sum(x)."""
     q_sum = np.float32(0)
-    for d in range(size):
-        q_sum += target[d]
-    terms[0], terms[1], terms[2] = q_sum, a, b
+    for d in range(x.shape[0]):
+        q_sum += x[d]
+        y[d] = x[d]
+    return q_sum
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -97,6 +103,7 @@ def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16
     matrix, center, outlier_shift, scale = reading
     heads, group, size = q.shape[1:]
     spaces = make_spaces(ROWS, size)
+    x, y = _workspaces(group, size)
     for item in range(begin, end):
         token, head = item // heads, item % heads
         row = rows[token]
@@ -105,15 +112,11 @@ def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16
             _store(stream, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
         for m in range(group):
             query = _row(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
-            _prepare_query(
-                query,
-                matrix[head],
-                center[head],
-                outlier_shift[head],
-                scale,
-                q[token, head, m],
-                terms[token, head, :, m],
-            )
+            _prepare_query(query, center[head], outlier_shift[head], scale, x[m], terms[token, head, :, m])
+        if matrix.shape[1]:
+            multiply(x, group, size, matrix, head * size * size, y)
+        for m in range(group):
+            terms[token, head, 0, m] = _copy_and_add(y[m] if matrix.shape[1] else x[m], q[token, head, m])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
@@ -144,25 +147,20 @@ def _finish(begin, end, rows, address, stride, like, starts, m_i, l_i, values, r
     """Step 3 of items begin .. end - 1."""
     matrix, center = restoring
     heads, group, size = values.shape[1:]
-    y = np.empty(size, np.float32)
+    x, y = _workspaces(group, size)
     weights = np.empty(values.shape[0], np.float32)
     for item in range(begin, end):
         token, head = item // heads, item % heads
         for m in range(group):
             _join((starts[token], starts[token + 1]), head, m, m_i, l_i, values, weights)
-            attended = values[starts[token], head, m]
+            _copy_and_add(values[starts[token], head, m], x[m])
+        if matrix.shape[1]:
+            multiply(x, group, size, matrix, head * size * size, y)
+        for m in range(group):
             out = _row(address, rows[token] * stride + (head * group + m) * size, size, like)
-            if matrix.shape[1]:
-                y[:] = center[head]
-                for i in range(size):
-                    row, value = matrix[head, i], attended[i]
-                    for d in range(size):
-                        y[d] += value * row[d]
-                for d in range(size):
-                    out[d] = from_float(y[d], out[d])
-            else:
-                for d in range(size):
-                    out[d] = from_float(attended[d], out[d])
+            attended = y[m] if matrix.shape[1] else x[m]
+            for d in range(size):
+                out[d] = from_float(attended[d] + center[head, d], out[d])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
