@@ -21,15 +21,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 HERE = Path(__file__).parent
-TIERS = {"e2e": "e2e/", "interpreter": "kernels/gpu/", "mutation": "kernels/gpu/test_mutations.py"}
+TIERS = {
+    "e2e": ("e2e/",),
+    "interpreter": ("kernels/gpu/", "patches/test_cuda_attention.py"),
+    "mutation": ("kernels/gpu/test_mutations.py",),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where a test lies says its tier; what is slow says so itself."""
     for item in items:
         place = item.path.relative_to(HERE).as_posix()
-        for tier, begin in TIERS.items():
-            if place.startswith(begin):
+        for tier, begins in TIERS.items():
+            if place.startswith(begins):
                 item.add_marker(tier)
 
 

@@ -45,6 +45,7 @@ def test_result_files_are_written_whole(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
+@pytest.mark.slow
 def test_a_command_that_is_told_to_stop_stops_its_server(tmp_path: Path) -> None:
     """`timeout` sends SIGTERM: a server of a benchmark must not stay behind, least of all on a GPU."""
     script = (

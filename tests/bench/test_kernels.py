@@ -23,6 +23,8 @@ from fraqtl_bench.kernels.timing import CpuTimer
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = Shape(2, 40, 4, 2, 64)
 

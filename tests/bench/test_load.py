@@ -20,6 +20,8 @@ from fraqtl_bench.load import arms, drive
 from fraqtl_bench.load.schema import Report
 from tests.bench import stand_in_client
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STAND_IN = ("tests.bench.stand_in_server",)
 SMALL = ["--input", "100", "--output", "10", "--concurrency", "1", "2", "--min-requests", "2", "--requests-each", "2"]

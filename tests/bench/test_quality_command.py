@@ -21,6 +21,8 @@ from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError
 from tests.bench.quality_models import demo
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--quick", "--no-figures", "--threads", "1", "--tokens", "200", "--passages", "2", "--needle-repeats", "1"]
 
 

@@ -32,6 +32,8 @@ from tests.bench.quality_models import (
     tokenizer,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_is_scored_as_the_model_itself_says(kind: str) -> None:

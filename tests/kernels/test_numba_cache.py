@@ -13,6 +13,8 @@ import pytest
 
 import fraqtl_kernels
 
+pytestmark = pytest.mark.slow
+
 ASK = """
 import json
 import fraqtl_kernels.cpu

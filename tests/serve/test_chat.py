@@ -128,6 +128,7 @@ def test_saving() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends() -> None:
     with serving(endless=True) as server, terminal(*fraqtl_serve("chat", "--url", server.url)) as user:
         user.wait_for("you> ")

@@ -203,6 +203,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == version("fraqtl-serve") + "\n"
 
 
+@pytest.mark.slow
 def test_unknown_format_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "fraqtl_serve", "serve", "--kv-format", "int3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})

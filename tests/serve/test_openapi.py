@@ -25,6 +25,7 @@ def document(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_document_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags in ((), ("--api-key", KEY), ("--no-fraqtl-report",)):
         found = document(monkeypatch, *flags)

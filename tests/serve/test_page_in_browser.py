@@ -12,6 +12,8 @@ from fraqtl_serve.capacity import Load
 from tests.browser import Visit, chromium, expected_figures, expected_row, plain, shown_bytes
 from tests.serve.page_server import LONG, MODEL, NASTY, POOL, PageServer, page_server, record
 
+pytestmark = pytest.mark.slow
+
 KEY = "sesame"
 CELLS = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
 PIXELS = """([canvas, colour]) => {

@@ -93,6 +93,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
 
 @needs_gguf
 @needs_package
+@pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
