@@ -67,7 +67,8 @@ def _step(file: Result, context: str, name: str) -> dict[str, Any]:
 
 @block("decode-step")
 def decode_step() -> Iterator[str]:
-    runs = [("new_batch1", "2048"), ("new_batch1", "6000"), ("new_batch4", "2048"), ("again_batch4", "2048")]
+    alone = [(name, context) for name in ("new_batch1", "again_batch1") for context in ("2048", "6000")]
+    runs = [*alone, ("new_batch4", "2048"), ("new_batch16", "2048")]
     rows, files = [], []
     for name, context in runs:
         file = load(f"{STEP}{name}.json")
@@ -86,7 +87,7 @@ def decode_step() -> Iterator[str]:
 @block("decode-before")
 def decode_before() -> Iterator[str]:
     rows, files = [], []
-    for batch in (1, 4):
+    for batch in (1, 4, 16):
         new, before = load(f"{STEP}new_batch{batch}.json"), load(f"{STEP}before_batch{batch}.json")
         files += [new, before]
         now, then = (_step(file, "2048", "k4v4")["itl_ms"]["median"] for file in (new, before))
