@@ -16,7 +16,7 @@ from fraqtl_bench.quality.cache import fit
 from fraqtl_bench.quality.command import NOTES
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Report
-from fraqtl_bench.quality.score import score
+from fraqtl_bench.quality.score import Score, score
 from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError
 from tests.bench.quality_models import demo
@@ -221,6 +221,14 @@ def test_through_an_exact_server_the_numbers_are_those_of_the_simulation(tmp_pat
     assert found.kv_format == "fp16" and found.tokens == 63
     assert abs(found.relative_difference) < 1e-4
     assert found.needle_accuracy == found.simulated_needle_accuracy == 1.0
+
+
+def test_the_error_of_a_difference_comes_from_how_windows_differ() -> None:
+    here = [Score(30.0, 10, True), Score(60.0, 20, True)]
+    there = [Score(31.0, 10, True), Score(61.0, 20, True)]  # 0.1 and 0.05 nats a token more, 1/15 on average
+    error = through_server.standard_error(there, here)
+    assert error == pytest.approx((2 * 2 * (1 / 3) ** 2) ** 0.5 / 30)
+    assert through_server.standard_error(there[:1], here[:1]) is None
 
 
 def test_simulations_take_the_constants_of_the_server(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ class Through(Part):
     perplexity: float
     simulated: float
     relative_difference: float
+    standard_error: float | None = None  # of that, from how windows differ; None if there is one
     tokens: int
     needle_accuracy: float | None
     simulated_needle_accuracy: float | None

@@ -90,6 +90,20 @@ def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
     return Fitted(fitted.method, tuple(layers))
 
 
+def standard_error(there: Sequence[Score], here: Sequence[Score]) -> float | None:
+    """Of the mean difference in nats a token, which is the relative one of two perplexities as long as it is small.
+
+    Windows are taken for independent and weighted by their tokens.
+    """
+    count, tokens = len(there), sum(s.tokens for s in there)
+    if count < 2:
+        return None
+    gained = [a.nll - b.nll for a, b in zip(there, here, strict=True)]
+    mean = sum(gained) / tokens
+    spread = sum((x - mean * s.tokens) ** 2 for x, s in zip(gained, there, strict=True))
+    return float((spread * count / (count - 1)) ** 0.5 / tokens)
+
+
 def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None = None) -> Through:
     """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
     endpoint = Endpoint(url, client)
@@ -111,6 +125,7 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
         perplexity=found,
         simulated=simulated,
         relative_difference=found / simulated - 1,
+        standard_error=standard_error(there, here),
         tokens=sum(s.tokens for s in there),
         needle_accuracy=sum(said) / len(said) if said else None,
         simulated_needle_accuracy=sum(expected) / len(expected) if expected else None,

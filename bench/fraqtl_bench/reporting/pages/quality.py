@@ -119,6 +119,10 @@ def readme_recall() -> Iterator[str]:
     yield from table(["context", "questions", *(f"`{name}`" for name in formats)], list(_recall_rows()))
 
 
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {100 * error:.2f} %"
+
+
 @block("through-server")
 def through_server() -> Iterator[str]:
     arms = {"bf16": "`bf16`", "k4v4": "`k4v4`, no residual", "k4v4_refined": "`k4v4` as served"}
@@ -138,7 +142,7 @@ def through_server() -> Iterator[str]:
                     fixed(found["perplexity"], 4),
                     f"{100 * (found['perplexity'] / exact - 1):+.2f} %",
                     fixed(found["simulated"], 4),
-                    f"{100 * found['relative_difference']:+.2f} %",
+                    f"{100 * found['relative_difference']:+.2f} %" + _plus_minus(found.get("standard_error")),
                     "" if needle is None else share(needle, 0),
                 ]
             )
