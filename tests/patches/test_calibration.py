@@ -41,7 +41,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
     monkeypatch.setattr(files.logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.WARNING)
-    caplog.set_level(logging.WARNING, logger="vllm")  # whatever a test before this one asked of it
+    caplog.set_level(logging.WARNING, logger=files.logger.name)  # whatever a test before this one asked of it
     return caplog
 
 
@@ -237,7 +237,7 @@ def test_an_output_projection_that_is_not_certain_is_left_out(
 ) -> None:
     infinite = row_parallel(256, 96)
     infinite.weight.data[3, 5] = torch.inf
-    log.set_level(logging.INFO, logger="vllm")
+    log.set_level(logging.INFO, logger=files.logger.name)
     for linear in ([], [row_parallel(192, 96)], [row_parallel(256, 96), row_parallel(256, 96)], [infinite]):
         block = Block(*linear)
         assert projections(block, {"a": block.attention}, torch.float32) == {}
