@@ -84,12 +84,12 @@ def _scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def load_pages(raw, raw16, half, numbers, head, sizes, side, midpoints, count, tile):
-    """tile <- the first `count` keys (side 0) or values (side 1) of pages. sizes: of `decode.attend_run`."""
-    block_size, bits, groups, size = sizes[0], sizes[1 + side], sizes[3 + side], tile.shape[1]
+def load_pages(raw, raw16, half, numbers, head, sizes, stream, midpoints, count, tile):
+    """tile <- the first `count` keys (stream 0) or values (stream 1) of pages. sizes: of `decode.attend_run`."""
+    block_size, bits, groups, size = sizes[0], sizes[1 + stream], sizes[3 + stream], tile.shape[1]
     for i in range((count + block_size - 1) // block_size):
         page = np.int64(numbers[i]) * sizes[5] + head * sizes[6]
         rows, part = min(block_size, count - i * block_size), tile[i * block_size :]
-        _load_codes(raw, page + side * sizes[7], rows, size, bits, part)
+        _load_codes(raw, page + stream * sizes[7], rows, size, bits, part)
         if groups > 1:
-            _scale_groups(raw16, half, page + sizes[8 + side], rows, size, groups, midpoints[side], part)
+            _scale_groups(raw16, half, page + sizes[8 + stream], rows, size, groups, midpoints[stream], part)

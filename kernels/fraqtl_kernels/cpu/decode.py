@@ -19,7 +19,7 @@ from torch import Tensor
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.cpu.codes import FAST, are_direct, half_table, load_pages
 from fraqtl_kernels.cpu.queries import Queries, prepare_queries
-from fraqtl_kernels.cpu.rows import FLOATS, adder, run_rows, scorer
+from fraqtl_kernels.cpu.rows import FLOATS, row_function, run_rows
 from fraqtl_kernels.cpu.softmax import highest, load_scales, scale_scores, weigh
 from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
@@ -37,6 +37,13 @@ SLACK = 8  # scores beyond the last one that may be overwritten, see `rows.score
 def _cap(row, first, last, soft_cap):
     for n in range(first, last):
         row[n] = soft_cap * np.tanh(row[n] / soft_cap)
+
+
+@njit(cache=True, nogil=True)
+def _seen(position, begin, end, window):
+    """Of keys begin .. end - 1, the first that a query at `position` sees, and the one after the last."""
+    first = max(begin, position - window + 1) if window > 0 else begin
+    return first, min(end, position + 1)
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -65,7 +72,7 @@ def attend_run(
     positions: of its query tokens. first_block, after: the run's first block and the one after its last. m_i, l_i:
     (M,), values: (M, D), the run's results, see the module's docstring.
     sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
-    slots from tokens to their residuals (of K and V, 0 if they have none), addresses of `rows.scorer`, `rows.adder`.
+    slots from tokens to their residuals (of K and V, 0 if they have none), addresses of their `row_function`.
     """
     block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
     block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance, k_rows, v_rows = sizes[5:]
@@ -115,9 +122,7 @@ def attend_run(
                 scale_scores(row, end, zero, terms[1, m], terms[2, m], k_scales)  # nobody reads before `begin`
                 for n in range(max(end, k_distance), k_load_end):
                     row[n - k_distance] += row[n]
-            position = positions[m % positions.shape[0]]
-            last = min(end, position + 1 - block_start)
-            first = max(begin, position - window + 1 - block_start) if window > 0 else begin
+            first, last = _seen(positions[m % positions.shape[0]] - block_start, begin, end, window)
             if last <= first:
                 continue
             if soft_cap > 0:
@@ -141,9 +146,8 @@ def attend_run(
         for m in range(1 if together else queries):
             count, first, last = queries, begin, end
             if not together:
-                position = positions[m % positions.shape[0]]
-                first = max(begin, position - window + 1 - block_start) if window > 0 else begin
-                count, last = 1, min(end, position + 1 - block_start)
+                count = 1
+                first, last = _seen(positions[m % positions.shape[0]] - block_start, begin, end, window)
             where = (count, values[m].ctypes.data, *source, block_size)
             by = weights[m].ctypes.data, tokens + SLACK
             if first < last:
@@ -196,7 +200,8 @@ def page_sizes(pool: Tensor, layout: PageLayout, *, with_residual: bool) -> tupl
     distances = tuple(DISTANCE if with_residual and x.has_residual else 0 for x in (k, v))
     bits, size = (_kind(k), _kind(v)), layout.head_size
     direct = [are_direct(*x) for x in zip(bits, groups, strict=True)]
-    rows = scorer(bits[0] if direct[0] else FLOATS, size), adder(bits[1] if direct[1] else FLOATS, size)
+    read_as = [x if is_direct else FLOATS for x, is_direct in zip(bits, direct, strict=True)]
+    rows = row_function("score", read_as[0], size), row_function("add", read_as[1], size)
     strides = pool.stride(0), pool.stride(1)
     return (layout.block_size, *bits, *groups, *strides, *offsets, *distances, *(x.address for x in rows))
 

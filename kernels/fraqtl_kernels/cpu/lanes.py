@@ -80,13 +80,19 @@ def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(call, [a, b, c])
 
 
+def _rounded(builder: Any, a: Any) -> Any:
+    name = f"llvm.rint.v{WIDTH}f32"
+    call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), name)
+    return builder.call(call, [a])
+
+
 def half_as_float(builder: Any, words: Any) -> Any:
     """Lanes of fp16's bits as floats, for code that builds IR. In integers, since not every CPU converts them."""
-    sign = builder.shl(builder.and_(words, _same(0x8000)), _same(16))
-    size = builder.shl(builder.and_(words, _same(0x7FFF)), _same(13))
-    broken = builder.icmp_unsigned(">=", size, _same(0x7C00 << 13))
+    sign = builder.shl(builder.and_(words, ints(0x8000)), ints(16))
+    size = builder.shl(builder.and_(words, ints(0x7FFF)), ints(13))
+    broken = builder.icmp_unsigned(">=", size, ints(0x7C00 << 13))
     moved = builder.bitcast(builder.fmul(builder.bitcast(size, _FLOATS), constant(2.0**112)), _INTS)
-    size = builder.select(broken, builder.or_(size, _same(0x7F800000)), moved)
+    size = builder.select(broken, builder.or_(size, ints(0x7F800000)), moved)
     return builder.bitcast(builder.or_(size, sign), _FLOATS)
 
 
@@ -111,7 +117,7 @@ def load_bfloat16(typingctx: Any, address: Any) -> Any:
     """Eight bfloat16 numbers in memory."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(_words(builder, args[0]), _same(16)), _FLOATS)
+        return builder.bitcast(builder.shl(_words(builder, args[0]), ints(16)), _FLOATS)
 
     return Lanes(types.intp), build
 
@@ -144,7 +150,8 @@ def _words(builder: Any, address: Any) -> Any:
     return builder.zext(found, _INTS)
 
 
-def _same(value: int) -> Any:
+def ints(value: int) -> Any:
+    """The same whole number in all lanes, for code that builds IR."""
     return ir.Constant(_INTS, [value] * WIDTH)
 
 
@@ -223,9 +230,7 @@ def rint(typingctx: Any, a: Any) -> Any:
     """To the nearest whole number, half to even."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        name = f"llvm.rint.v{WIDTH}f32"
-        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), name)
-        return builder.call(call, args)
+        return _rounded(builder, args[0])
 
     return Lanes(Lanes), build
 
@@ -255,7 +260,7 @@ def magnitude(typingctx: Any, a: Any) -> Any:
     """|a|."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = builder.and_(builder.bitcast(args[0], _INTS), _same(0x7FFFFFFF))
+        bits = builder.and_(builder.bitcast(args[0], _INTS), ints(0x7FFFFFFF))
         return builder.bitcast(bits, _FLOATS)
 
     return Lanes(Lanes), build
@@ -328,12 +333,10 @@ def round_to_half(typingctx: Any, a: Any) -> Any:
     """fp16(a), rounded half to even, for 0 <= a <= 65504. In integers, since not every CPU converts them."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        name = f"llvm.rint.v{WIDTH}f32"
-        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), name)
-        tiny = builder.fmul(builder.call(call, [builder.fmul(args[0], constant(2.0**24))]), constant(2.0**-24))
+        tiny = builder.fmul(_rounded(builder, builder.fmul(args[0], constant(2.0**24))), constant(2.0**-24))
         bits = builder.bitcast(args[0], _INTS)
-        odd = builder.and_(builder.lshr(bits, _same(13)), _same(1))
-        bits = builder.and_(builder.add(builder.add(bits, _same(0xFFF)), odd), _same(~0x1FFF))
+        odd = builder.and_(builder.lshr(bits, ints(13)), ints(1))
+        bits = builder.and_(builder.add(builder.add(bits, ints(0xFFF)), odd), ints(~0x1FFF))
         return builder.select(
             builder.fcmp_ordered("<", args[0], constant(2.0**-14)), tiny, builder.bitcast(bits, _FLOATS)
         )
@@ -362,7 +365,7 @@ def where_negative(typingctx: Any, x: Any, a: Any, b: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x, a, b = args
-        return builder.select(builder.icmp_signed("<", builder.bitcast(x, _INTS), _same(0)), a, b)
+        return builder.select(builder.icmp_signed("<", builder.bitcast(x, _INTS), ints(0)), a, b)
 
     return Lanes(Lanes, Lanes, Lanes), build
 
@@ -394,14 +397,12 @@ def exp(typingctx: Any, a: Any) -> Any:
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x = args[0]
         y = _larger(builder, x, constant(_LOWEST))
-        name = f"llvm.rint.v{WIDTH}f32"
-        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), name)
-        n = builder.call(rint, [builder.fmul(y, constant(_LOG2_E))])
+        n = _rounded(builder, builder.fmul(y, constant(_LOG2_E)))
         r = fused(builder, n, constant(-_LN_2), y)
         e = constant(_TAYLOR[0])
         for factor in _TAYLOR[1:]:
             e = fused(builder, e, r, constant(factor))
-        power = builder.shl(builder.add(builder.fptosi(n, _INTS), _same(127)), _same(23))
+        power = builder.shl(builder.add(builder.fptosi(n, _INTS), ints(127)), ints(23))
         e = builder.fmul(e, builder.bitcast(power, _FLOATS))
         small = builder.select(builder.fcmp_ordered("<=", x, constant(_LOWEST)), constant(0.0), e)
         return builder.select(builder.fcmp_unordered("uno", x, x), x, small)

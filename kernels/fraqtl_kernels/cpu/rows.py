@@ -22,7 +22,7 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fraqtl_kernels.cpu.lanes import WIDTH, constant, fused, half_as_float, spread
+from fraqtl_kernels.cpu.lanes import WIDTH, constant, fused, half_as_float, ints, spread
 
 QUERIES = 4  # queries that go over a row together
 FLOATS = 32  # bits of rows that are floats already
@@ -46,13 +46,9 @@ def _read(builder: Any, place: Any, kind: Any) -> Any:
     return found
 
 
-def _same(value: int) -> Any:
-    return ir.Constant(_INTS, [value] * WIDTH)
-
-
 def _nibbles(builder: Any, place: Any) -> list[Any]:
     codes = builder.zext(_read(builder, place, _I8), _INTS)
-    return [builder.sitofp(x, _FLOATS) for x in (builder.and_(codes, _same(15)), builder.lshr(codes, _same(4)))]
+    return [builder.sitofp(x, _FLOATS) for x in (builder.and_(codes, ints(15)), builder.lshr(codes, ints(4)))]
 
 
 def _bytes(builder: Any, place: Any) -> list[Any]:
@@ -61,7 +57,7 @@ def _bytes(builder: Any, place: Any) -> list[Any]:
 
 def _bfloat16(builder: Any, place: Any) -> list[Any]:
     words = builder.zext(_read(builder, place, ir.IntType(16)), _INTS)
-    return [builder.bitcast(builder.shl(words, _same(16)), _FLOATS)]
+    return [builder.bitcast(builder.shl(words, ints(16)), _FLOATS)]
 
 
 def _float16(builder: Any, place: Any) -> list[Any]:
@@ -265,52 +261,42 @@ def _add(loops: _Loops) -> None:
 _SIGNATURE = types.void(*[types.int64] * len(_Loops.ARGUMENTS))
 
 
-def _built(body: Callable[[_Loops], None]) -> Any:
-    """An intrinsic of bits and head size, known when it is compiled, and the arguments of `_Loops`."""
+_BODIES = {"score": _score, "add": _add}
 
-    @intrinsic
-    def run(typingctx: Any, bits: Any, size: Any, given: Any) -> Any:
-        if not isinstance(bits, types.IntegerLiteral) or not isinstance(size, types.IntegerLiteral):
-            return None
 
-        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            each = [builder.extract_value(args[2], i) for i in range(len(_Loops.ARGUMENTS))]
-            _Loops(builder, bits.literal_value, size.literal_value, each).build(body)
-            return context.get_dummy_value()
+@intrinsic
+def _run_built(typingctx: Any, body: Any, bits: Any, size: Any, given: Any) -> Any:
+    """The loops of `body` for rows of `bits` and `size`, all three known when it is compiled. given: as of `_Loops`."""
+    known = body, bits, size
+    if not all(isinstance(x, types.Literal) for x in known):
+        return None
 
-        return types.void(bits, size, given), build
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        each = [builder.extract_value(args[3], i) for i in range(len(_Loops.ARGUMENTS))]
+        _Loops(builder, bits.literal_value, size.literal_value, each).build(_BODIES[body.literal_value])
+        return context.get_dummy_value()
+
+    return types.void(*known, given), build
+
+
+@cache
+def row_function(body: str, bits: int, size: int) -> Any:
+    """A C function of `_Loops.ARGUMENTS` for rows of `bits` a number.
+
+    body: "score", which may write 7 scores more than there are rows, or "add", see the module's docstring.
+    """
+
+    @cfunc(_SIGNATURE, cache=True)
+    def run(queries, floats, pages, table, page_bytes, block_size, first, after, other, stride):
+        given = queries, floats, pages, table, page_bytes, block_size, first, after, other, stride
+        _run_built(body, bits, size, given)
 
     return run
 
 
-_score_rows, _add_rows = _built(_score), _built(_add)
-
-
-@cache
-def scorer(bits: int, size: int) -> Any:
-    """A C function of `_Loops.ARGUMENTS` for rows of `bits` a number. What it writes may go 7 scores too far."""
-
-    @cfunc(_SIGNATURE, cache=True)
-    def score(queries, floats, pages, table, page_bytes, block_size, first, after, other, stride):
-        _score_rows(bits, size, (queries, floats, pages, table, page_bytes, block_size, first, after, other, stride))
-
-    return score
-
-
-@cache
-def adder(bits: int, size: int) -> Any:
-    """As `scorer`, for sums of weighted rows."""
-
-    @cfunc(_SIGNATURE, cache=True)
-    def add(queries, floats, pages, table, page_bytes, block_size, first, after, other, stride):
-        _add_rows(bits, size, (queries, floats, pages, table, page_bytes, block_size, first, after, other, stride))
-
-    return add
-
-
 @intrinsic
 def run_rows(typingctx: Any, address: Any, given: Any) -> Any:
-    """Call a function of `scorer` or `adder`. given: the arguments of `_Loops`."""
+    """Call a function of `row_function`. given: the arguments of `_Loops`."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         function = ir.FunctionType(_VOID, [_I64] * len(_Loops.ARGUMENTS)).as_pointer()
