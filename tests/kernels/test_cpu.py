@@ -6,7 +6,7 @@ import torch
 from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu import attention, tiles
+from fraqtl_kernels.cpu import prefill
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
@@ -118,10 +118,34 @@ def test_sliding_window_and_soft_cap(format_name: str, window: int, soft_cap: fl
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_many_small_tiles_give_the_same(format_name: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_TOKENS", 32)
-    monkeypatch.setattr(attention, "TILE_QUERIES", 9)
+    monkeypatch.setattr(prefill, "TILE_TOKENS", 32)
+    monkeypatch.setattr(prefill, "PIECE_FLOATS", 16 * 256)
+    monkeypatch.setattr(prefill, "BLOCK_ROWS", 9)
     batch = make_batch(format_name, seq_lens=(7, 161, 100, 64, 16), queries=(7, 1, 100, 1, 1))
     assert error_of(batch, window) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_prompt_in_chunks_gets_the_same_bits(format_name: str, window: int | None) -> None:
+    batch = make_batch(format_name, seq_lens=(700,), queries=(700,), dtype=torch.bfloat16)
+    options = {"scale": batch.scale, "window": window, "constants": batch.constants}
+    whole, pieces = torch.empty_like(batch.query), torch.empty_like(batch.query)
+    read = (batch.pool, batch.layout, batch.block_table)
+    running, _ = write_chunks(batch)
+    cpu.attend(batch.query, *read, cpu.plan_attention([0, 700], [700]), whole, residuals=running, **options)
+    for first, last in ((0, 259), (259, 262), (262, 700)):
+        query, table = batch.query[first:last], batch.block_table[0]
+        token = torch.arange(first, last)
+        slots = table[token // batch.layout.block_size].long() * batch.layout.block_size
+        key, value = batch.key[0, first:last], batch.value[0, first:last]
+        running = cpu.write(
+            batch.pool, batch.layout, key, value, slots + token % batch.layout.block_size, batch.constants
+        )
+        plan = cpu.plan_attention([0, last - first], [last])
+        if running is None:  # formats without residuals: keep even three queries on this path
+            running = cpu.Residuals(None, None)
+        cpu.attend(query, *read, plan, pieces[first:last], residuals=running, **options)
+    assert torch.equal(whole, pieces)
 
 
 def test_blocks_that_a_window_has_freed_are_not_read(format_name: str) -> None:

@@ -8,17 +8,18 @@ kernel_cache()
 
 import torch
 
-from fraqtl_kernels.cpu.attention import AttentionPlan, attend, plan_attention
+from fraqtl_kernels.cpu.attention import attend
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.layers.warm_up import warm_up_layers
+from fraqtl_kernels.cpu.plan import AttentionPlan, plan_attention
+from fraqtl_kernels.cpu.prefill import warm_up_prefill
 from fraqtl_kernels.cpu.residual import Residuals
-from fraqtl_kernels.cpu.residual_attention import warm_up_residual_attention
 from fraqtl_kernels.cpu.step import DecodeStep, StepPlan, warm_up_step
 from fraqtl_kernels.cpu.write import warm_up_write, write
 from fraqtl_kernels.formats import KVFormat
 
 # What a bfloat16 model in the default format needs. They share nothing: one may compile beside another.
-WARM_UPS = (warm_up_step, warm_up_write, warm_up_layers, warm_up_residual_attention)
+WARM_UPS = (warm_up_step, warm_up_write, warm_up_layers, warm_up_prefill)
 
 __all__ = [
     "WARM_UPS",
@@ -44,4 +45,4 @@ def warm_up(format: KVFormat, dtype: torch.dtype) -> None:
         warm_up_decode()
     warm_up_write()
     warm_up_layers(dtype)
-    warm_up_residual_attention()
+    warm_up_prefill(dtype)

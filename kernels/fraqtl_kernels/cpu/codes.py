@@ -61,7 +61,7 @@ def _load_bytes(raw, start, count, size, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _load_codes(raw, start, count, size, bits, tile):
+def load_codes(raw, start, count, size, bits, tile):
     """`count` rows of what is stored from byte `start` of the pool as floats."""
     if bits == 4:
         _load_nibbles(raw, start, count, size, tile)
@@ -72,7 +72,7 @@ def _load_codes(raw, start, count, size, bits, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
+def scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
     """Codes become numbers where a row has several scales: from byte `start` of the pool, `groups` a row."""
     width = size // groups
     for n in range(count):
@@ -90,6 +90,6 @@ def load_pages(raw, raw16, half, numbers, head, sizes, stream, midpoints, count,
     for i in range((count + block_size - 1) // block_size):
         page = np.int64(numbers[i]) * sizes[5] + head * sizes[6]
         rows, part = min(block_size, count - i * block_size), tile[i * block_size :]
-        _load_codes(raw, page + stream * sizes[7], rows, size, bits, part)
+        load_codes(raw, page + stream * sizes[7], rows, size, bits, part)
         if groups > 1:
-            _scale_groups(raw16, half, page + sizes[8 + stream], rows, size, groups, midpoints[stream], part)
+            scale_groups(raw16, half, page + sizes[8 + stream], rows, size, groups, midpoints[stream], part)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.cpu.codes import FAST, are_direct, half_table, load_pages
+from fraqtl_kernels.cpu.plan import Bucket
 from fraqtl_kernels.cpu.queries import Queries, prepare_queries
 from fraqtl_kernels.cpu.rows import FLOATS, row_function, run_rows
 from fraqtl_kernels.cpu.softmax import highest, load_scales, scale_scores, weigh
-from fraqtl_kernels.cpu.tiles import Bucket
 from fraqtl_kernels.formats import DEFAULT_FORMAT, SCALE_BYTES, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE

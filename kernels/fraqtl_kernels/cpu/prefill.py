@@ -1,121 +1,154 @@
-"""CPU prefill: many queries of one request, through torch's flash attention for CPUs.
+"""CPU prefill: many queries of one request. See `kernels/prefill.py`.
 
-A tile of keys and values is dequantized, attended, and dropped; what the tiles give is joined by the
-logarithms of their softmax sums: out = Σ_t e^(lse_t - lse) · out_t, lse = log Σ_t e^lse_t. So the
-workspace is one tile, whatever the context.
+A tile of keys and values is dequantized, attended, and dropped, so the workspace is one tile and what the softmax
+carries of each query, whatever the context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.cpu.queries import Queries
-from fraqtl_kernels.cpu.tiles import Bucket, gather, key_tiles, tile_values
-from fraqtl_kernels.pages import PageLayout, Planes
-from fraqtl_kernels.residual import DISTANCE, reads_residual
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.cpu.codes import half_table
+from fraqtl_kernels.cpu.decode import grid_midpoints, page_sizes, pool_bytes
+from fraqtl_kernels.cpu.kernels.prefill import ROWS_TOGETHER, attend_tile, begin, dequantize_tile, finish
+from fraqtl_kernels.cpu.layers.bits import DTYPES, bits_of
+from fraqtl_kernels.cpu.plan import Bucket
+from fraqtl_kernels.cpu.products import PANEL
+from fraqtl_kernels.cpu.queries import output_operands, query_operands
+from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals
+from fraqtl_kernels.cpu.share import share
+from fraqtl_kernels.formats import DEFAULT_FORMAT, get_format
+from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.residual import DISTANCE
 
-# The public scaled_dot_product_attention runs this operator and drops the second result, the lse.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-class LastTile:
-    """The keys and values made last, which other queries of the same request may see a part of."""
-
-    def __init__(self) -> None:
-        self._place: tuple[int, int] | None = None
-        self._tile = (torch.empty(0, 0, 0), torch.empty(0, 0, 0))
-
-    def read(
-        self, place: tuple[int, int], tokens: int, make: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """The first `tokens` of the tile at `place`, (request, position): out of `make` if it isn't the last one."""
-        if self._place != place or self._tile[0].shape[2] < tokens:
-            self._place, self._tile = place, make()
-        key, value = self._tile
-        return key[:, :, :tokens], value[:, :, :tokens]
+TILE_TOKENS = 4096  # keys dequantized at once, rounded down to whole pieces
+PIECE_FLOATS = 16384  # of keys attended at once, and as many of values: they stay in a second-level cache
+BLOCK_ROWS = 192  # queries that go over a piece together, in one thread
+_NO_RESIDUALS = np.empty((0, 0, 0), np.float32)
 
 
 def prefill(
-    queries: Queries,
-    planes: Planes,
+    query: Tensor,
+    output: Tensor,
+    pool: Tensor,
     layout: PageLayout,
     block_table: Tensor,
     bucket: Bucket,
+    *,
+    scale: float,
     window: int | None,
-    skip_residual: bool = False,
-    last_tile: LastTile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one request. skip_residual: without the tokens that queries read with their residuals. last_tile: of
-    the same layer, best handed from the request's last queries to its first.
+    soft_cap: float | None,
+    constants: LayerConstants,
+    residuals: Residuals | None,
+) -> None:
+    """Attention of the one request of a bucket, as of `attend`."""
+    heads, size = pool.shape[1], layout.head_size
+    token, first, count = int(bucket.tokens[0, 0]), int(bucket.positions[0, 0]), bucket.positions.shape[1]
+    source, target = _plain(query[token : token + count]), _plain(output[token : token + count])
+    batch = _Batch.of(query.shape[1], heads, count, first)
+    rows, parts = batch.rows, heads * batch.blocks
+    q, acc = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
+    score_bias, l_i, m_i = np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, -np.inf, np.float32)
+    *to_basis, outlier_shift = query_operands(heads, size, layout.format.k, constants)
+    reading = *to_basis, np.float32(scale)
+    share(lambda a, b: begin(a, b, *_memory(source), batch, reading, q, score_bias), parts)
 
-    Returns (1, KV heads, M, D) float32 like the queries, in the basis in which V is stored, and the logarithms
-    (1, KV heads, M, 1) of the softmax sums. The center of the keys is left out: softmax is blind to it.
-    """
-    _, heads, rows, size = queries.q.shape
-    count = bucket.positions.shape[1]
-    group = rows // count
-    q = queries.q.view(1, heads * group, count, size)
-    out = torch.zeros_like(q)
-    lse = q.new_full((1, heads * group, count, 1), -torch.inf)
-    tiles = LastTile() if last_tile is None or window is not None else last_tile  # one for a window is spoilt below
-    positions = bucket.positions[0]
-    for blocks, position in key_tiles(layout, block_table, bucket, window):
-        first = int(position[0, 0])
-        # What lies behind the last key, or before the window of all, may be anything, even NaN
-        used = min(position.shape[1], int(positions[-1]) + 1 - first)
-        gone = 0 if window is None else max(0, int(positions[0]) - window + 1 - first)
-        bias, blind = _hide(positions, first, used, window, layout.block_size if skip_residual else None)
-        if bool(blind.all()):
-            continue
+    raw, table = pool_bytes(pool), block_table[int(bucket.rows[0])].int().contiguous().numpy()
+    pages = raw, raw.view(np.uint16), half_table(), table
+    grid = page_sizes(pool, layout, with_residual=False), grid_midpoints(layout), outlier_shift
+    near = tuple(_around(residuals, stream, token, count) for stream in ("key", "value"))
+    rule = layout.block_size, DISTANCE if residuals else 0, window or 0, np.float32(soft_cap or 0)
+    for tile, keys, values in _tiles(heads, size, first, count, window):
+        share(partial(_run, dequantize_tile, pages, tile, grid, keys, values), heads * -(-(tile[1] - tile[0]) // PANEL))
+        share(partial(_run, attend_tile, tile, batch, keys, values, q, score_bias, near, rule, m_i, l_i, acc), parts)
 
-        def make(blocks: Tensor = blocks) -> tuple[Tensor, Tensor]:
-            key = _keys(queries, planes, layout, blocks)
-            value = tile_values(planes.v, planes.v_scale, layout.format.v, blocks)
-            return key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-
-        key, value = tiles.read((int(bucket.rows[0]), first), used, make)
-        if gone:
-            key[:, :, :gone], value[:, :, :gone] = 0, 0
-        part, part_lse = _flash(q, key, value, 0.0, False, attn_mask=bias, scale=1.0)
-        # A query that sees nothing of this tile: its lse says so, its output is not to be used.
-        part_lse = part_lse.view(1, -1, count, 1).masked_fill(blind, -torch.inf)
-        joined = torch.logaddexp(lse, part_lse)
-        weight = (part_lse - joined).exp().masked_fill(blind, 0)
-        out = out * (lse - joined).exp().nan_to_num(0.0) + part.masked_fill(blind, 0) * weight
-        lse = joined
-    return out.view(1, heads, rows, size), lse.view(1, heads, rows, 1)
+    restoring = output_operands(heads, size, layout.format.v, constants)
+    share(lambda a, b: finish(a, b, *_memory(target), batch, restoring, l_i, acc), parts)
+    if target.data_ptr() != output[token : token + count].data_ptr():
+        output[token : token + count] = target.to(output.dtype)
 
 
-def _hide(query: Tensor, first: int, count: int, window: int | None, block_size: int | None) -> tuple[Tensor, Tensor]:
-    """What is added to scores (queries, keys) float32 of keys first .. first + count - 1, 0 or -inf, and which queries
-    (queries, 1) see none of them.
+class _Batch(NamedTuple):
+    """What the compiled loops know of a bucket's queries. block_tokens: that go over keys together, in one thread."""
 
-    query: (queries,) positions, one after another. block_size: of pages whose newest tokens are read with their
-    residuals, and are left out here; None: none are.
-    """
-    start = int(query[0]) - first
-    bias = torch.full((len(query), count), -torch.inf, dtype=torch.float32).triu_(start + 1)
-    oldest = torch.full_like(query, first)
-    if window is not None:
-        bias += torch.full_like(bias, -torch.inf).tril_(start - window)
-        oldest = torch.maximum(oldest, query - window + 1)
-    seen = query.clamp_max(first + count - 1) - oldest + 1
-    rows = torch.arange(len(query))
-    for back in range(DISTANCE if block_size is not None else 0):
-        key = query - back
-        hidden = reads_residual(query, key, block_size or 1) & (key >= oldest) & (key < first + count)
-        bias[rows[hidden], key[hidden] - first] = -torch.inf
-        seen -= hidden.long()
-    return bias, (seen <= 0)[:, None]
+    heads: int
+    group: int
+    tokens: int
+    blocks: int
+    block_tokens: int
+    block_rows: int
+    first_position: int
+
+    @classmethod
+    def of(cls, query_heads: int, heads: int, count: int, first: int) -> _Batch:
+        group = query_heads // heads
+        block_tokens = min(count, max(1, BLOCK_ROWS // group))
+        block_rows = -(-block_tokens * group // ROWS_TOGETHER) * ROWS_TOGETHER
+        return cls(heads, group, count, -(-count // block_tokens), block_tokens, block_rows, first)
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.blocks * self.block_rows
 
 
-def _keys(queries: Queries, planes: Planes, layout: PageLayout, blocks: Tensor) -> Tensor:
-    """(1, KV heads, keys, D) float32, in the stored basis."""
-    keys = tile_values(planes.k, planes.k_scale, layout.format.k, blocks)
-    if queries.outlier_shift is None or planes.k_scale is None:
-        return keys
-    is_outlier = gather(planes.k_scale, blocks).signbit()
-    return keys + queries.outlier_shift[:, None] * is_outlier[..., None]
+def _run(function: Any, *arguments: Any) -> None:
+    """`share` gives the parts last, compiled functions take them first."""
+    *others, first, after = arguments
+    function(first, after, *others)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """(tokens, heads, D) as the compiled loops take it: a copy where the heads of a token don't lie side by side."""
+    if x.dtype in DTYPES and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
+        return x
+    return x.to(x.dtype if x.dtype in DTYPES else torch.float32).contiguous()
+
+
+def _memory(x: Tensor) -> tuple[tuple[int, int], Any]:
+    """Address and stride of a tensor's tokens, and an array that says its dtype."""
+    return (x.data_ptr(), x.stride(0)), bits_of(x[:0])
+
+
+def _tiles(heads: int, size: int, first: int, count: int, window: int | None) -> Iterator[tuple[Any, Any, Any]]:
+    """(first key, behind the last), and room for its keys and its values, of all tiles that the queries see."""
+    piece = min(TILE_TOKENS, PIECE_FLOATS // size // PANEL * PANEL)
+    oldest = 0 if window is None else max(0, first - window + 1) // piece * piece
+    after = first + count
+    tokens = min(TILE_TOKENS // piece, -(-(after - oldest) // piece)) * piece
+    keys = np.empty((heads, tokens // PANEL, size, PANEL), np.float32)
+    values = np.empty((heads, tokens // piece, size // PANEL, piece, PANEL), np.float32)
+    for start in range(oldest, after, tokens):
+        yield (start, min(start + tokens, after)), keys, values
+
+
+def _around(residuals: Residuals | None, stream: str, token: int, count: int) -> Any:
+    """What residuals add to keys or values, (BEFORE + count, KV heads, D), or nothing."""
+    of_stream: StreamResiduals | None = getattr(residuals, stream, None)
+    return _NO_RESIDUALS if of_stream is None else of_stream.around(token, count).numpy()
+
+
+def warm_up_prefill(dtype: torch.dtype = torch.bfloat16) -> None:
+    """As `warm_up_decode`, for a model in `dtype`."""
+    layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
+    pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
+    x, rows, tokens = torch.zeros(2, 1, 64, dtype=dtype), torch.zeros(1, dtype=torch.int64), torch.arange(2)[None]
+    prefill(
+        x,
+        x.clone(),
+        pool,
+        layout,
+        rows[None],
+        Bucket(rows, tokens, tokens),
+        scale=1.0,
+        window=None,
+        soft_cap=None,
+        constants=IDENTITY,
+        residuals=None,
+    )

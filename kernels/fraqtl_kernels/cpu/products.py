@@ -28,8 +28,8 @@ def panels(matrix: Tensor) -> Tensor:
     return matrix.unflatten(-1, (-1, PANEL)).movedim(-2, -3).contiguous()
 
 
-def _product(rows: int, columns: int) -> Any:
-    """An intrinsic for `rows` rows and `columns` panels next to each other."""
+def _product(rows: int, columns: int, *, adds: bool = False) -> Any:
+    """An intrinsic for `rows` rows and `columns` panels next to each other. adds: to what y holds."""
 
     @intrinsic
     def product(
@@ -50,6 +50,13 @@ def _product(rows: int, columns: int) -> Any:
             panel = pointer(context, builder, sig.args[3], matrix, at, _F32)
             starts = [builder.gep(begin, [builder.mul(x_stride, _I64(row))]) for row in range(rows)]
             panel_stride = builder.mul(depth, _I64(PANEL))
+            targets = []
+            for row in range(rows):
+                start = builder.add(y_at, builder.mul(y_stride, _I64(row)))
+                places = [builder.add(start, _I64(column * PANEL)) for column in range(columns)]
+                targets.append([pointer(context, builder, sig.args[6], y, place, _COLUMNS) for place in places])
+            zero = ir.Constant(_COLUMNS, [0.0] * PANEL)
+            begun = [[builder.load(target, align=4) if adds else zero for target in one] for one in targets]
             loop, after = builder.append_basic_block("depth"), builder.append_basic_block("done")
             builder.branch(loop)
             builder.position_at_end(loop)
@@ -70,16 +77,13 @@ def _product(rows: int, columns: int) -> Any:
             k.add_incoming(following, loop)
             for row in range(rows):
                 for column in range(columns):
-                    sums[row][column].add_incoming(ir.Constant(_COLUMNS, [0.0] * PANEL), before)
+                    sums[row][column].add_incoming(begun[row][column], before)
                     sums[row][column].add_incoming(added[row][column], loop)
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
             builder.position_at_end(after)
             for row in range(rows):
-                start = builder.add(y_at, builder.mul(y_stride, _I64(row)))
                 for column in range(columns):
-                    place = builder.add(start, _I64(column * PANEL))
-                    target = pointer(context, builder, sig.args[6], y, place, _COLUMNS)
-                    builder.store(added[row][column], target).align = 4
+                    builder.store(added[row][column], targets[row][column]).align = 4
             return context.get_dummy_value()
 
         whole = types.intp
@@ -88,7 +92,9 @@ def _product(rows: int, columns: int) -> Any:
     return product
 
 
-_six_rows = _product(ROWS, 1)
+# (x, element where its rows begin, from row to row, matrix, element, depth, y, element, from row to row)
+multiply_six = _product(ROWS, 1)
+add_six = _product(ROWS, 1, adds=True)
 _one_row_of_four = _product(1, 4)
 _one_row = _product(1, 1)
 
@@ -104,7 +110,9 @@ def multiply(x, count, size, matrix, at, y):
         full += ROWS
     for panel in range(size // PANEL if full else 0):
         for row in range(0, full, ROWS):
-            _six_rows(x, row * size, size, matrix, at + panel * size * PANEL, size, y, row * size + panel * PANEL, size)
+            multiply_six(
+                x, row * size, size, matrix, at + panel * size * PANEL, size, y, row * size + panel * PANEL, size
+            )
     for row in range(full, count):
         panel = 0
         while panel + 4 <= size // PANEL:

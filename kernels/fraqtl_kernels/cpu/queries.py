@@ -24,14 +24,12 @@ class Queries:
     """The queries of a bucket.
 
     q: (R, KV heads, M, D) float32, M = query heads a KV head x query tokens, the tokens innermost.
-    score_bias, outlier_bias: (R, KV heads, M) float32. outlier_shift: (KV heads, D) float32, the same as a vector that
-    is added to stored keys, or None if there is no outlier center.
+    score_bias, outlier_bias: (R, KV heads, M) float32.
     """
 
     q: Tensor
     score_bias: Tensor
     outlier_bias: Tensor
-    outlier_shift: Tensor | None
 
     @property
     def q_sum(self) -> Tensor:
@@ -41,10 +39,10 @@ class Queries:
 
 def prepare_queries(query: Tensor, vector: VectorFormat, constants: LayerConstants, scale: float) -> Queries:
     """query: (R, KV heads, M, D) float32, in the model's own basis. vector: how keys are stored."""
-    operand, outlier_shift = _operand(query.shape[1], query.shape[3], vector, constants, scale)
+    operand, _ = _operand(query.shape[1], query.shape[3], vector, constants, scale)
     product = query @ operand
     size = query.shape[3]
-    return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1], outlier_shift)
+    return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1])
 
 
 def restore_output(out: Tensor, vector: VectorFormat, constants: LayerConstants) -> Tensor:
@@ -85,19 +83,23 @@ def _operand(
     return torch.cat([columns, score_bias, outlier_bias], -1) * scale, outlier_shift
 
 
-def query_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any, Any]:
+@lru_cache(maxsize=1024)
+def query_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any, Any, Any]:
     """What turns a query into q', score_bias and outlier_bias but for the softmax scale, as NumPy arrays.
 
-    `panels` of (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D). All float32.
+    `panels` of (KV heads, D, D), or (KV heads, 0, 0) where q' = q; (KV heads, D); (KV heads, D); and the outlier shift,
+    (KV heads, D), or (KV heads, 0) if there is no outlier center. All float32.
     """
-    operand, _ = _operand(heads, size, vector, constants, 1.0)
+    operand, shift = _operand(heads, size, vector, constants, 1.0)
     matrix = operand[..., :size]
     if torch.equal(matrix, torch.eye(size).expand_as(matrix)):
         matrix = matrix[:, :0, :0]
-    parts = (panels(matrix), operand[..., size], operand[..., size + 1])
+    shift = operand.new_empty(heads, 0) if shift is None else shift
+    parts = (panels(matrix), operand[..., size], operand[..., size + 1], shift)
     return tuple(x.contiguous().numpy() for x in parts)  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=1024)
 def output_operands(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Any, Any]:
     """What `restore_output` multiplies with and adds, float32: as of `query_operands`, and (KV heads, D)."""
     origin = torch.zeros(1, heads, 1, size, dtype=torch.float32)

@@ -17,37 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, get_num_threads, njit, types
-from numba.extending import intrinsic
+from numba import get_num_threads, njit
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.codes import FAST, half_table
 from fraqtl_kernels.cpu.decode import attend_run, grid_midpoints, page_sizes, pool_bytes, split_runs
 from fraqtl_kernels.cpu.encode import make_spaces, store_tile
-from fraqtl_kernels.cpu.layers.bits import bits_of, from_float, to_float
+from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
+from fraqtl_kernels.cpu.layers.bits import bits_of, from_float
 from fraqtl_kernels.cpu.operands import StreamOperands, join
 from fraqtl_kernels.cpu.products import ROWS, multiply
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
-
-
-@intrinsic
-def _pointer(_context: Any, address: Any) -> Any:
-    """An address as what `carray` takes."""
-
-    def cast(_target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], _target.get_value_type(signature.return_type))
-
-    return types.voidptr(types.int64), cast
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _row(address, start, size, like):
-    """Numbers start .. start + size - 1 behind an address, in the dtype of `like`."""
-    return carray(_pointer(address + start * like.itemsize), (size,), like.dtype)
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -63,7 +47,7 @@ def _store(stream, address, stride, like, row, head, size, slots, raw, raw16, st
         return
     block_size, block_stride, head_stride = places[:3]
     place = (slot // block_size) * block_stride + head * head_stride + raw_at[stream] + slot % block_size * 2 * size
-    source = _row(address, row * stride + head * size, size, like).view(np.uint16)
+    source = row_at(address, row * stride + head * size, size, like).view(np.uint16)
     target = raw16[place // 2 : place // 2 + size]
     for d in range(size):
         target[d] = source[d]
@@ -74,17 +58,6 @@ def _workspaces(rows, size):
     """Two (>= rows, size) float32 arrays that `multiply` takes."""
     padded = (rows + ROWS - 1) // ROWS * ROWS
     return np.empty((padded, size), np.float32), np.empty((padded, size), np.float32)
-
-
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _prepare_query(query, center, outlier_shift, scale, x, terms):
-    """x <- scale · query, terms[1:] <- x·center, x·outlier_shift."""
-    a, b = np.float32(0), np.float32(0)
-    for i in range(x.shape[0]):
-        x[i] = to_float(query[i]) * scale
-        a += x[i] * center[i]
-        b += x[i] * outlier_shift[i]
-    terms[1], terms[2] = a, b
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -111,8 +84,10 @@ def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16
             at, stride = addresses[1 + stream], strides[1 + stream]
             _store(stream, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
         for m in range(group):
-            query = _row(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
-            _prepare_query(query, center[head], outlier_shift[head], scale, x[m], terms[token, head, :, m])
+            query = row_at(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
+            terms[token, head, 1, m], terms[token, head, 2, m] = prepare_query(
+                query, center[head], outlier_shift[head], scale, x[m]
+            )
         if matrix.shape[1]:
             multiply(x, group, size, matrix, head * size * size, y)
         for m in range(group):
@@ -157,7 +132,7 @@ def _finish(begin, end, rows, address, stride, like, starts, m_i, l_i, values, r
         if matrix.shape[1]:
             multiply(x, group, size, matrix, head * size * size, y)
         for m in range(group):
-            out = _row(address, rows[token] * stride + (head * group + m) * size, size, like)
+            out = row_at(address, rows[token] * stride + (head * group + m) * size, size, like)
             attended = y[m] if matrix.shape[1] else x[m]
             for d in range(size):
                 out[d] = from_float(attended[d] + center[head, d], out[d])
@@ -327,7 +302,7 @@ class DecodeStep:
         self._storing = (*arrays, self._whole, numbers, places, (0, layout.v_offset))
         self._pages: tuple[Any, ...] = (half_table(), raw, raw.view(np.uint16))
         self._reading: tuple[Any, ...] = (
-            (*query_operands(heads, size, k, constants), np.float32(scale)),
+            (*query_operands(heads, size, k, constants)[:3], np.float32(scale)),
             output_operands(heads, size, v, constants),
             page_sizes(pool, layout, with_residual=True),
             grid_midpoints(layout),

@@ -1,0 +1,1 @@
+"""What Numba compiles; the launchers are in the folder above."""
