@@ -18,7 +18,7 @@ from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import cpu_platform, plugin
 from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping
-from fraqtl_vllm.native_ops import gumbel_argmax
+from fraqtl_vllm.native_ops import draw_tokens
 
 ours_only = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"
@@ -97,11 +97,11 @@ def test_slot_mapping_takes_the_arguments_of_vllms_kernel() -> None:
 def test_equal_seeds_give_equal_tokens() -> None:
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)).expand(50, -1)
     seeds = torch.arange(50) * 7919
-    tokens = gumbel_argmax(logits, seeds)
+    tokens = draw_tokens(logits, seeds)
     assert (tokens.dtype, tokens.shape) == (torch.int64, (50,))
-    assert torch.equal(tokens, gumbel_argmax(logits, seeds))
+    assert torch.equal(tokens, draw_tokens(logits, seeds))
     # A row's token is its own seed's, whatever else is in the batch.
-    assert torch.equal(tokens.flip(0), gumbel_argmax(logits, seeds.flip(0)))
+    assert torch.equal(tokens.flip(0), draw_tokens(logits, seeds.flip(0)))
     assert len(set(tokens.tolist())) > 25
 
 
@@ -109,7 +109,7 @@ def test_frequencies_are_those_of_softmax() -> None:
     weights = [1, 2, 3, 4, 10, 20, 60]
     draws = 20_000
     logits = torch.tensor(weights, dtype=torch.float32).log() + 3  # softmax is blind to the constant
-    tokens = gumbel_argmax(logits.expand(draws, -1), torch.arange(draws))
+    tokens = draw_tokens(logits.expand(draws, -1), torch.arange(draws))
     counts = torch.bincount(tokens, minlength=7).tolist()
     statistic = sum((n - draws * w / 100) ** 2 / (draws * w / 100) for n, w in zip(counts, weights, strict=True))
     assert statistic < 22.46  # chi-square with 6 degrees of freedom exceeds it once in a thousand
@@ -118,7 +118,7 @@ def test_frequencies_are_those_of_softmax() -> None:
 def test_masked_tokens_are_never_drawn() -> None:
     logits = torch.full((500, 2000), -math.inf)
     logits[:, [3, 1999]] = 0.0
-    tokens = gumbel_argmax(logits, torch.arange(500)).tolist()
+    tokens = draw_tokens(logits, torch.arange(500)).tolist()
     assert set(tokens) == {3, 1999}
 
 
