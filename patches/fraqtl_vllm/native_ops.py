@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
 
-
 _CHUNK = 256  # probabilities
 
 
