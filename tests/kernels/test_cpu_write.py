@@ -16,9 +16,9 @@ from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.cpu import operands
-from fraqtl_kernels.cpu.calibrated import spectrum_of
-from fraqtl_kernels.cpu.encode import TILE
-from fraqtl_kernels.cpu.products import multiply, panels
+from fraqtl_kernels.cpu.kernels.products import multiply, panels
+from fraqtl_kernels.cpu.kernels.store import TILE
+from fraqtl_kernels.cpu.operands import spectrum_of
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout

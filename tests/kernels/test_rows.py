@@ -9,8 +9,8 @@ import pytest
 import torch
 from numba import njit
 
-from fraqtl_kernels.cpu import softmax
-from fraqtl_kernels.cpu.rows import FLOATS, row_function, run_rows
+from fraqtl_kernels.cpu.kernels import softmax
+from fraqtl_kernels.cpu.kernels.rows import FLOATS, row_function, run_rows
 from fraqtl_kernels.formats import HEAD_SIZES
 
 BLOCK, PAGES, SLACK = 16, 4, 8

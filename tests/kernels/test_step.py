@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fraqtl_kernels import cpu, reference
-from fraqtl_kernels.cpu.step import DecodeStep, StepPlan
+from fraqtl_kernels.cpu import DecodeStep, StepPlan
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 

@@ -11,10 +11,10 @@ import torch
 from fraqtl_kernels.cpu.attention import attend
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.layers.warm_up import warm_up_layers
-from fraqtl_kernels.cpu.plan import AttentionPlan, plan_attention
+from fraqtl_kernels.cpu.plan import AttentionPlan, StepPlan, plan_attention
 from fraqtl_kernels.cpu.prefill import warm_up_prefill
 from fraqtl_kernels.cpu.residual import Residuals
-from fraqtl_kernels.cpu.step import DecodeStep, StepPlan, warm_up_step
+from fraqtl_kernels.cpu.step import DecodeStep, warm_up_step
 from fraqtl_kernels.cpu.write import warm_up_write, write
 from fraqtl_kernels.formats import KVFormat
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.cpu.calibrated import spectrum_of
-from fraqtl_kernels.cpu.plain import make_hadamard_base
-from fraqtl_kernels.cpu.products import panels
+from fraqtl_kernels.cpu.kernels.products import panels
 from fraqtl_kernels.formats import FEEDBACK_GRID, VectorFormat
 from fraqtl_kernels.residual import DISTANCE
+from fraqtl_kernels.rotation import hadamard
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = np.empty(0, np.float32)
@@ -105,7 +105,7 @@ class StreamOperands:
 
 
 def join(key: StreamOperands, value: StreamOperands) -> tuple[Any, ...]:
-    """Both in the form that `encode.store_range` takes, the same types for every format."""
+    """Both in the form that `kernels.store.store_range` takes, the same types for every format."""
     return (
         (key.table, value.table),
         (key.residual, value.residual),
@@ -139,3 +139,25 @@ def _table(constants: LayerConstants, stream: str) -> Table | None:
     return Table(
         numbers.flatten().contiguous().numpy(), numbers.shape[1], spectrum is not None, outlier_center is not None
     )
+
+
+def spectrum_of(feedback: Tensor) -> Tensor | None:
+    """What `feed_back` takes in the place of F (KV heads, D/2, D/2): (KV heads, D/2) float32, or None if F has no
+    such form."""
+    size = feedback.shape[-1]
+    if size & (size - 1) or size < 32:
+        return None
+    first, index = feedback[:, 0].double(), torch.arange(size)
+    if not torch.equal(first[:, index[:, None] ^ index], feedback.double()):
+        return None
+    eigenvalues = first @ hadamard(size).sign()
+    return (eigenvalues / size / FEEDBACK_GRID).float()
+
+
+@cache
+def make_hadamard_base(size: int) -> Any:
+    """B of H = S ⊗ B, entries ±1, (b, b) float32 with b = 1, 12 or 20."""
+    hadamard_base = size
+    while hadamard_base % 2 == 0 and hadamard_base not in (12, 20):
+        hadamard_base //= 2
+    return hadamard(hadamard_base).sign().float().numpy()

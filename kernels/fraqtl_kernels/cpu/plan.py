@@ -1,11 +1,18 @@
-"""What a step attends: its requests, sorted by how many query tokens they have."""
+"""What a step attends: its requests, sorted by how many query tokens they have, and the runs of blocks they read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numba import get_num_threads
 from torch import Tensor
+
+RUN_TOKENS = 512  # no run of blocks is shorter than this, unless the context is
+RUNS_PER_THREAD = 4
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,56 @@ def plan_attention(query_start: list[int], seq_lens: list[int]) -> AttentionPlan
             token = torch.arange(n)[None]
             buckets.append(Bucket(torch.tensor([r]), query_start[r] + token, seq_lens[r] - n + token))
     return AttentionPlan(tuple(buckets))
+
+
+def split_runs(positions: Tensor, block_size: int, heads: int, window: int | None) -> Tensor:
+    """(runs, 3): request, first block, block after the last; runs of a request next to each other."""
+    first = (positions[:, 0] - (window or 1 << 62) + 1).clamp_min(0) // block_size
+    after = positions[:, -1] // block_size + 1
+    wanted = max(1, RUNS_PER_THREAD * get_num_threads() // heads)
+    length = max(RUN_TOKENS // block_size, -(-int((after - first).sum()) // wanted))
+    runs = [
+        (request, start, min(start + length, end))
+        for request, (begin, end) in enumerate(zip(first.tolist(), after.tolist(), strict=True))
+        for start in range(begin, end, length)
+    ]
+    return torch.tensor(runs)
+
+
+@dataclass
+class StepPlan:
+    """What all layers of a KV-cache group share in one step, of its requests with one new token each.
+
+    seq_lens: (requests,) int, the new token included. block_table: (requests, blocks) int32. slot_mapping: (tokens,)
+    int, of the whole batch. rows: (requests,) int64, where in the batch the new tokens stand; by default one after
+    another.
+    """
+
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    token_rows: Tensor | None = None
+    _runs: dict[tuple[int, int, int], tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = torch.arange(len(self.seq_lens)) if self.token_rows is None else self.token_rows
+        self.rows = rows.numpy()
+        self.positions = (self.seq_lens.long() - 1)[:, None].numpy()
+        self.table = self.block_table.int().contiguous().numpy()
+        self.slots = self.slot_mapping.long().contiguous().numpy()
+
+    @cached_property
+    def other_slots(self) -> Tensor:
+        """The slot mapping of the tokens that other requests have in the batch; -1 for those of this plan."""
+        slots = self.slot_mapping.clone()
+        slots[torch.from_numpy(self.rows)] = -1
+        return slots
+
+    def runs(self, block_size: int, heads: int, window: int) -> tuple[Any, Any]:
+        """(runs, 3), see `split_runs`, and (requests + 1,) the first run of each request."""
+        key = (block_size, heads, window)
+        if key not in self._runs:
+            runs = split_runs(torch.from_numpy(self.positions), block_size, heads, window or None).numpy()
+            starts = np.searchsorted(runs[:, 0], np.arange(len(self.positions) + 1))
+            self._runs[key] = runs, starts
+        return self._runs[key]

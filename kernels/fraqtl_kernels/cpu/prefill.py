@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.codes import half_table
-from fraqtl_kernels.cpu.decode import grid_midpoints, page_sizes, pool_bytes
+from fraqtl_kernels.cpu.kernels.codes import half_table
 from fraqtl_kernels.cpu.kernels.prefill import ROWS_TOGETHER, attend_tile, begin, dequantize_tile, finish
+from fraqtl_kernels.cpu.kernels.products import PANEL
 from fraqtl_kernels.cpu.layers.bits import DTYPES, bits_of
+from fraqtl_kernels.cpu.pages import grid_midpoints, page_sizes, pool_bytes
 from fraqtl_kernels.cpu.plan import Bucket
-from fraqtl_kernels.cpu.products import PANEL
 from fraqtl_kernels.cpu.queries import output_operands, query_operands
 from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals
 from fraqtl_kernels.cpu.share import share

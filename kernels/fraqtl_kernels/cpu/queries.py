@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fraqtl_kernels.codec import rotate, unrotate
 from fraqtl_kernels.constants import LayerConstants
-from fraqtl_kernels.cpu.products import panels
+from fraqtl_kernels.cpu.kernels.products import panels
 from fraqtl_kernels.formats import VectorFormat
 
 

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from fraqtl_kernels.codec import pack, quantize_static
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.encode import store_batch
-from fraqtl_kernels.cpu.operands import StreamOperands
+from fraqtl_kernels.cpu.kernels.store import TILE, store_range
+from fraqtl_kernels.cpu.operands import StreamOperands, join
 from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals, find_runs, read_earlier
+from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
+
+PARALLEL_VECTORS = 128  # fewer are done before other threads have woken up
 
 
 def write(
@@ -38,7 +41,7 @@ def write(
         rows_k, rows_v = (None if residual is None else residual.tokens for residual in (residual_k, residual_v))
         keys = StreamOperands.of(key, k, 0, layout.k_scale_offset, constants, "key", rows_k)
         values = StreamOperands.of(value, v, layout.v_offset, layout.v_scale_offset, constants, "value", rows_v)
-        store_batch(pool, slots, keys, values, layout.block_size)
+        _store_batch(pool, slots, keys, values, layout.block_size)
     if not (k.is_scaled and v.is_scaled):
         _store_others(pool, layout, key, value, slots, constants)
     return residuals
@@ -92,6 +95,22 @@ def _store_others(
 
 def _plain(x: Tensor, vector: VectorFormat, step: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if vector.is_raw else pack(quantize_static(x.float(), step, vector), vector)
+
+
+def _store_batch(pool: Tensor, slots: Tensor, key: StreamOperands, value: StreamOperands, block_size: int) -> None:
+    """Encode keys and values into their slots, and residuals into those behind them.
+
+    pool: as for `write`. slots: (tokens,) int64.
+    """
+    tokens, heads, size = len(slots), pool.shape[1], key.x.shape[-1]
+    raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
+    places = (block_size, pool.stride(0), pool.stride(1), heads, size)
+    arguments = *join(key, value), slots.contiguous().numpy(), raw, places
+    tiles = -(-tokens // TILE)
+    if 2 * tokens * heads < PARALLEL_VECTORS:
+        store_range(0, tiles, *arguments)
+    else:
+        share(lambda begin, end: store_range(begin, end, *arguments), tiles)
 
 
 def warm_up_write() -> None:

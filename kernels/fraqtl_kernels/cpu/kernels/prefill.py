@@ -13,11 +13,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from fraqtl_kernels.cpu.codes import load_codes, scale_groups
+from fraqtl_kernels.cpu.kernels.codes import load_codes, scale_groups
+from fraqtl_kernels.cpu.kernels.lanes import (
+    WIDTH,
+    exp,
+    first_of,
+    fma,
+    larger,
+    largest,
+    load,
+    load_every,
+    splat,
+    store,
+    total,
+)
+from fraqtl_kernels.cpu.kernels.products import PANEL, ROWS, add_six, multiply, multiply_six
 from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
-from fraqtl_kernels.cpu.lanes import WIDTH, exp, first_of, fma, larger, largest, load, load_every, splat, store, total
 from fraqtl_kernels.cpu.layers.bits import from_float, to_float
-from fraqtl_kernels.cpu.products import PANEL, ROWS, add_six, multiply, multiply_six
 
 ROWS_TOGETHER = 2 * ROWS
 SLACK = WIDTH  # numbers behind a row of scores that may be read and overwritten

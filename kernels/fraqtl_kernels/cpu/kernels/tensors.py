@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from fraqtl_kernels.cpu.codes import FAST
+from fraqtl_kernels.cpu.kernels.codes import FAST
 from fraqtl_kernels.cpu.layers.bits import to_float
 
 

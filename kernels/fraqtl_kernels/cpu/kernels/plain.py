@@ -6,26 +6,13 @@ The rotation is H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: lo
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
 from numba import njit
 
-from fraqtl_kernels.cpu.calibrated import scale_of
-from fraqtl_kernels.cpu.lanes import half_bits
-from fraqtl_kernels.rotation import hadamard
+from fraqtl_kernels.cpu.kernels.calibrated import scale_of
+from fraqtl_kernels.cpu.kernels.lanes import half_bits
 
 _FAST = {"reassoc", "contract", "nsz"}  # not "nnan": NaN must stay NaN
-
-
-@cache
-def make_hadamard_base(size: int) -> Any:
-    """B of H = S ⊗ B, entries ±1, (b, b) float32 with b = 1, 12 or 20."""
-    hadamard_base = size
-    while hadamard_base % 2 == 0 and hadamard_base not in (12, 20):
-        hadamard_base //= 2
-    return hadamard(hadamard_base).sign().float().numpy()
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)

@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from fraqtl_kernels.cpu.lanes import fused, pointer, spread
+from fraqtl_kernels.cpu.kernels.lanes import fused, pointer, spread
 
 PANEL = 16  # columns: two registers of AVX, one of AVX512
 ROWS = 6  # rows at once: with AVX 12 sums, two pieces of the matrix and one number fill its 16 registers

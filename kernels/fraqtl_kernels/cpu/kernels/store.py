@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from torch import Tensor
 
-from fraqtl_kernels.cpu.calibrated import encode, encode_residual, scale_of
-from fraqtl_kernels.cpu.calibrated import extent as extent_of
-from fraqtl_kernels.cpu.lanes import WIDTH, half_bits, load, load_bfloat16, load_float16, load_float32, store
-from fraqtl_kernels.cpu.operands import StreamOperands, join
-from fraqtl_kernels.cpu.plain import encode_plain, encode_plain_residual, rotate
-from fraqtl_kernels.cpu.products import ROWS, multiply
-from fraqtl_kernels.cpu.share import share
+from fraqtl_kernels.cpu.kernels.calibrated import encode, encode_residual, scale_of
+from fraqtl_kernels.cpu.kernels.calibrated import extent as extent_of
+from fraqtl_kernels.cpu.kernels.lanes import WIDTH, half_bits, load, load_bfloat16, load_float16, load_float32, store
+from fraqtl_kernels.cpu.kernels.plain import encode_plain, encode_plain_residual, rotate
+from fraqtl_kernels.cpu.kernels.products import ROWS, multiply
 
 TILE = 4 * ROWS  # tokens
-PARALLEL_VECTORS = 128  # fewer are done before other threads have woken up
 
 _NEGATIVE = 0x8000  # the sign bit of a scale
 
@@ -177,19 +173,3 @@ def store_range(begin, end, tables, residual, hadamard_bases, whole, numbers, sl
         for token in range(first, after, TILE):
             last = min(token + TILE, after)
             store_tile(head, token, last, arrays, whole[stream], numbers[stream], slots, pool, raw16, places, spaces)
-
-
-def store_batch(pool: Tensor, slots: Tensor, key: StreamOperands, value: StreamOperands, block_size: int) -> None:
-    """Encode keys and values into their slots, and residuals into those behind them.
-
-    pool: as for `write`. slots: (tokens,) int64.
-    """
-    tokens, heads, size = len(slots), pool.shape[1], key.x.shape[-1]
-    raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
-    places = (block_size, pool.stride(0), pool.stride(1), heads, size)
-    arguments = *join(key, value), slots.contiguous().numpy(), raw, places
-    tiles = -(-tokens // TILE)
-    if 2 * tokens * heads < PARALLEL_VECTORS:
-        store_range(0, tiles, *arguments)
-    else:
-        share(lambda begin, end: store_range(begin, end, *arguments), tiles)

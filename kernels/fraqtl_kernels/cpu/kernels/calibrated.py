@@ -11,11 +11,9 @@ is multiplied as it is.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import njit
-from torch import Tensor
 
-from fraqtl_kernels.cpu.lanes import (
+from fraqtl_kernels.cpu.kernels.lanes import (
     WIDTH,
     first_least,
     fma,
@@ -35,26 +33,12 @@ from fraqtl_kernels.cpu.lanes import (
     total,
 )
 from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
-from fraqtl_kernels.rotation import hadamard
 
 assert len(SCALE_CHOICES) == WIDTH
 _CHOICES = tuple(np.float32(choice) for choice in SCALE_CHOICES)
 _GRID, _FARTHEST = np.float32(FEEDBACK_GRID), np.float32(FEEDBACK_GRID * FEEDBACK_LIMIT)
 _BITS, _MIDPOINT, _LEVELS, _EDGE = 4, np.float32(7.5), np.float32(15), np.float32(8)  # of every calibrated format
 _HIGHEST = np.float32(65504)
-
-
-def spectrum_of(feedback: Tensor) -> Tensor | None:
-    """What `feed_back` takes in the place of F (KV heads, D/2, D/2): (KV heads, D/2) float32, or None if F has no
-    such form."""
-    size = feedback.shape[-1]
-    if size & (size - 1) or size < 32:
-        return None
-    first, index = feedback[:, 0].double(), torch.arange(size)
-    if not torch.equal(first[:, index[:, None] ^ index], feedback.double()):
-        return None
-    eigenvalues = first @ hadamard(size).sign()
-    return (eigenvalues / size / FEEDBACK_GRID).float()
 
 
 @njit(cache=True, nogil=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from fraqtl_kernels.cpu.lanes import (
+from fraqtl_kernels.cpu.kernels.lanes import (
     WIDTH,
     exp,
     first_of,

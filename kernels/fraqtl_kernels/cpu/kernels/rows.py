@@ -22,7 +22,7 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fraqtl_kernels.cpu.lanes import WIDTH, constant, fused, half_as_float, ints, spread
+from fraqtl_kernels.cpu.kernels.lanes import WIDTH, constant, fused, half_as_float, ints, spread
 
 QUERIES = 4  # queries that go over a row together
 FLOATS = 32  # bits of rows that are floats already
