@@ -14,11 +14,12 @@ A vector x of a calibrated format is stored as codes of z, and a query sees z in
   own: each key takes the center that leaves less of it, by the scale it would need. Which one it took is
   the sign bit of its scale; a query then adds q·(outlier center - center) to the scores of those tokens.
 
-Formats with static scales (`VectorFormat.static`) use `key_scale` and `value_scale` instead.
+Formats with static scales (`VectorFormat.static`) use scales instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -50,25 +51,25 @@ class Transform:
         return torch.einsum("...hd,hde->...he", z, self.inverse.to(z)) + self.center.to(z)
 
 
-@dataclass(frozen=True, eq=False)  # an object is its own key: a layer's constants never change
-class LayerConstants:
-    """One layer's constants, None where there is nothing to do: the fields of both `Transform`s, and
+@dataclass(frozen=True)
+class StreamConstants:
+    """Constants of the keys, or of the values, of one layer; None where there is nothing to do.
 
-    outlier_center: (KV heads, D) fp32, in the place of key_center for keys nearer to it; comes with a key_center.
-    key_scale, value_scale: (KV heads, D) fp32, the steps of static formats.
+    outlier_center: (KV heads, D) fp32, of keys only, in the place of the transform's center for keys nearer to it;
+    comes with a transform. scale: (KV heads, D) fp32, the steps of static formats.
     """
 
-    key_center: Tensor | None = None
-    key_basis: Tensor | None = None
-    key_inverse: Tensor | None = None
-    key_feedback: Tensor | None = None
+    transform: Transform | None = None
     outlier_center: Tensor | None = None
-    value_center: Tensor | None = None
-    value_basis: Tensor | None = None
-    value_inverse: Tensor | None = None
-    value_feedback: Tensor | None = None
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)  # an object is its own key: a layer's constants never change
+class LayerConstants:
+    """One layer's constants."""
+
+    key: StreamConstants = StreamConstants()
+    value: StreamConstants = StreamConstants()
 
     @classmethod
     def of(
@@ -80,43 +81,57 @@ class LayerConstants:
         value_scale: Tensor | None = None,
     ) -> LayerConstants:
         """From its parts."""
-        named = {
-            f"{name}_{f.name}": getattr(transform, f.name)
-            for name, transform in (("key", key), ("value", value))
-            for f in fields(Transform)
-            if transform is not None
+        return cls(StreamConstants(key, outlier_center, key_scale), StreamConstants(value, None, value_scale))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerConstants:
+        """From some of TENSOR_NAMES; a transform needs all of its own."""
+        key, value = (_transform(*(tensors.get(f"{stream}_{part}") for part in _PARTS)) for stream in ("key", "value"))
+        others = (tensors.get(name) for name in ("outlier_center", "key_scale", "value_scale"))
+        return cls.of(key, value, *others)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by TENSOR_NAMES."""
+        found = {
+            f"{name}_{part}": getattr(stream.transform, part)
+            for name, stream in (("key", self.key), ("value", self.value))
+            for part in (_PARTS if stream.transform is not None else ())
         }
-        return cls(**named, outlier_center=outlier_center, key_scale=key_scale, value_scale=value_scale)
-
-    @property
-    def key(self) -> Transform | None:
-        return _transform(self.key_center, self.key_basis, self.key_inverse, self.key_feedback)
-
-    @property
-    def value(self) -> Transform | None:
-        return _transform(self.value_center, self.value_basis, self.value_inverse, self.value_feedback)
+        others = {
+            "outlier_center": self.key.outlier_center,
+            "key_scale": self.key.scale,
+            "value_scale": self.value.scale,
+        }
+        return found | {name: x for name, x in others.items() if x is not None}
 
     def restore_keys(self, z: Tensor, is_outlier: Tensor) -> Tensor:
         """z R and the center that was taken. is_outlier: (..., KV heads) bool, which keys took the outlier center."""
-        if self.key is None:
+        transform, outlier_center = self.key.transform, self.key.outlier_center
+        if transform is None:
             return z
-        keys = self.key.undo(z)
-        if self.outlier_center is None:
+        keys = transform.undo(z)
+        if outlier_center is None:
             return keys
-        return keys + (self.outlier_center - self.key.center).to(z) * is_outlier[..., None]
+        return keys + (outlier_center - transform.center).to(z) * is_outlier[..., None]
 
     def prepare_queries(self, query: Tensor) -> Tensor:
         """q R^T or q · s. query: (..., KV heads, queries, D), the queries of a KV head together."""
-        if self.key is not None:
-            query = query @ self.key.inverse.to(query).mT
-        return query if self.key_scale is None else query * self.key_scale.to(query)[:, None]
+        if self.key.transform is not None:
+            query = query @ self.key.transform.inverse.to(query).mT
+        return query if self.key.scale is None else query * self.key.scale.to(query)[:, None]
 
     def to(self, device: torch.device | str) -> LayerConstants:
         """The same on another device."""
-        moved = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return LayerConstants(**{name: x if x is None else x.to(device) for name, x in moved})
+        return LayerConstants.from_tensors({name: x.to(device) for name, x in self.tensors().items()})
 
 
+_PARTS = tuple(field.name for field in fields(Transform))
+TENSOR_NAMES = (
+    *(f"{stream}_{part}" for stream in ("key", "value") for part in _PARTS),
+    "outlier_center",
+    "key_scale",
+    "value_scale",
+)
 IDENTITY = LayerConstants()
 
 

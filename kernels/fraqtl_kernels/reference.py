@@ -101,16 +101,16 @@ def dequantize(codes: Tensor, scale: Tensor, vector: VectorFormat, dtype: torch.
 def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of keys (..., KV heads, D), by the formula in `constants.py`."""
     if vector.static:
-        return quantize_static(key, _required(constants.key_scale), vector), None
-    if not vector.calibrated or constants.key is None:
+        return quantize_static(key, _required(constants.key.scale), vector), None
+    if not vector.calibrated or constants.key.transform is None:
         return quantize(rotate(key, vector), vector)
-    z = constants.key.apply(key)
-    if constants.outlier_center is None:
-        return quantize_with_feedback(z, constants.key.feedback, vector)
-    as_outlier = constants.key.apply(key, constants.outlier_center)
+    z = constants.key.transform.apply(key)
+    if constants.key.outlier_center is None:
+        return quantize_with_feedback(z, constants.key.transform.feedback, vector)
+    as_outlier = constants.key.transform.apply(key, constants.key.outlier_center)
     is_outlier = _plain_scale(as_outlier, vector) < _plain_scale(z, vector)
     codes, scale = quantize_with_feedback(
-        torch.where(is_outlier[..., None], as_outlier, z), constants.key.feedback, vector
+        torch.where(is_outlier[..., None], as_outlier, z), constants.key.transform.feedback, vector
     )
     return codes, torch.where(is_outlier, -scale, scale)
 
@@ -122,21 +122,21 @@ def _plain_scale(z: Tensor, vector: VectorFormat) -> Tensor:
 def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of values (..., KV heads, D)."""
     if vector.static:
-        return quantize_static(value, _required(constants.value_scale), vector), None
-    if not vector.calibrated or constants.value is None:
+        return quantize_static(value, _required(constants.value.scale), vector), None
+    if not vector.calibrated or constants.value.transform is None:
         return quantize(rotate(value, vector), vector)
-    return quantize_with_feedback(constants.value.apply(value), constants.value.feedback, vector)
+    return quantize_with_feedback(constants.value.transform.apply(value), constants.value.transform.feedback, vector)
 
 
 def encode_key_residuals(
     key: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of what `encode_keys`, which gave `codes` and `scale`, left of keys (..., KV heads, D)."""
-    if not vector.calibrated or constants.key is None:
+    if not vector.calibrated or constants.key.transform is None:
         return _encode_residual(rotate(key, vector), codes, scale, vector)
-    z = constants.key.apply(key)
-    if constants.outlier_center is not None:
-        z = torch.where(scale.signbit()[..., None], constants.key.apply(key, constants.outlier_center), z)
+    z = constants.key.transform.apply(key)
+    if constants.key.outlier_center is not None:
+        z = torch.where(scale.signbit()[..., None], constants.key.transform.apply(key, constants.key.outlier_center), z)
     return _encode_residual(z, codes, scale, vector)
 
 
@@ -144,9 +144,9 @@ def encode_value_residuals(
     value: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat, constants: LayerConstants
 ) -> tuple[Tensor, Tensor]:
     """The same of values and `encode_values`."""
-    if not vector.calibrated or constants.value is None:
+    if not vector.calibrated or constants.value.transform is None:
         return _encode_residual(rotate(value, vector), codes, scale, vector)
-    return _encode_residual(constants.value.apply(value), codes, scale, vector)
+    return _encode_residual(constants.value.transform.apply(value), codes, scale, vector)
 
 
 def _encode_residual(z: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
@@ -199,9 +199,9 @@ def stored_keys(planes: Planes, vector: VectorFormat, constants: LayerConstants 
         return planes.k.double()
     codes = unpack(planes.k, vector)
     if planes.k_scale is None:
-        return (codes.double() - vector.midpoint) * _required(constants.key_scale).double()[:, None]
+        return (codes.double() - vector.midpoint) * _required(constants.key.scale).double()[:, None]
     keys = dequantize(codes, planes.k_scale, vector, torch.float64)
-    if not vector.calibrated or constants.key is None:
+    if not vector.calibrated or constants.key.transform is None:
         return unrotate(keys, vector)
     is_outlier = planes.k_scale.signbit().transpose(1, 2)
     return constants.restore_keys(keys.transpose(1, 2), is_outlier).transpose(1, 2)
@@ -213,11 +213,11 @@ def stored_values(planes: Planes, vector: VectorFormat, constants: LayerConstant
         return planes.v.double()
     codes = unpack(planes.v, vector)
     if planes.v_scale is None:
-        return (codes.double() - vector.midpoint) * _required(constants.value_scale).double()[:, None]
+        return (codes.double() - vector.midpoint) * _required(constants.value.scale).double()[:, None]
     values = dequantize(codes, planes.v_scale, vector, torch.float64)
-    if not vector.calibrated or constants.value is None:
+    if not vector.calibrated or constants.value.transform is None:
         return unrotate(values, vector)
-    return constants.value.undo(values.transpose(1, 2)).transpose(1, 2)
+    return constants.value.transform.undo(values.transpose(1, 2)).transpose(1, 2)
 
 
 def write(
@@ -336,12 +336,12 @@ def written_residuals(
         codes, scale = encode_keys(key.double(), k, constants)
         assert scale is not None
         residual = dequantize(*encode_key_residuals(key.double(), codes, scale, k, constants), k, torch.float64)
-        residual_k = restore_residual(residual, k, constants.key)
+        residual_k = restore_residual(residual, k, constants.key.transform)
     if v.has_residual:
         codes, scale = encode_values(value.double(), v, constants)
         assert scale is not None
         residual = dequantize(*encode_value_residuals(value.double(), codes, scale, v, constants), v, torch.float64)
-        residual_v = restore_residual(residual, v, constants.value)
+        residual_v = restore_residual(residual, v, constants.value.transform)
     return residual_k, residual_v
 
 
@@ -357,8 +357,8 @@ def page_residuals(
     position = residual_positions(length, size)
     place = block_table[position // size].long(), slice(None), position % size + DISTANCE
     for stream, plane, scales, vector, transform in (
-        (0, planes.k, planes.k_scale, layout.format.k, constants.key),
-        (1, planes.v, planes.v_scale, layout.format.v, constants.value),
+        (0, planes.k, planes.k_scale, layout.format.k, constants.key.transform),
+        (1, planes.v, planes.v_scale, layout.format.v, constants.value.transform),
     ):
         if vector.has_residual and scales is not None:
             z = dequantize(unpack(plane[place], vector), scales[place], vector, torch.float64)

@@ -176,7 +176,7 @@ class Impl(FraqtlImpl[Metadata]):
         if not self.kv_format.needs_calibration:
             return self.constants
         ones = torch.ones(self.num_kv_heads, self.head_size, dtype=torch.float32)
-        return LayerConstants(key_scale=ones, value_scale=ones)
+        return LayerConstants.of(key_scale=ones, value_scale=ones)
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""

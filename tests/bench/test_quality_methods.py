@@ -211,12 +211,12 @@ def test_constants_of_a_server_are_read_from_its_file(tmp_path: Path) -> None:
     key, value, query = (x.transpose(0, 1) for x in (vectors(64, seed=1), vectors(64, seed=2), vectors(64, seed=3)))
     made = calibrate(FORMATS["k4v4"], key, query, value)
     names = ["model.layers.0.attn", "model.layers.1.attn"]
-    tensors = {f"{n}/{f}": getattr(made, f).clone() for n in names for f in ("key_center", "key_basis")}
+    tensors = {f"{n}/{f}": made.tensors()[f].clone() for n in names for f in ("key_center", "key_basis")}
     path = tmp_path / "c.safetensors"
     safetensors.torch.save_file(tensors, path, {"layers": json.dumps(names)})
     found = read_constants(path, 2)
     assert len(found) == 2 and found[0]["value"] == {} and set(found[1]["key"]) == {"key_center", "key_basis"}
-    assert torch.equal(found[1]["key"]["key_center"], made.key_center)
+    assert torch.equal(found[1]["key"]["key_center"], made.key.transform.center)
     with pytest.raises(ConfigError, match="is for 2 layers, the model has 4"):
         read_constants(path, 4)
     path.write_bytes(b"no")

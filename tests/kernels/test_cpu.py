@@ -60,11 +60,11 @@ def write_chunks(batch: PagedBatch) -> tuple[cpu.Residuals | None, list[tuple[to
             residual[r] = list(reference.page_residuals(batch.pool, layout, table, length, batch.constants))
         elif running is not None:
             streams = (
-                (running.key, layout.format.k, batch.constants.key, 0),
+                (running.key, layout.format.k, batch.constants.key.transform, 0),
                 (
                     running.value,
                     layout.format.v,
-                    batch.constants.value,
+                    batch.constants.value.transform,
                     1,
                 ),
             )
@@ -222,7 +222,7 @@ def test_only_given_slots_are_written(format_name: str) -> None:
     pool = make_pool(layout, 3, 2)
     before = pool.clone()
     key = torch.randn(2, 2, 64)
-    constants = LayerConstants(key_scale=torch.ones(2, 64), value_scale=torch.ones(2, 64))
+    constants = LayerConstants.of(key_scale=torch.ones(2, 64), value_scale=torch.ones(2, 64))
     cpu.write(pool, layout, key, key, torch.tensor([-1, -1, 5]), constants)  # mapping longer than the batch: padding
     assert torch.equal(pool, before)
     cpu.write(pool, layout, key, key, torch.tensor([-1, 16 + 5]), constants)

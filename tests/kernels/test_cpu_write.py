@@ -85,7 +85,7 @@ def test_the_comparison_of_bytes_sees_a_token_in_another_place() -> None:
 def test_feedback_of_a_power_of_two_is_a_spectrum(size: int) -> None:
     """Sums and differences make of it what the matrix makes."""
     _, _, constants = made(size)
-    for transform in (constants.key, constants.value):
+    for transform in (constants.key.transform, constants.value.transform):
         assert transform is not None
         spectrum, half = spectrum_of(transform.feedback), size // 2
         assert (spectrum is not None) == (half & (half - 1) == 0)
@@ -94,7 +94,7 @@ def test_feedback_of_a_power_of_two_is_a_spectrum(size: int) -> None:
             found = signs @ torch.diag_embed(spectrum.double()) @ signs * reference.FEEDBACK_GRID
             assert (found - transform.feedback.double()).abs().max() < 1e-6
             assert transform.feedback.abs().max() > 0.1
-    other = random_constants(2, size)[0].key
+    other = random_constants(2, size)[0].key.transform
     assert other is not None and spectrum_of(other.feedback) is None
 
 

@@ -26,12 +26,12 @@ KEY = "0123456789abcdef" * 4
 
 
 def constants() -> dict[str, LayerConstants]:
-    return {"layers.0": random_constants(2, 64)[0], "layers.1": LayerConstants(torch.randn(2, 64))}
+    return {"layers.0": random_constants(2, 64)[0], "layers.1": LayerConstants.of(key_scale=torch.randn(2, 64))}
 
 
 def same(a: dict[str, LayerConstants], b: dict[str, LayerConstants]) -> bool:
-    def flat(x: LayerConstants) -> list[Any]:
-        return [None if t is None else t.tolist() for t in vars(x).values()]
+    def flat(x: LayerConstants) -> dict[str, Any]:
+        return {part: tensor.tolist() for part, tensor in x.tensors().items()}
 
     return a.keys() == b.keys() and all(flat(a[name]) == flat(b[name]) for name in a)
 

@@ -337,7 +337,7 @@ def test_static_formats_can_run_before_calibration(monkeypatch: pytest.MonkeyPat
     output = torch.full_like(batch.query, torch.nan)
     layer.forward(None, batch.query, None, None, batch.pool, make_builder().build(0, common(batch)), output)
     assert output.isfinite().all()
-    assert batch.constants.key_scale is not None
+    assert batch.constants.key.scale is not None
     layer.use_constants(batch.constants)
     layer.forward(None, batch.query, None, None, batch.pool, make_builder().build(0, common(batch)), output)
     wanted = reference.paged_attention(

@@ -7,7 +7,7 @@ which a server keeps those that it made from its built-in prompt.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from fraqtl_bench.quality.codecs import Codec, LayerSample
 from fraqtl_bench.quality.grids import Kept
 from fraqtl_kernels import reference
 from fraqtl_kernels.calibration import calibrate
-from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.constants import TENSOR_NAMES, LayerConstants
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.pages import Planes
@@ -37,15 +37,14 @@ class ServerStream(Codec):
     def fit(self, sample: LayerSample, stream: str) -> Kept:
         key, query, value = (x.transpose(0, 1) for x in (sample.key, sample.query, sample.value))
         constants = calibrate(self.format, key, query, value, sample.importance)
-        found = {f.name: getattr(constants, f.name) for f in fields(constants) if f.name in _OF_STREAM[self.name]}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor for name, tensor in constants.tensors().items() if name in _OF_STREAM[self.name]}
 
     def encode(self, x: Tensor, constants: Kept) -> Kept:
         if self._vector.is_raw:
             return {"codes": x.to(self._vector.raw_dtype)}
         encode = reference.encode_keys if self.name == "key" else reference.encode_values
         by_token = x.transpose(-2, -3).double()
-        codes, scale = encode(by_token, self._vector, LayerConstants(**constants))
+        codes, scale = encode(by_token, self._vector, LayerConstants.from_tensors(constants))
         kept = {"codes": reference.pack(codes, self._vector).transpose(-2, -3)}
         if scale is not None:
             kept["scale"] = scale.transpose(1, 2)
@@ -55,7 +54,7 @@ class ServerStream(Codec):
         codes, scale = kept["codes"], kept.get("scale")
         planes = Planes(k=codes, v=codes, k_scale=scale, v_scale=scale)
         stored = reference.stored_keys if self.name == "key" else reference.stored_values
-        return stored(planes, self._vector, LayerConstants(**constants)).float()
+        return stored(planes, self._vector, LayerConstants.from_tensors(constants)).float()
 
     @property
     def _vector(self) -> VectorFormat:
@@ -87,7 +86,7 @@ def read_constants(path: Path, layers: int) -> list[dict[str, Kept]]:
         raise ConfigError(
             f"{str(path)!r} is for {len(names)} layers, the model has {layers}: name the file of its server"
         )
-    if not {name.rpartition("/")[2] for name in tensors} <= {field.name for field in fields(LayerConstants)}:
+    if not {name.rpartition("/")[2] for name in tensors} <= set(TENSOR_NAMES):
         raise ConfigError(
             f"{str(path)!r} is a calibration of another version: name one that a server of this version keeps"
         )

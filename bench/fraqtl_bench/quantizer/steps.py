@@ -47,14 +47,19 @@ class Step:
 
     def store(self, key: Tensor, value: Tensor, constants: LayerConstants) -> tuple[Tensor, Tensor]:
         """Keys and values (tokens, KV heads, D) after a round trip."""
-        assert constants.key is not None and constants.value is not None
-        z, is_outlier = constants.key.apply(key), torch.zeros(key.shape[:-1], dtype=torch.bool)
-        if constants.outlier_center is not None:
-            as_outlier = constants.key.apply(key, constants.outlier_center)
+        of_keys, of_values, outlier_center = (
+            constants.key.transform,
+            constants.value.transform,
+            constants.key.outlier_center,
+        )
+        assert of_keys is not None and of_values is not None
+        z, is_outlier = of_keys.apply(key), torch.zeros(key.shape[:-1], dtype=torch.bool)
+        if outlier_center is not None:
+            as_outlier = of_keys.apply(key, outlier_center)
             is_outlier = as_outlier.abs().amax(-1) < z.abs().amax(-1)
             z = torch.where(is_outlier[..., None], as_outlier, z)
-        stored = constants.restore_keys(self._round_trip(z, constants.key), is_outlier)
-        return stored, constants.value.undo(self._round_trip(constants.value.apply(value), constants.value))
+        stored = constants.restore_keys(self._round_trip(z, of_keys), is_outlier)
+        return stored, of_values.undo(self._round_trip(of_values.apply(value), of_values))
 
     def _round_trip(self, z: Tensor, transform: Transform) -> Tensor:
         vector = get_format("k4v4").k

@@ -42,8 +42,8 @@ def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: Layer
     return Stored(
         k,
         v,
-        _restored(residual.key, key, format.k, constants.key),
-        _restored(residual.value, value, format.v, constants.value),
+        _restored(residual.key, key, format.k, constants.key.transform),
+        _restored(residual.value, value, format.v, constants.value.transform),
     )
 
 

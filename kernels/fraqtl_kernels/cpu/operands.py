@@ -126,11 +126,11 @@ def tables_of(constants: LayerConstants) -> dict[str, Table | None]:
 
 
 def _table(constants: LayerConstants, stream: str) -> Table | None:
-    transform = constants.key if stream == "key" else constants.value
+    transform = constants.key.transform if stream == "key" else constants.value.transform
     if transform is None:
         return None
     center = transform.center.float()
-    outlier_center = constants.outlier_center if stream == "key" else None
+    outlier_center = constants.key.outlier_center if stream == "key" else None
     outlier_shift = torch.zeros_like(center) if outlier_center is None else transform.apply(outlier_center.float())
     spectrum = spectrum_of(transform.feedback)
     feedback = transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum

@@ -47,17 +47,17 @@ def prepare_queries(query: Tensor, vector: VectorFormat, constants: LayerConstan
 
 def restore_output(out: Tensor, vector: VectorFormat, constants: LayerConstants) -> Tensor:
     """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored."""
-    if vector.calibrated and constants.value is not None:
-        return out @ _inverse(constants) + constants.value.center[:, None]
-    if vector.static and constants.value_scale is not None:
-        return out * constants.value_scale[:, None]
+    if vector.calibrated and constants.value.transform is not None:
+        return out @ _inverse(constants) + constants.value.transform.center[:, None]
+    if vector.static and constants.value.scale is not None:
+        return out * constants.value.scale[:, None]
     return unrotate(out, vector)
 
 
 @lru_cache(maxsize=1024)
 def _inverse(constants: LayerConstants) -> Tensor:
-    assert constants.value is not None
-    return constants.value.inverse.float()
+    assert constants.value.transform is not None
+    return constants.value.transform.inverse.float()
 
 
 @lru_cache(maxsize=1024)  # a layer's constants never change, so this runs once a layer and not once a token
@@ -69,15 +69,15 @@ def _operand(
     columns = torch.eye(size, dtype=torch.float32).expand(heads, size, size)
     score_bias = outlier_bias = torch.zeros(heads, size, 1, dtype=torch.float32)
     outlier_shift = None
-    transform = constants.key if vector.calibrated else None
+    transform = constants.key.transform if vector.calibrated else None
     if vector.static or transform is not None:
         columns = constants.prepare_queries(columns)
     if transform is None:
         columns = rotate(columns, vector)
     else:
         score_bias = transform.center[..., None]
-        if constants.outlier_center is not None:
-            outlier_bias = (constants.outlier_center - transform.center)[..., None]
+        if constants.key.outlier_center is not None:
+            outlier_bias = (constants.key.outlier_center - transform.center)[..., None]
             # The vector that the inverse, as rounded, carries back to it
             outlier_shift = torch.linalg.solve(transform.inverse.double().mT, outlier_bias.double())[..., 0].float()
     return torch.cat([columns, score_bias, outlier_bias], -1) * scale, outlier_shift
@@ -106,7 +106,7 @@ def output_operands(heads: int, size: int, vector: VectorFormat, constants: Laye
     center = restore_output(origin, vector, constants)
     unit = torch.eye(size, dtype=torch.float32).expand(1, heads, size, size).contiguous()
     matrix = (restore_output(unit, vector, constants) - center)[0]
-    if vector.calibrated and constants.value is not None:
+    if vector.calibrated and constants.value.transform is not None:
         matrix = _inverse(constants)  # as it is, without the rounding of a sum and a difference
     if torch.equal(matrix, unit[0]):
         matrix = matrix[:, :0, :0]

@@ -88,9 +88,9 @@ def _store_others(
         slots, key, value = slots[used], key[used], value[used]
     place = slots // layout.block_size, slice(None), slots % layout.block_size
     if not k.is_scaled:
-        planes.k[place] = _plain(key, k, constants.key_scale, planes.k.dtype)
+        planes.k[place] = _plain(key, k, constants.key.scale, planes.k.dtype)
     if not v.is_scaled:
-        planes.v[place] = _plain(value, v, constants.value_scale, planes.v.dtype)
+        planes.v[place] = _plain(value, v, constants.value.scale, planes.v.dtype)
 
 
 def _plain(x: Tensor, vector: VectorFormat, step: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -112,7 +112,7 @@ def _constants(variant: Variant) -> LayerConstants:
     """Constants of the right shapes, values don't matter."""
     ones = torch.ones(KV_HEADS, variant.head_size)
     if FORMATS[variant.format].needs_calibration:
-        return LayerConstants(key_scale=ones, value_scale=ones)
+        return LayerConstants.of(key_scale=ones, value_scale=ones)
     if "plain" in variant.options:
         return IDENTITY
     eye, half = (torch.eye(size).expand(KV_HEADS, size, size) for size in (variant.head_size, variant.head_size // 2))

@@ -153,9 +153,12 @@ class LayerOperands:
                 in_words=words(v, read),
             )
 
-        k = constants.key if format.k.calibrated else None
-        v = constants.value if format.v.calibrated else None
+        k, v = constants.key, constants.value
         return cls(
-            rotated(format.k, constants.key_scale) if k is None else calibrated(format.k, k, constants.outlier_center),
-            rotated(format.v, constants.value_scale) if v is None else calibrated(format.v, v, None),
+            calibrated(format.k, k.transform, k.outlier_center)
+            if format.k.calibrated and k.transform is not None
+            else rotated(format.k, k.scale),
+            calibrated(format.v, v.transform, None)
+            if format.v.calibrated and v.transform is not None
+            else rotated(format.v, v.scale),
         )

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import safetensors
@@ -18,14 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.constants import TENSOR_NAMES, LayerConstants
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration.weights import weight_samples
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
 VERSION = 4  # of the procedure and of the tensors' names: another number makes every old file unknown
-_FIELDS = [field.name for field in fields(LayerConstants)]
 
 
 def default_folder() -> Path:
@@ -67,16 +65,18 @@ def load(path: Path, key: str) -> dict[str, LayerConstants] | None:
         logger.warning("The calibration file %s is corrupt (wrong checksum): calibrating anew", path)
         return None
     layers = json.loads(metadata["layers"])
-    return {name: LayerConstants(**{f: tensors.get(f"{name}/{f}") for f in _FIELDS}) for name in layers}
+    return {
+        name: LayerConstants.from_tensors({x: tensors[f"{name}/{x}"] for x in TENSOR_NAMES if f"{name}/{x}" in tensors})
+        for name in layers
+    }
 
 
 def save(path: Path, key: str, constants: dict[str, LayerConstants]) -> bool:
     """Write the file, or nothing at all. Returns whether it was written; if not, the log says why."""
     tensors = {
-        f"{name}/{field}": getattr(layer, field).cpu().contiguous()
+        f"{name}/{part}": tensor.cpu().contiguous()
         for name, layer in constants.items()
-        for field in _FIELDS
-        if getattr(layer, field) is not None
+        for part, tensor in layer.tensors().items()
     }
     metadata = {
         "version": str(VERSION),

@@ -107,11 +107,11 @@ def biased(batch: PagedBatch) -> PagedBatch:
     """
     kv_heads, size = batch.key.shape[2:]
     constants, key_factor, value_factor = random_constants(kv_heads, size)
-    assert constants.key is not None and constants.value is not None
+    assert constants.key.transform is not None and constants.value.transform is not None
     is_outlier = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
-    center = torch.where(is_outlier, constants.outlier_center, constants.key.center)
+    center = torch.where(is_outlier, constants.key.outlier_center, constants.key.transform.center)
     key = (batch.key * key_factor + center).to(batch.key.dtype)
-    value = (batch.value * value_factor + constants.value.center).to(batch.key.dtype)
+    value = (batch.value * value_factor + constants.value.transform.center).to(batch.key.dtype)
     group = batch.query.shape[1] // kv_heads
     query = (batch.query / key_factor.repeat_interleave(group, 0)).to(batch.query.dtype)
     for r, length in enumerate(batch.seq_lens.tolist()):

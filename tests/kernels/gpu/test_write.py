@@ -74,8 +74,8 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
     key, value = strided(41, 3, size, dtype)
     constants = calibration(layout, key, value) if calibrated or layout.format.needs_calibration else IDENTITY
     if key_format.calibrated and calibrated:
-        key[::3] += constants.outlier_center.to(dtype)
-        key[1::3] += constants.key_center.to(dtype)
+        key[::3] += constants.key.outlier_center.to(dtype)
+        key[1::3] += constants.key.transform.center.to(dtype)
     # A block's begin, single tokens, a run over the edge of two blocks, and tokens that are padding
     slots = torch.tensor([*range(64, 76), 3, 170, 130, *range(23, 49)])
     slots[[3, 17, 40]] = -1
@@ -93,7 +93,7 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             key_format,
             planes.k,
             planes.k_scale,
-            constants.key_scale,
+            constants.key.scale,
             reference.encode_keys,
             reference.encode_key_residuals,
         ),
@@ -102,7 +102,7 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             value_format,
             planes.v,
             planes.v_scale,
-            constants.value_scale,
+            constants.value.scale,
             reference.encode_values,
             reference.encode_value_residuals,
         ),
@@ -166,7 +166,7 @@ def test_packing_is_bit_exact(name: str) -> None:
     constants = LayerConstants.of(key_transform, value_transform, torch.randint(-99, 100, (2, 64)).float())
     if layout.format.needs_calibration:
         steps = torch.exp2(torch.randint(0, 5, (2, 64)).float())
-        constants = LayerConstants(key_scale=steps, value_scale=2 * steps)
+        constants = LayerConstants.of(key_scale=steps, value_scale=2 * steps)
     slots = torch.tensor([*range(7, 41), *range(64, 75), 50, 81, 82, 83, 111])
     theirs = make_pool(layout, 7, 2, padding=64)
     reference.write(theirs, layout, key, value, slots, constants)
@@ -199,7 +199,7 @@ def test_static_steps_clip() -> None:
     layout = PageLayout(FORMATS["k4v4-channel"], 64, 16)
     x = torch.zeros(5, 1, 64, dtype=torch.bfloat16)
     x[0, 0, 3], x[1, 0, 3], x[2, 0, 3], x[3, 0, 3] = math.nan, math.inf, -math.inf, 0.5
-    constants = LayerConstants(key_scale=torch.ones(1, 64), value_scale=torch.full((1, 64), 0.25))
+    constants = LayerConstants.of(key_scale=torch.ones(1, 64), value_scale=torch.full((1, 64), 0.25))
     planes = layout.planes(written(layout, x, x, torch.arange(5), constants))
     assert reference.stored_keys(planes, layout.format.k, constants)[0, 0, :5, 3].tolist() == [0, 7, -7, 0, 0]
     assert reference.stored_values(planes, layout.format.v, constants)[0, 0, :5, 3].tolist() == [0, 1.75, -1.75, 0.5, 0]
