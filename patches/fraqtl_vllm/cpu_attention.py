@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from fraqtl_kernels import cpu
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
 from fraqtl_vllm.config import read_config
@@ -74,6 +75,7 @@ class Impl(FraqtlImpl[Metadata]):
             cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype
         self.residuals: cpu.Residuals | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
+        self._operands: cpu.LayerOperands | None = None
         self._step: cpu.DecodeStep | None = None
         if self.kv_sharing_target_layer_name is not None:
             _SHARED.add(self.kv_sharing_target_layer_name)
@@ -86,14 +88,21 @@ class Impl(FraqtlImpl[Metadata]):
 
     def use_constants(self, constants: LayerConstants) -> None:
         super().use_constants(constants)
-        self._step = None
+        self._operands = self._step = None
+
+    def _operands_of(self, layout: PageLayout) -> cpu.LayerOperands:
+        """Made when they are first asked for: pages are known later than constants."""
+        if self._operands is None:
+            self._operands = cpu.LayerOperands.of(layout, self.num_kv_heads, self.constants)
+        return self._operands
 
     def _write(self, kv_cache: Tensor, slots: Tensor | None = None) -> None:
         """What was noted, to `slots` instead of those that came with it."""
         if self._unwritten is not None:
             key, value, noted = self._unwritten
             slot_mapping = noted if slots is None else slots
-            self.residuals = cpu.write(kv_cache, self.layout(kv_cache), key, value, slot_mapping, self.constants)
+            layout = self.layout(kv_cache)
+            self.residuals = cpu.write(kv_cache, layout, key, value, slot_mapping, self._operands_of(layout))
             self._unwritten = None
 
     def _decode(self, query: Tensor, kv_cache: Tensor, plan: cpu.StepPlan, output: Tensor) -> bool:
@@ -102,15 +111,8 @@ class Impl(FraqtlImpl[Metadata]):
             layout = self.layout(kv_cache)
             if not cpu.DecodeStep.supports(layout.format, query.dtype):
                 return False
-            self._step = cpu.DecodeStep(
-                kv_cache,
-                layout,
-                query.dtype,
-                self.constants,
-                scale=self.scale,
-                window=self.sliding_window,
-                soft_cap=self.soft_cap,
-            )
+            softmax = cpu.Softmax(self.scale, self.sliding_window, self.soft_cap)
+            self._step = cpu.DecodeStep(kv_cache, layout, query.dtype, self._operands_of(layout), softmax)
         key, value, _ = self._unwritten or (None, None, None)
         if not self._step.takes(query, key, value, output):
             return False
@@ -148,17 +150,18 @@ class Impl(FraqtlImpl[Metadata]):
                 return output
             slots = step.other_slots
         self._write(kv_cache, slots)
+        layout = self.layout(kv_cache)
         cpu.attend(
             query,
             kv_cache,
-            self.layout(kv_cache),
+            layout,
             attn_metadata.block_table,
             plan,
             output,
+            self._operands_of(layout),
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
-            constants=self.constants,
             residuals=self._take_residuals(layer),
         )
         return output

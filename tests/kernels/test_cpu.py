@@ -11,6 +11,7 @@ from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
+from tests.kernels.on_cpu import cpu_attend, cpu_write
 from tests.kernels.transforms import random_transform
 
 CALIBRATED = [name for name, f in FORMATS.items() if f.is_calibrated]
@@ -33,7 +34,7 @@ def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | Non
     )
     output = torch.full_like(batch.query, float("nan"))
     plan = cpu.plan_attention(batch.query_start.tolist(), batch.seq_lens.tolist())
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, residuals=running, **options)
+    cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, residuals=running, **options)
     return relative_error(output, expected)
 
 
@@ -53,7 +54,7 @@ def write_chunks(batch: PagedBatch) -> tuple[cpu.Residuals | None, list[tuple[to
         values.append(batch.value[r, done:length])
         slots.append(slot[done:])
     chunk = torch.cat(keys), torch.cat(values), torch.cat(slots)
-    running = cpu.write(batch.pool, layout, *chunk, batch.constants)
+    running = cpu_write(batch.pool, layout, *chunk, batch.constants)
     for r, (length, count) in enumerate(zip(seq_lens, counts, strict=True)):
         table, first = batch.block_table[r], int(batch.query_start[r])
         if count == 1:
@@ -132,19 +133,19 @@ def test_a_prompt_in_chunks_gets_the_same_bits(format_name: str, window: int | N
     whole, pieces = torch.empty_like(batch.query), torch.empty_like(batch.query)
     read = (batch.pool, batch.layout, batch.block_table)
     running, _ = write_chunks(batch)
-    cpu.attend(batch.query, *read, cpu.plan_attention([0, 700], [700]), whole, residuals=running, **options)
+    cpu_attend(batch.query, *read, cpu.plan_attention([0, 700], [700]), whole, residuals=running, **options)
     for first, last in ((0, 259), (259, 262), (262, 700)):
         query, table = batch.query[first:last], batch.block_table[0]
         token = torch.arange(first, last)
         slots = table[token // batch.layout.block_size].long() * batch.layout.block_size
         key, value = batch.key[0, first:last], batch.value[0, first:last]
-        running = cpu.write(
+        running = cpu_write(
             batch.pool, batch.layout, key, value, slots + token % batch.layout.block_size, batch.constants
         )
         plan = cpu.plan_attention([0, last - first], [last])
         if running is None:  # formats without residuals: keep even three queries on this path
             running = cpu.Residuals(None, None)
-        cpu.attend(query, *read, plan, pieces[first:last], residuals=running, **options)
+        cpu_attend(query, *read, plan, pieces[first:last], residuals=running, **options)
     assert torch.equal(whole, pieces)
 
 
@@ -155,7 +156,7 @@ def test_blocks_that_a_window_has_freed_are_not_read(format_name: str) -> None:
     output = torch.empty_like(batch.query)
     plan = cpu.plan_attention([0, 1], [100])
     options = {"scale": 0.1, "window": 30, "constants": batch.constants}
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
+    cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
     assert output.isfinite().all()
 
 
@@ -164,10 +165,10 @@ def test_a_larger_context_moves_the_output() -> None:
     batch = make_batch("k4v4", seq_lens=(40,), queries=(1,))
     full = torch.empty_like(batch.query)
     plan = cpu.plan_attention([0, 1], [40])
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, full, scale=batch.scale)
+    cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, full, scale=batch.scale)
     short = torch.empty_like(batch.query)
     plan = cpu.plan_attention([0, 1], [39])
-    cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, short, scale=batch.scale)
+    cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, short, scale=batch.scale)
     assert relative_error(short, full) > 1e-3
 
 
@@ -188,7 +189,7 @@ def test_write_stores_what_the_reference_stores(format_name: str, dtype: torch.d
     slots = torch.tensor([*range(64, 76), 3, 170, 130, *range(23, 49)])
     slots[[3, 17, 40]] = -1
     ours, theirs = (make_pool(layout, 6, heads, padding=64) for _ in range(2))
-    cpu.write(ours, layout, key, value, slots, constants)
+    cpu_write(ours, layout, key, value, slots, constants)
     reference.write(theirs, layout, key, value, slots, constants)
     used = slots[slots >= 0]
     residual_slots = used[used % 32 + DISTANCE < 32] + DISTANCE
@@ -223,9 +224,9 @@ def test_only_given_slots_are_written(format_name: str) -> None:
     before = pool.clone()
     key = torch.randn(2, 2, 64)
     constants = LayerConstants.of(key_scale=torch.ones(2, 64), value_scale=torch.ones(2, 64))
-    cpu.write(pool, layout, key, key, torch.tensor([-1, -1, 5]), constants)  # mapping longer than the batch: padding
+    cpu_write(pool, layout, key, key, torch.tensor([-1, -1, 5]), constants)  # mapping longer than the batch: padding
     assert torch.equal(pool, before)
-    cpu.write(pool, layout, key, key, torch.tensor([-1, 16 + 5]), constants)
+    cpu_write(pool, layout, key, key, torch.tensor([-1, 16 + 5]), constants)
     changed = layout.planes((pool != before).to(torch.uint8))
     rows = (changed.k.view(torch.uint8) != 0).any(-1).nonzero()
     wanted = {5, 5 + DISTANCE} if layout.format.k.has_residual else {5}
@@ -241,7 +242,7 @@ def test_the_default_dtype_does_not_matter(format_name: str) -> None:
         plan = cpu.plan_attention([0, 20, 21], [40, 33])
         output = torch.empty_like(batch.query)
         options = {"scale": batch.scale, "constants": batch.constants}
-        cpu.attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
+        cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
     finally:
         torch.set_default_dtype(torch.float32)
     assert output.dtype == torch.float32
@@ -253,7 +254,7 @@ def _filled(layout: PageLayout, pieces: list[int], key: torch.Tensor, value: tor
     constants = calibrate(layout.format, key, torch.randn(8, 6, 96), value)
     for n in pieces:
         slots = torch.arange(start, start + n)
-        cpu.write(pool, layout, key[start : start + n], value[start : start + n], slots, constants)
+        cpu_write(pool, layout, key[start : start + n], value[start : start + n], slots, constants)
         start += n
     return pool
 
@@ -286,7 +287,7 @@ def test_scales_are_rounded_like_torch_rounds(name: str, calibrated: bool) -> No
         transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64))
         constants = LayerConstants.of(transform, transform)
     ours, theirs = torch.zeros(2, 1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
-    cpu.write(ours, layout, x, x, torch.arange(16), constants)
+    cpu_write(ours, layout, x, x, torch.arange(16), constants)
     reference.write(theirs, layout, x, x, torch.arange(16), constants)
     for pages in (lambda p: p.k_scale, lambda p: p.v_scale):
         a, b = pages(layout.planes(ours)).float(), pages(layout.planes(theirs)).float()

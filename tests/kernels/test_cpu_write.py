@@ -12,7 +12,7 @@ import torch
 from numba import get_num_threads
 from torch import Tensor
 
-from fraqtl_kernels import cpu, reference
+from fraqtl_kernels import reference
 from fraqtl_kernels.calibration import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.cpu import operands
@@ -25,6 +25,7 @@ from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from fraqtl_kernels.rotation import hadamard
 from tests.kernels.conftest import make_pool
+from tests.kernels.on_cpu import cpu_write
 from tests.kernels.transforms import random_constants
 
 K4V4 = FORMATS["k4v4"]
@@ -45,7 +46,7 @@ def written(key: Tensor, value: Tensor, constants: LayerConstants, pieces: list[
     start = 0
     for count in pieces:
         row = slice(start, start + count)
-        cpu.write(pool, layout, key[row], value[row], torch.arange(start, start + count), constants)
+        cpu_write(pool, layout, key[row], value[row], torch.arange(start, start + count), constants)
         start += count
     assert start == len(key)
     return pool
@@ -104,7 +105,6 @@ def test_codes_are_the_same_by_spectrum_and_by_matrix(size: int, monkeypatch: py
     key, value, constants = made(size)
     pool = written(key, value, constants, [100])
     monkeypatch.setattr(operands, "spectrum_of", lambda feedback: None)
-    monkeypatch.setattr(operands, "_PREPARED", {})
     other = written(key, value, constants, [100])
     planes = [PageLayout(K4V4, size, 32).planes(p) for p in (pool, other)]
     for first, second in ((planes[0].k, planes[1].k), (planes[0].v, planes[1].v)):
@@ -128,7 +128,7 @@ def test_tokens_without_a_residual_have_none(name: str) -> None:
     key, value, constants = made(64, tokens=64)
     layout, slots = PageLayout(FORMATS[name], 64, 16), torch.arange(64)
     slots[[5, 40]] = -1
-    running = cpu.write(make_pool(layout, 4, 2), layout, key, value, slots, constants)
+    running = cpu_write(make_pool(layout, 4, 2), layout, key, value, slots, constants)
     assert running is not None
     has_one = (slots >= 0) & (slots % 16 + DISTANCE < 16)
     for residual in (running.key, running.value):

@@ -13,6 +13,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE, reads_residual, residual_positions
 from tests.kernels.conftest import make_pool, relative_error
+from tests.kernels.on_cpu import cpu_attend, cpu_write
 
 WITH_RESIDUAL = [name for name, format in FORMATS.items() if format.has_residual]
 TOKENS, HEADS, SIZE = 90, 2, 64
@@ -50,11 +51,11 @@ def in_chunks(name: str, pieces: list[int], calibrated: bool, soft_cap: float | 
     for count in pieces:
         token = torch.arange(start, start + count)
         slots = table[0, token // 16].long() * 16 + token % 16
-        residual = cpu.write(pool, layout, key[token], value[token], slots, constants)
+        residual = cpu_write(pool, layout, key[token], value[token], slots, constants)
         rows = torch.full_like(query[token], torch.nan)
         plan = cpu.plan_attention([0, count], [start + count])
         options = {"scale": 0.1, "soft_cap": soft_cap, "constants": constants, "residuals": residual}
-        cpu.attend(query[token], pool, layout, table, plan, rows, **options)
+        cpu_attend(query[token], pool, layout, table, plan, rows, **options)
         output[token], start = rows, start + count
     return pool, output
 
@@ -79,12 +80,12 @@ def test_a_prompt_reads_what_the_reference_makes_of_its_tokens(name: str, calibr
     """Pages and residuals by the reference alone; a number on the edge of two codes may fall to the other side."""
     layout, query, key, value, constants = made(name, calibrated)
     pools, slots = [make_pool(layout, 8, HEADS) for _ in range(2)], torch.arange(TOKENS)
-    running = cpu.write(pools[0], layout, key, value, slots, constants)
+    running = cpu_write(pools[0], layout, key, value, slots, constants)
     reference.write(pools[1], layout, key, value, slots, constants)
     table, start, seq_lens = torch.arange(8)[None], torch.tensor([0, TOKENS]), torch.tensor([TOKENS])
     output, plan = torch.full_like(query, torch.nan), cpu.plan_attention([0, TOKENS], [TOKENS])
     options = {"scale": 0.1, "window": window, "constants": constants}
-    cpu.attend(query, pools[0], layout, table, plan, output, residuals=running, **options)
+    cpu_attend(query, pools[0], layout, table, plan, output, residuals=running, **options)
     residual = reference.written_residuals(key, value, layout, constants)
     batch = query, pools[1], layout, table, start, seq_lens
     expected = reference.paged_attention(*batch, **options, residuals=[residual])
@@ -103,7 +104,7 @@ def test_full_blocks_hold_no_residuals(name: str) -> None:
             pools.append(make_pool(own, 3, HEADS))
             for token in range(tokens):  # one by one: every residual is written and written over
                 row = slice(token, token + 1)
-                cpu.write(pools[-1], own, key[row], value[row], torch.tensor([token]))
+                cpu_write(pools[-1], own, key[row], value[row], torch.tensor([token]))
         assert torch.equal(*pools) is equal
 
 
@@ -132,10 +133,10 @@ def test_residuals_are_dropped_on_request() -> None:
     layout, query, key, value, _ = made("k4v4", calibrated=False)
     pool = make_pool(layout, 8, HEADS)
     layout = PageLayout(plain, SIZE, 16)
-    assert cpu.write(pool, layout, key, value, torch.arange(TOKENS)) is None
+    assert cpu_write(pool, layout, key, value, torch.arange(TOKENS)) is None
     output, plan = torch.empty_like(query), cpu.plan_attention([0, TOKENS], [TOKENS])
     table = torch.arange(8)[None]
-    cpu.attend(query, pool, layout, table, plan, output, scale=0.1)
+    cpu_attend(query, pool, layout, table, plan, output, scale=0.1)
     seq_lens, start = torch.tensor([TOKENS]), torch.tensor([0, TOKENS])
     expected = reference.paged_attention(query, pool, layout, table, start, seq_lens, scale=0.1)
     assert relative_error(output, expected) < 2e-6

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fraqtl_kernels import cpu, reference
+from fraqtl_kernels import reference
 from fraqtl_kernels.cpu import DecodeStep, StepPlan
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
+from tests.kernels.on_cpu import cpu_write, decode_step
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 LENGTHS = (1, 17, 40, 64, 900, 1700)
@@ -27,7 +28,7 @@ def rewind(batch: PagedBatch) -> None:
         for block in batch.block_table[r, : -(-length // size)].tolist():
             batch.pool[block] = 0xFF
         earlier = batch.key[r, : length - 1], batch.value[r, : length - 1]
-        cpu.write(batch.pool, batch.layout, *earlier, slots, batch.constants)
+        cpu_write(batch.pool, batch.layout, *earlier, slots, batch.constants)
 
 
 def step_and_reference(
@@ -46,7 +47,7 @@ def step_and_reference(
     residual = []
     for r, slot in enumerate(slots):
         one = slice(r, r + 1)
-        cpu.write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
+        cpu_write(expected_pool, batch.layout, key[one], value[one], slot[None], batch.constants)
         length = int(batch.seq_lens[r])
         residual.append(
             tuple(reference.page_residuals(expected_pool, batch.layout, batch.block_table[r], length, batch.constants))
@@ -68,7 +69,7 @@ def step_and_reference(
     width = batch.query.shape[1] * size
     q, k, v = joined.split([width, heads * size, heads * size], 1)
     output = torch.full_like(batch.query, float("nan"))
-    step = DecodeStep(
+    step = decode_step(
         batch.pool,
         batch.layout,
         batch.query.dtype,
@@ -127,7 +128,7 @@ def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, so
 def test_a_negative_slot_is_not_written_and_none_without_keys() -> None:
     batch = make_batch("k4v4", seq_lens=(20, 30), queries=(1, 1), dtype=torch.bfloat16)
     before = batch.pool.clone()
-    step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
+    step = decode_step(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
     output = torch.empty_like(batch.query)
     key = torch.randn(2, 2, 64).bfloat16()
     step(batch.query, key, key, output, StepPlan(batch.seq_lens, batch.block_table, torch.tensor([-1, -1])))
@@ -143,7 +144,7 @@ def test_a_result_does_not_depend_on_the_batch() -> None:
     for r in range(4):
         one = slice(r, r + 1)
         alone = torch.empty_like(batch.query[one])
-        step = DecodeStep(
+        step = decode_step(
             batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
         )
         plan = StepPlan(batch.seq_lens[one], batch.block_table[one], new_slots(batch)[one])
@@ -154,7 +155,7 @@ def test_a_result_does_not_depend_on_the_batch() -> None:
 def test_rows_may_stand_anywhere_in_the_batch() -> None:
     batch = make_batch("k4v4", seq_lens=(20, 30, 50), queries=(1, 1, 1), dtype=torch.bfloat16, calibrated=True)
     output, _, pool = step_and_reference(batch)
-    step = DecodeStep(
+    step = decode_step(
         batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=batch.scale, window=None, soft_cap=None
     )
     rows = torch.tensor([5, 0, 3])
@@ -179,7 +180,7 @@ def test_rows_may_stand_anywhere_in_the_batch() -> None:
 
 def test_a_step_says_which_tensors_it_takes() -> None:
     batch = make_batch("k4v4", seq_lens=(20,), queries=(1,), dtype=torch.bfloat16)
-    step = DecodeStep(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
+    step = decode_step(batch.pool, batch.layout, torch.bfloat16, batch.constants, scale=1.0, window=None, soft_cap=None)
     key = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
     assert step.takes(batch.query, key, key, torch.empty_like(batch.query))
     assert not step.takes(batch.query, key.float(), key, torch.empty_like(batch.query))

@@ -34,18 +34,19 @@ class PackedOnCpu:
         width = self.format.bytes_per_token(shape.head_size)
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8)
         constants = calibrate(self.format, inputs.key[0], inputs.query, inputs.value[0])
+        operands = cpu.LayerOperands.of(layout, shape.kv_heads, constants)
         slots = [inputs.slots(r) for r in range(shape.batch)]
 
         def write() -> None:
             for key, value, own in zip(inputs.key, inputs.value, slots, strict=True):
-                cpu.write(pool, layout, key, value, own, constants)
+                cpu.write(pool, layout, key, value, own, operands)
 
         write()
         plan = cpu.plan_attention(list(range(shape.batch + 1)), [shape.context] * shape.batch)
         output = torch.empty_like(inputs.query)
 
         def call() -> None:
-            cpu.attend(inputs.query, pool, layout, inputs.order, plan, output, scale=inputs.scale, constants=constants)
+            cpu.attend(inputs.query, pool, layout, inputs.order, plan, output, operands, scale=inputs.scale)
 
         return Prepared(
             call,

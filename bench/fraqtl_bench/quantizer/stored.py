@@ -33,7 +33,7 @@ def through_pages(format: KVFormat, key: Tensor, value: Tensor, constants: Layer
     layout = PageLayout(format, size, BLOCK_SIZE)
     blocks = -(-tokens // layout.block_size)
     pool = torch.zeros(blocks, heads, layout.block_size, format.bytes_per_token(size), dtype=torch.uint8)
-    residual = cpu.write(pool, layout, key, value, torch.arange(tokens), constants)
+    residual = cpu.write(pool, layout, key, value, torch.arange(tokens), cpu.LayerOperands.of(layout, heads, constants))
     planes = layout.planes(pool)
     stored = reference.stored_keys(planes, format.k, constants), reference.stored_values(planes, format.v, constants)
     k, v = (x.transpose(1, 2).flatten(0, 1)[:tokens].to(key.dtype) for x in stored)

@@ -11,7 +11,8 @@ import torch
 from fraqtl_kernels.cpu.attention import attend
 from fraqtl_kernels.cpu.decode import warm_up_decode
 from fraqtl_kernels.cpu.layers.warm_up import warm_up_layers
-from fraqtl_kernels.cpu.plan import AttentionPlan, StepPlan, plan_attention
+from fraqtl_kernels.cpu.operands import LayerOperands
+from fraqtl_kernels.cpu.plan import AttentionPlan, Softmax, StepPlan, plan_attention
 from fraqtl_kernels.cpu.prefill import warm_up_prefill
 from fraqtl_kernels.cpu.residual import Residuals
 from fraqtl_kernels.cpu.step import DecodeStep, warm_up_step
@@ -25,7 +26,9 @@ __all__ = [
     "WARM_UPS",
     "AttentionPlan",
     "DecodeStep",
+    "LayerOperands",
     "Residuals",
+    "Softmax",
     "StepPlan",
     "attend",
     "plan_attention",

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu.decode import decode
-from fraqtl_kernels.cpu.plan import AttentionPlan, Bucket
+from fraqtl_kernels.cpu.operands import LayerOperands
+from fraqtl_kernels.cpu.plan import AttentionPlan, Bucket, Softmax
 from fraqtl_kernels.cpu.prefill import prefill
-from fraqtl_kernels.cpu.queries import prepare_queries, restore_output
 from fraqtl_kernels.cpu.residual import Residuals
 from fraqtl_kernels.pages import PageLayout
 
@@ -27,59 +26,46 @@ def attend(
     block_table: Tensor,
     plan: AttentionPlan,
     output: Tensor,
+    operands: LayerOperands,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    constants: LayerConstants = IDENTITY,
     residuals: Residuals | None = None,
 ) -> None:
     """Write causal attention over the packed pages to `output`.
 
     query, output: (tokens, query heads, D) in any floating dtype; pool as for `write`;
-    block_table: (requests, blocks) int; constants as for `write`. residuals: what `write` returned for this batch;
+    block_table: (requests, blocks) int. residuals: what `write` returned for this batch;
     without them requests with more than one query token read without residuals. Same result as
     `reference.paged_attention`.
     """
+    softmax = Softmax(scale, window, soft_cap)
     for bucket in plan.buckets:
+        batch = query, output, pool, layout, block_table, bucket, operands, softmax
         count = bucket.tokens.shape[1]
         if count == 1 or (residuals is None and count <= DECODE_QUERIES):
-            _decode(query, pool, layout, block_table, bucket, output, scale, window, soft_cap, constants)
+            _decode(*batch)
         else:
-            prefill(
-                query,
-                output,
-                pool,
-                layout,
-                block_table,
-                bucket,
-                scale=scale,
-                window=window,
-                soft_cap=soft_cap,
-                constants=constants,
-                residuals=residuals,
-            )
+            prefill(*batch, residuals)
 
 
 def _decode(
     query: Tensor,
+    output: Tensor,
     pool: Tensor,
     layout: PageLayout,
     block_table: Tensor,
     bucket: Bucket,
-    output: Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    constants: LayerConstants,
+    operands: LayerOperands,
+    softmax: Softmax,
 ) -> None:
     heads = pool.shape[1]
     q = query[bucket.tokens].to(torch.float32)
     rows, count, query_heads, size = q.shape
     # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
     q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
-    queries = prepare_queries(q, layout.format.k, constants, scale)
-    out = decode(queries, pool, layout, block_table, bucket, window=window, soft_cap=soft_cap)
-    out = restore_output(out, layout.format.v, constants)
+    queries = operands.prepare_queries(q, softmax.scale)
+    out = operands.restore_output(decode(queries, pool, layout, block_table, bucket, softmax))
     out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
     output[bucket.tokens] = out.to(output.dtype)

@@ -9,16 +9,13 @@ maximum, a sum and a weighted value a query (`softmax.py`).
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY
-from fraqtl_kernels.cpu.kernels.codes import half_table
 from fraqtl_kernels.cpu.kernels.decode import attend_runs
-from fraqtl_kernels.cpu.pages import grid_midpoints, page_sizes, pool_bytes
-from fraqtl_kernels.cpu.plan import Bucket, split_runs
-from fraqtl_kernels.cpu.queries import Queries, prepare_queries
+from fraqtl_kernels.cpu.operands import LayerOperands, Queries
+from fraqtl_kernels.cpu.pages import Pool
+from fraqtl_kernels.cpu.plan import Bucket, Softmax, split_runs
 from fraqtl_kernels.formats import DEFAULT_FORMAT, get_format
 from fraqtl_kernels.pages import PageLayout
 
@@ -29,9 +26,7 @@ def decode(
     layout: PageLayout,
     block_table: Tensor,
     bucket: Bucket,
-    *,
-    window: int | None,
-    soft_cap: float | None,
+    softmax: Softmax,
 ) -> Tensor:
     """Attention of a bucket of requests over their pages.
 
@@ -42,25 +37,19 @@ def decode(
     block_table = block_table[
         bucket.rows
     ]  # a copy, so its memory layout, and with it the compiled code, is always the same
-    runs = split_runs(positions, layout.block_size, pool.shape[1], window)
+    runs = split_runs(positions, layout.block_size, pool.shape[1], softmax.window)
     shape = (len(runs), *q.shape[1:3])
     m_i, l_i = q.new_empty(shape), q.new_empty(shape)
     out = q.new_empty(*shape, q.shape[-1])
-    raw = pool_bytes(pool)
     attend_runs(
         q.numpy(),
         torch.stack([queries.q_sum, queries.score_bias, queries.outlier_bias]).numpy(),
-        raw,
-        raw.view(np.uint16),
-        half_table(),
+        # A position's residuals stand in the pages only until the next one comes.
+        Pool.of(pool, layout, with_residual=positions.shape[1] == 1),
         block_table.int().numpy(),
         positions.numpy(),
         runs.numpy(),
-        # A position's residuals stand in the pages only until the next one comes.
-        page_sizes(pool, layout, with_residual=positions.shape[1] == 1),
-        grid_midpoints(layout),
-        window or 0,
-        np.float32(soft_cap or 0),
+        *softmax.limits,
         m_i.numpy(),
         l_i.numpy(),
         out.numpy(),
@@ -73,8 +62,8 @@ def warm_up_decode() -> None:
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     table, rows, positions = (torch.zeros(shape, dtype=torch.int64) for shape in ((1, 1), (1,), (1, 1)))
-    queries = prepare_queries(torch.zeros(1, 1, 1, 64, dtype=torch.float32), layout.format.k, IDENTITY, 1.0)
-    decode(queries, pool, layout, table.int(), Bucket(rows, positions, positions), window=None, soft_cap=None)
+    queries = LayerOperands.of(layout, 1).prepare_queries(torch.zeros(1, 1, 1, 64, dtype=torch.float32), 1.0)
+    decode(queries, pool, layout, table.int(), Bucket(rows, positions, positions), Softmax(1.0))
 
 
 def _combine(request: Tensor, count: int, m_i: Tensor, l_i: Tensor, out: Tensor) -> Tensor:

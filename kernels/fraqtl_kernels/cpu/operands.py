@@ -1,144 +1,190 @@
-"""What the compiled write takes of the keys, or of the values, of a batch and of the layer they belong to."""
+"""What compiled loops take of one layer, made once, when its constants arrive.
+
+score = q'·z + score_bias (+ outlier_bias, for keys that took the outlier center),  q' = scale · q R^T, R the inverse of
+the basis, score_bias = scale · q·center,  outlier_bias = scale · q·(outlier center - center) = q'·outlier_shift
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.codec import rotate, unrotate
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, StreamConstants
 from fraqtl_kernels.cpu.kernels.products import panels
+from fraqtl_kernels.cpu.kernels.records import STREAM
 from fraqtl_kernels.formats import FEEDBACK_GRID, VectorFormat
+from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from fraqtl_kernels.rotation import hadamard
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = np.empty(0, np.float32)
 _NO_ROTATION = np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
-class Table:
-    """A layer's constants of its keys or values, for every head one after another, float32:
+class StreamOperands:
+    """How keys, or values, are stored.
 
-    the center (D), the way from it to the outlier center in the basis (D), the basis in panels (D · D), and the
-    feedback, as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID (D/2 · D/2).
+    table: for every head one after another, float32: the center (D), the way from it to the outlier center in the basis
+    (D), the basis in panels (D · D), and the feedback, as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID
+    (D/2 · D/2); nothing without a transform. hadamard_base: of the rotation, if there is one and no transform. scale:
+    (KV heads, D), the steps of static formats.
     """
 
-    numbers: Any
-    head_numbers: int
-    is_structured: bool
-    is_shifted: bool
+    table: Any
+    hadamard_base: Any
+    scale: Tensor | None
+
+
+class QueryBasis(NamedTuple):
+    """What turns a query into q', score_bias and outlier_bias but for the softmax scale, float32.
+
+    matrix: `panels` of (KV heads, D, D), or none where q' = q. center, outlier_bias: (KV heads, D).
+    """
+
+    matrix: Any
+    center: Any
+    outlier_bias: Any
+
+
+class OutputBasis(NamedTuple):
+    """What takes an output out of the basis of the values: multiply, then add. As in `QueryBasis`."""
+
+    matrix: Any
+    center: Any
 
 
 @dataclass(frozen=True)
-class StreamOperands:
-    """Keys or values of a batch.
+class Queries:
+    """The queries of a bucket.
 
-    x: what is read, to keep it alive. table: `Table.numbers`. residual: residuals to fill, flat. hadamard_base: of the
-    rotation. whole: address and kind of the numbers, bytes from token to token and from head to head, bits (0: nothing
-    to do), groups, whether calibrated, structured, shifted, numbers of a head in the table, code offset and bytes,
-    scale offset and bytes, slots to a residual, whether `residual` is to be filled. numbers: edge, midpoint, levels,
-    D^-½.
+    q: (R, KV heads, M, D) float32, M = query heads a KV head x query tokens, the tokens innermost.
+    score_bias, outlier_bias: (R, KV heads, M) float32.
     """
 
-    x: Tensor
-    table: Any
-    residual: Any
-    hadamard_base: Any
-    whole: tuple[int, ...]
-    numbers: tuple[float, ...]
+    q: Tensor
+    score_bias: Tensor
+    outlier_bias: Tensor
+
+    @property
+    def q_sum(self) -> Tensor:
+        """(R, KV heads, M): what the midpoint of the grid is multiplied by."""
+        return self.q.sum(-1)
+
+
+@dataclass(frozen=True)
+class LayerOperands:
+    """Operands of one layer.
+
+    streams: (2,) of `STREAM`, keys and values, but for what belongs to a batch. query: (KV heads, D, D + 2), columns
+    that a query is multiplied by to give q', score_bias and outlier_bias. back: (KV heads, D, D), what an output is
+    multiplied by, center: (KV heads, D), what is added then. outlier_shift: (KV heads, D), as a vector that is added to
+    stored keys, or (KV heads, 0) if there is no outlier center. to_basis, from_basis: the same for compiled loops.
+    """
+
+    key: StreamOperands
+    value: StreamOperands
+    streams: Any
+    query: Tensor
+    outlier_shift: Any
+    back: Tensor
+    center: Tensor
+    to_basis: QueryBasis
+    from_basis: OutputBasis
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        vector: VectorFormat,
-        code_offset: int,
-        scale_offset: int,
-        constants: LayerConstants,
-        stream: str,
-        residual: Tensor | None,
-    ) -> StreamOperands:
-        """x: (tokens, KV heads, D), floating point, any strides. stream: "key" or "value". residual: (tokens, KV heads,
-        D) float32 <- what the residuals of tokens stand for, zero for those without."""
-        size = x.shape[-1]
-        if not vector.is_scaled:
-            return cls(x, _NOTHING, _NOTHING, _NO_ROTATION, (0,) * 16, (0.0,) * 4)
-        if x.dtype not in _KINDS:
-            x = x.float()
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        table = tables_of(constants)[stream] if vector.calibrated else None
-        each = x.element_size()
-        whole = (
-            x.data_ptr(),
-            _KINDS[x.dtype],
-            x.stride(0) * each,
-            x.stride(1) * each,
-            vector.bits,
-            vector.groups,
-            int(table is not None),
-            int(table is not None and table.is_structured),
-            int(table is not None and table.is_shifted),
-            0 if table is None else table.head_numbers,
-            code_offset,
-            vector.code_bytes(size),
-            scale_offset,
-            vector.scale_bytes,
-            DISTANCE if vector.has_residual else 0,
-            int(residual is not None),
-        )
-        return cls(
-            x,
-            _NOTHING if table is None else table.numbers,
-            _NOTHING if residual is None else residual.view(-1).numpy(),
-            make_hadamard_base(size) if vector.rotated and table is None else _NO_ROTATION,
-            whole,
-            (vector.edge, vector.midpoint, vector.levels, size**-0.5),
-        )
+    def of(cls, layout: PageLayout, heads: int, constants: LayerConstants = IDENTITY) -> LayerOperands:
+        """Operands of a layer with `heads` KV heads."""
+        k, v, size = layout.format.k, layout.format.v, layout.head_size
+        query, shift = _query_columns(heads, size, k, constants)
+        back, center = _output_columns(heads, size, v, constants.value)
+        streams = np.zeros(2, STREAM)
+        key = _stream(streams[0], k, size, constants.key, 0, layout.k_scale_offset)
+        value = _stream(streams[1], v, size, constants.value, layout.v_offset, layout.v_scale_offset)
+        to_basis = QueryBasis(_panels(query[..., :size]), *(_array(query[..., size + i]) for i in (0, 1)))
+        from_basis = OutputBasis(_panels(back), _array(center))
+        return cls(key, value, streams, query, _array(shift), back, center, to_basis, from_basis)
+
+    def prepare_queries(self, query: Tensor, scale: float) -> Queries:
+        """query: (R, KV heads, M, D) float32, in the model's own basis."""
+        product = (query * scale) @ self.query
+        size = query.shape[3]
+        return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1])
+
+    def restore_output(self, out: Tensor) -> Tensor:
+        """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored."""
+        return out @ self.back + self.center[:, None]
 
 
-def join(key: StreamOperands, value: StreamOperands) -> tuple[Any, ...]:
-    """Both in the form that `kernels.store.store_range` takes, the same types for every format."""
-    return (
-        (key.table, value.table),
-        (key.residual, value.residual),
-        (key.hadamard_base, value.hadamard_base),
-        np.array([key.whole, value.whole], np.int64),
-        np.array([key.numbers, value.numbers], np.float32),
-    )
+def _array(x: Tensor) -> Any:
+    return x.contiguous().numpy()
 
 
-_PREPARED: WeakKeyDictionary[LayerConstants, dict[str, Table | None]] = WeakKeyDictionary()
+def _panels(matrix: Tensor) -> Any:
+    """Of (KV heads, D, D); nothing of an identity."""
+    identity = torch.equal(matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype).expand_as(matrix))
+    return _array(panels(matrix[:, :0, :0] if identity else matrix))
 
 
-def tables_of(constants: LayerConstants) -> dict[str, Table | None]:
-    """By "key" and "value"; None without a transform."""
-    if constants not in _PREPARED:
-        _PREPARED[constants] = {"key": _table(constants, "key"), "value": _table(constants, "value")}
-    return _PREPARED[constants]
-
-
-def _table(constants: LayerConstants, stream: str) -> Table | None:
-    transform = constants.key.transform if stream == "key" else constants.value.transform
+def _query_columns(heads: int, size: int, vector: VectorFormat, constants: LayerConstants) -> tuple[Tensor, Tensor]:
+    """`LayerOperands.query` and `outlier_shift`."""
+    columns = torch.eye(size, dtype=torch.float32).expand(heads, size, size)
+    score_bias = outlier_bias = torch.zeros(heads, size, 1, dtype=torch.float32)
+    outlier_shift = columns.new_empty(heads, 0)
+    transform = constants.key.transform if vector.calibrated else None
+    if vector.static or transform is not None:
+        columns = constants.prepare_queries(columns)
     if transform is None:
-        return None
-    center = transform.center.float()
-    outlier_center = constants.key.outlier_center if stream == "key" else None
+        columns = rotate(columns, vector)
+    else:
+        score_bias = transform.center[..., None]
+        if constants.key.outlier_center is not None:
+            outlier_bias = (constants.key.outlier_center - transform.center)[..., None]
+            # The vector that the inverse, as rounded, carries back to it
+            outlier_shift = torch.linalg.solve(transform.inverse.double().mT, outlier_bias.double())[..., 0].float()
+    return torch.cat([columns, score_bias, outlier_bias], -1), outlier_shift
+
+
+def _output_columns(heads: int, size: int, vector: VectorFormat, constants: StreamConstants) -> tuple[Tensor, Tensor]:
+    """`LayerOperands.back` and `center`."""
+    unit = torch.eye(size, dtype=torch.float32).expand(heads, size, size)  # whatever the default dtype is
+    origin = unit.new_zeros(heads, size)
+    if vector.calibrated and constants.transform is not None:
+        return constants.transform.inverse.float(), constants.transform.center.float()
+    if vector.static and constants.scale is not None:
+        return unit * constants.scale.float()[:, None], origin
+    return unrotate(unit, vector).contiguous(), origin
+
+
+def _stream(
+    record: Any, vector: VectorFormat, size: int, constants: StreamConstants, code_offset: int, scale_offset: int
+) -> StreamOperands:
+    """What `write` needs of keys or values; fills their record."""
+    record["code_offset"], record["scale_offset"] = code_offset, scale_offset
+    if not vector.is_scaled:
+        return StreamOperands(_NOTHING, _NO_ROTATION, constants.scale)
+    record["bits"], record["groups"] = vector.bits, vector.groups
+    record["code_bytes"], record["scale_bytes"] = vector.code_bytes(size), vector.scale_bytes
+    record["distance"] = DISTANCE if vector.has_residual else 0
+    record["edge"], record["midpoint"], record["levels"] = vector.edge, vector.midpoint, vector.levels
+    record["unit"] = size**-0.5
+    transform = constants.transform if vector.calibrated else None
+    if transform is None:
+        return StreamOperands(_NOTHING, make_hadamard_base(size) if vector.rotated else _NO_ROTATION, None)
+    center, outlier_center = transform.center.float(), constants.outlier_center
     outlier_shift = torch.zeros_like(center) if outlier_center is None else transform.apply(outlier_center.float())
     spectrum = spectrum_of(transform.feedback)
     feedback = transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum
-    parts = center, outlier_shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)
-    numbers = torch.cat(parts, 1)
-    return Table(
-        numbers.flatten().contiguous().numpy(), numbers.shape[1], spectrum is not None, outlier_center is not None
-    )
+    table = torch.cat([center, outlier_shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)], 1)
+    record["is_calibrated"], record["is_structured"] = True, spectrum is not None
+    record["is_shifted"], record["head_numbers"] = outlier_center is not None, table.shape[1]
+    return StreamOperands(_array(table.flatten()), _NO_ROTATION, None)
 
 
 def spectrum_of(feedback: Tensor) -> Tensor | None:

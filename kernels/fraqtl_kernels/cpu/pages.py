@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fraqtl_kernels.cpu.kernels.codes import are_direct
+from fraqtl_kernels.cpu.kernels.records import PAGES
 from fraqtl_kernels.cpu.kernels.rows import FLOATS, row_function
 from fraqtl_kernels.formats import SCALE_BYTES, VectorFormat
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 
 
-def page_sizes(pool: Tensor, layout: PageLayout, *, with_residual: bool) -> tuple[int, ...]:
-    """`sizes` of `attend_run`. with_residual: whether pages hold the residuals of the newest tokens."""
-    k, v = layout.format.k, layout.format.v
-    offsets = (layout.v_offset, layout.k_scale_offset, layout.v_scale_offset)
-    groups = (k.scale_bytes // SCALE_BYTES, v.scale_bytes // SCALE_BYTES)
-    distances = tuple(DISTANCE if with_residual and x.has_residual else 0 for x in (k, v))
-    bits, size = (_kind(k), _kind(v)), layout.head_size
-    direct = [are_direct(*x) for x in zip(bits, groups, strict=True)]
-    read_as = [x if is_direct else FLOATS for x, is_direct in zip(bits, direct, strict=True)]
-    rows = row_function("score", read_as[0], size), row_function("add", read_as[1], size)
-    strides = pool.stride(0), pool.stride(1)
-    return (layout.block_size, *bits, *groups, *strides, *offsets, *distances, *(x.address for x in rows))
+class Pool(NamedTuple):
+    """raw: all bytes from the pool's first to the end of its storage. raw16: the same in pairs. half: the float32 of
+    every fp16 bit pattern. pages: (1,) of `PAGES`."""
+
+    raw: Any
+    raw16: Any
+    half: Any
+    pages: Any
+
+    @classmethod
+    def of(cls, pool: Tensor, layout: PageLayout, *, with_residual: bool) -> Pool:
+        """pool: as for `write`. with_residual: whether attention reads residuals from the pages."""
+        raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
+        return cls(raw, raw.view(np.uint16), _half_table(), _pages(pool, layout, with_residual))
 
 
-def grid_midpoints(layout: PageLayout) -> Any:
-    """(2,) float32: what codes of K and of V are too large by."""
-    return np.array([0.0 if x.is_raw else x.midpoint for x in (layout.format.k, layout.format.v)], np.float32)
+@cache
+def _half_table() -> Any:
+    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
 
 
-def pool_bytes(pool: Tensor) -> Any:
-    """All memory from the pool's first byte to the end of its storage, as one array of uint8."""
-    return pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
+def _pages(pool: Tensor, layout: PageLayout, with_residual: bool) -> Any:
+    pages = np.zeros(1, PAGES)
+    pages["block_size"], pages["heads"], pages["head_size"] = layout.block_size, pool.shape[1], layout.head_size
+    pages["block_stride"], pages["head_stride"] = pool.stride(0), pool.stride(1)
+    pages["v_offset"] = layout.v_offset
+    pages["k_scale_offset"], pages["v_scale_offset"] = layout.k_scale_offset, layout.v_scale_offset
+    for name, vector, body in (("k", layout.format.k, "score"), ("v", layout.format.v, "add")):
+        bits, groups = _kind(vector), vector.scale_bytes // SCALE_BYTES
+        read_as = bits if are_direct(bits, groups) else FLOATS
+        pages[f"{name}_bits"], pages[f"{name}_groups"] = bits, groups
+        pages[f"{name}_distance"] = DISTANCE if with_residual and vector.has_residual else 0
+        pages[f"{name}_rows"] = row_function(body, read_as, layout.head_size).address
+        pages[f"{name}_midpoint"] = 0 if vector.is_raw else vector.midpoint
+    return pages
 
 
 def _kind(vector: VectorFormat) -> int:

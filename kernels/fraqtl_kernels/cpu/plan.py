@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,19 @@ from torch import Tensor
 
 RUN_TOKENS = 512  # no run of blocks is shorter than this, unless the context is
 RUNS_PER_THREAD = 4
+
+
+class Softmax(NamedTuple):
+    """What a layer does to its scores. window: keys that a query sees, None: all. soft_cap: None: no cap."""
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def limits(self) -> tuple[int, Any]:
+        """Window and soft cap as compiled loops take them: 0 where there is none."""
+        return self.window or 0, np.float32(self.soft_cap or 0)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.kernels.codes import half_table
 from fraqtl_kernels.cpu.kernels.prefill import ROWS_TOGETHER, attend_tile, begin, dequantize_tile, finish
 from fraqtl_kernels.cpu.kernels.products import PANEL
 from fraqtl_kernels.cpu.layers.bits import DTYPES, bits_of
-from fraqtl_kernels.cpu.pages import grid_midpoints, page_sizes, pool_bytes
-from fraqtl_kernels.cpu.plan import Bucket
-from fraqtl_kernels.cpu.queries import output_operands, query_operands
+from fraqtl_kernels.cpu.operands import LayerOperands
+from fraqtl_kernels.cpu.pages import Pool
+from fraqtl_kernels.cpu.plan import Bucket, Softmax
 from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import DEFAULT_FORMAT, get_format
@@ -41,11 +39,8 @@ def prefill(
     layout: PageLayout,
     block_table: Tensor,
     bucket: Bucket,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    constants: LayerConstants,
+    operands: LayerOperands,
+    softmax: Softmax,
     residuals: Residuals | None,
 ) -> None:
     """Attention of the one request of a bucket, as of `attend`."""
@@ -56,21 +51,18 @@ def prefill(
     rows, parts = batch.rows, heads * batch.blocks
     q, acc = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
     score_bias, l_i, m_i = np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, -np.inf, np.float32)
-    *to_basis, outlier_shift = query_operands(heads, size, layout.format.k, constants)
-    reading = *to_basis, np.float32(scale)
+    reading = operands.to_basis, np.float32(softmax.scale)
     share(lambda a, b: begin(a, b, *_memory(source), batch, reading, q, score_bias), parts)
 
-    raw, table = pool_bytes(pool), block_table[int(bucket.rows[0])].int().contiguous().numpy()
-    pages = raw, raw.view(np.uint16), half_table(), table
-    grid = page_sizes(pool, layout, with_residual=False), grid_midpoints(layout), outlier_shift
+    pages = Pool.of(pool, layout, with_residual=False), block_table[int(bucket.rows[0])].int().contiguous().numpy()
     near = tuple(_around(residuals, stream, token, count) for stream in ("key", "value"))
-    rule = layout.block_size, DISTANCE if residuals else 0, window or 0, np.float32(soft_cap or 0)
-    for tile, keys, values in _tiles(heads, size, first, count, window):
-        share(partial(_run, dequantize_tile, pages, tile, grid, keys, values), heads * -(-(tile[1] - tile[0]) // PANEL))
+    rule = layout.block_size, DISTANCE if residuals else 0, *softmax.limits
+    for tile, keys, values in _tiles(heads, size, first, count, softmax.window):
+        read = partial(_run, dequantize_tile, *pages, tile, operands.outlier_shift, keys, values)
+        share(read, heads * -(-(tile[1] - tile[0]) // PANEL))
         share(partial(_run, attend_tile, tile, batch, keys, values, q, score_bias, near, rule, m_i, l_i, acc), parts)
 
-    restoring = output_operands(heads, size, layout.format.v, constants)
-    share(lambda a, b: finish(a, b, *_memory(target), batch, restoring, l_i, acc), parts)
+    share(lambda a, b: finish(a, b, *_memory(target), batch, operands.from_basis, l_i, acc), parts)
     if target.data_ptr() != output[token : token + count].data_ptr():
         output[token : token + count] = target.to(output.dtype)
 
@@ -139,16 +131,5 @@ def warm_up_prefill(dtype: torch.dtype = torch.bfloat16) -> None:
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     x, rows, tokens = torch.zeros(2, 1, 64, dtype=dtype), torch.zeros(1, dtype=torch.int64), torch.arange(2)[None]
-    prefill(
-        x,
-        x.clone(),
-        pool,
-        layout,
-        rows[None],
-        Bucket(rows, tokens, tokens),
-        scale=1.0,
-        window=None,
-        soft_cap=None,
-        constants=IDENTITY,
-        residuals=None,
-    )
+    operands = LayerOperands.of(layout, 1)
+    prefill(x, x.clone(), pool, layout, rows[None], Bucket(rows, tokens, tokens), operands, Softmax(1.0), None)

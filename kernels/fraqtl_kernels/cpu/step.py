@@ -18,15 +18,13 @@ import torch
 from numba import get_num_threads
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.kernels.codes import half_table
-from fraqtl_kernels.cpu.kernels.step import run_step
+from fraqtl_kernels.cpu.kernels.step import Layer, Paging, Tensors, Work, run_step
 from fraqtl_kernels.cpu.layers.bits import bits_of
-from fraqtl_kernels.cpu.operands import StreamOperands, join
-from fraqtl_kernels.cpu.pages import grid_midpoints, page_sizes, pool_bytes
-from fraqtl_kernels.cpu.plan import StepPlan
-from fraqtl_kernels.cpu.queries import output_operands, query_operands
+from fraqtl_kernels.cpu.operands import LayerOperands
+from fraqtl_kernels.cpu.pages import Pool
+from fraqtl_kernels.cpu.plan import Softmax, StepPlan
 from fraqtl_kernels.cpu.share import share
+from fraqtl_kernels.cpu.write import batch_of
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
@@ -47,7 +45,7 @@ def _run_all(tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> 
 class DecodeStep:
     """One layer, ready for decode steps.
 
-    pool: as for `write`, dtype: of the model. constants: of the layer. scale: of the softmax.
+    pool, operands: as for `write`. dtype: of the model.
     """
 
     @staticmethod
@@ -56,50 +54,15 @@ class DecodeStep:
         return all(x.is_scaled or x.raw_dtype == dtype for x in (format.k, format.v))
 
     def __init__(
-        self,
-        pool: Tensor,
-        layout: PageLayout,
-        dtype: torch.dtype,
-        constants: LayerConstants,
-        *,
-        scale: float,
-        window: int | None,
-        soft_cap: float | None,
+        self, pool: Tensor, layout: PageLayout, dtype: torch.dtype, operands: LayerOperands, softmax: Softmax
     ) -> None:
-        k, v = layout.format.k, layout.format.v
-        heads, size = pool.shape[1], layout.head_size
-        self.pool, self.constants = pool, constants
-        self._shape = heads, size
-        self._block_size, self._window = layout.block_size, window or 0
-        raw = pool_bytes(pool)
-        unit = torch.empty(1, heads, size, dtype=dtype)
-        streams = (
-            StreamOperands.of(unit, k, 0, layout.k_scale_offset, constants, "key", None),
-            StreamOperands.of(unit, v, layout.v_offset, layout.v_scale_offset, constants, "value", None),
-        )
-        *arrays, self._whole, numbers = join(*streams)
-        places = (layout.block_size, pool.stride(0), pool.stride(1), heads, size)
-        self._storing = (*arrays, self._whole, numbers, places, (0, layout.v_offset))
-        self._pages: tuple[Any, ...] = (half_table(), raw, raw.view(np.uint16))
-        self._reading: tuple[Any, ...] = (
-            (*query_operands(heads, size, k, constants)[:3], np.float32(scale)),
-            output_operands(heads, size, v, constants),
-            page_sizes(pool, layout, with_residual=True),
-            grid_midpoints(layout),
-            self._window,
-            np.float32(soft_cap or 0),
-        )
+        self.pool, self.operands = pool, operands
+        self._shape = pool.shape[1], layout.head_size
+        self._block_size, self._window = layout.block_size, softmax.window or 0
+        self._pages = Pool.of(pool, layout, with_residual=True)
+        self._layer = Layer(operands.to_basis, operands.from_basis, np.float32(softmax.scale), *softmax.limits)
         self._dtype = dtype
         self._like = bits_of(torch.zeros(1, dtype=dtype))
-
-    def _storing_of(self, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-        """`storing` of `_run` for these tensors."""
-        arrays, (_, numbers, places, raw_at) = self._storing[:3], self._storing[3:]
-        whole = self._whole.copy()
-        for stream, x in enumerate((key, value)):
-            each = x.element_size()
-            whole[stream, 0], whole[stream, 2], whole[stream, 3] = x.data_ptr(), x.stride(0) * each, x.stride(1) * each
-        return (*arrays, whole, numbers, places, raw_at)
 
     def takes(self, query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor) -> bool:
         """Whether these are in the dtype of the model and a token's numbers lie side by side, as a call wants it."""
@@ -113,34 +76,23 @@ class DecodeStep:
         Writes the first `tokens` rows of output. For tensors that it `takes`.
         """
         heads, size = self._shape
-        count = len(plan.positions)
-        writes = key is not None and value is not None
-        k, v = (key, value) if key is not None and value is not None else (query, query)
-        tensors = (query, k, v, output)
+        count, group = len(plan.positions), query.shape[1] // heads
+        k, v = (query, query) if key is None or value is None else (key, value)
+        x = (query, k, v, output)
+        addresses, strides = tuple(t.data_ptr() for t in x), tuple(t.stride(0) for t in x)
+        tensors = Tensors(plan.rows, addresses, strides, self._like, key is not None and value is not None)
         runs, starts = plan.runs(self._block_size, heads, self._window)
-        group = query.shape[1] // heads
+        paging = Paging(plan.slots, plan.table, plan.positions, runs, starts)
         values = np.empty((len(runs), heads, group, size), np.float32)
-        arguments = (
-            plan.rows,
-            tuple(x.data_ptr() for x in tensors),
-            tuple(x.stride(0) for x in tensors),
-            self._like,
-            writes,
-            plan.slots,
-            plan.table,
-            plan.positions,
-            runs,
-            starts,
-            *self._pages,
-            self._storing_of(k, v),
-            *self._reading,
+        work = Work(
             np.empty((count, heads, group, size), np.float32),
             np.empty((count, heads, 3, group), np.float32),
             np.empty(values.shape[:3], np.float32),
             np.empty(values.shape[:3], np.float32),
             values,
         )
-        _run_all(count, len(runs), heads, arguments)
+        batch = batch_of(self.operands, k, v, None)
+        _run_all(count, len(runs), heads, (tensors, paging, self._pages, batch, self._layer, work))
 
 
 def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:
@@ -149,4 +101,5 @@ def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     x = torch.zeros(1, 1, 64, dtype=dtype)
     plan = StepPlan(torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), -1))
-    DecodeStep(pool, layout, x.dtype, IDENTITY, scale=1.0, window=None, soft_cap=None)(x, x, x, x.clone(), plan)
+    step = DecodeStep(pool, layout, x.dtype, LayerOperands.of(layout, 1), Softmax(1.0))
+    step(x, x, x, x.clone(), plan)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fraqtl_kernels.codec import pack, quantize_static
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.cpu.kernels.store import TILE, store_range
-from fraqtl_kernels.cpu.operands import StreamOperands, join
+from fraqtl_kernels.cpu.kernels.store import TILE, Batch, store_range
+from fraqtl_kernels.cpu.operands import LayerOperands
+from fraqtl_kernels.cpu.pages import Pool
 from fraqtl_kernels.cpu.residual import Residuals, StreamResiduals, find_runs, read_earlier
 from fraqtl_kernels.cpu.share import share
 from fraqtl_kernels.formats import DEFAULT_FORMAT, VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
 PARALLEL_VECTORS = 128  # fewer are done before other threads have woken up
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NOTHING = np.empty(0, np.float32)
 
 
 def write(
@@ -23,7 +26,7 @@ def write(
     key: Tensor,
     value: Tensor,
     slot_mapping: Tensor,
-    constants: LayerConstants = IDENTITY,
+    operands: LayerOperands,
 ) -> Residuals | None:
     """Store keys and values of a batch.
 
@@ -37,13 +40,16 @@ def write(
     k, v = layout.format.k, layout.format.v
     residuals = _prepare(pool, layout, key, slots)
     if len(slots) and (k.is_scaled or v.is_scaled):
-        residual_k, residual_v = (None, None) if residuals is None else (residuals.key, residuals.value)
-        rows_k, rows_v = (None if residual is None else residual.tokens for residual in (residual_k, residual_v))
-        keys = StreamOperands.of(key, k, 0, layout.k_scale_offset, constants, "key", rows_k)
-        values = StreamOperands.of(value, v, layout.v_offset, layout.v_scale_offset, constants, "value", rows_v)
-        _store_batch(pool, slots, keys, values, layout.block_size)
+        key, value = _readable(key), _readable(value)
+        batch, pages = batch_of(operands, key, value, residuals), Pool.of(pool, layout, with_residual=True)
+        arguments = batch, slots.contiguous().numpy(), pages
+        tiles = -(-len(slots) // TILE)
+        if 2 * len(slots) * pool.shape[1] < PARALLEL_VECTORS:
+            store_range(0, tiles, *arguments)
+        else:
+            share(lambda begin, end: store_range(begin, end, *arguments), tiles)
     if not (k.is_scaled and v.is_scaled):
-        _store_others(pool, layout, key, value, slots, constants)
+        _store_others(pool, layout, key, value, slots, operands)
     return residuals
 
 
@@ -78,7 +84,7 @@ def _stream_residuals(
 
 
 def _store_others(
-    pool: Tensor, layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, constants: LayerConstants
+    pool: Tensor, layout: PageLayout, key: Tensor, value: Tensor, slots: Tensor, operands: LayerOperands
 ) -> None:
     """Vectors without scales of their own: raw and static ones."""
     planes = layout.planes(pool)
@@ -88,29 +94,36 @@ def _store_others(
         slots, key, value = slots[used], key[used], value[used]
     place = slots // layout.block_size, slice(None), slots % layout.block_size
     if not k.is_scaled:
-        planes.k[place] = _plain(key, k, constants.key.scale, planes.k.dtype)
+        planes.k[place] = _plain(key, k, operands.key.scale, planes.k.dtype)
     if not v.is_scaled:
-        planes.v[place] = _plain(value, v, constants.value.scale, planes.v.dtype)
+        planes.v[place] = _plain(value, v, operands.value.scale, planes.v.dtype)
 
 
 def _plain(x: Tensor, vector: VectorFormat, step: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if vector.is_raw else pack(quantize_static(x.float(), step, vector), vector)
 
 
-def _store_batch(pool: Tensor, slots: Tensor, key: StreamOperands, value: StreamOperands, block_size: int) -> None:
-    """Encode keys and values into their slots, and residuals into those behind them.
+def batch_of(operands: LayerOperands, key: Tensor, value: Tensor, residuals: Residuals | None) -> Batch:
+    """What `store_range` takes. key, value: as `_readable` gives them; they must outlive it."""
+    streams = operands.streams.copy()
+    kept = (None, None) if residuals is None else (residuals.key, residuals.value)
+    for record, x, residual in zip(streams, (key, value), kept, strict=True):
+        each = x.element_size()
+        record["address"], record["kind"] = x.data_ptr(), _KINDS[x.dtype]
+        record["token_stride"], record["head_stride"] = x.stride(0) * each, x.stride(1) * each
+        record["keeps_residual"] = residual is not None
+    return Batch(
+        (operands.key.table, operands.value.table),
+        tuple(_NOTHING if residual is None else residual.tokens.view(-1).numpy() for residual in kept),
+        (operands.key.hadamard_base, operands.value.hadamard_base),
+        streams,
+    )
 
-    pool: as for `write`. slots: (tokens,) int64.
-    """
-    tokens, heads, size = len(slots), pool.shape[1], key.x.shape[-1]
-    raw = pool.as_strided((pool.untyped_storage().nbytes() // 2 * 2 - pool.storage_offset(),), (1,)).numpy()
-    places = (block_size, pool.stride(0), pool.stride(1), heads, size)
-    arguments = *join(key, value), slots.contiguous().numpy(), raw, places
-    tiles = -(-tokens // TILE)
-    if 2 * tokens * heads < PARALLEL_VECTORS:
-        store_range(0, tiles, *arguments)
-    else:
-        share(lambda begin, end: store_range(begin, end, *arguments), tiles)
+
+def _readable(x: Tensor) -> Tensor:
+    """(tokens, KV heads, D) in a dtype that compiled loops read, with the numbers of a vector side by side."""
+    x = x if x.dtype in _KINDS else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def warm_up_write() -> None:
@@ -118,4 +131,4 @@ def warm_up_write() -> None:
     layout = PageLayout(get_format(DEFAULT_FORMAT), 64, 16)
     pool = torch.zeros(1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     x = torch.zeros(1, 1, 64, dtype=torch.float32)
-    write(pool, layout, x, x, torch.full((1,), -1))
+    write(pool, layout, x, x, torch.full((1,), -1), LayerOperands.of(layout, 1))

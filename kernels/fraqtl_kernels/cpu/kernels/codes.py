@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
-import torch
 from numba import njit
 
 # Not "ninf" and "nnan": hidden keys are -inf, and a NaN must come out as one.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
-
-
-@cache
-def half_table() -> Any:
-    """The float32 value of every fp16 bit pattern: 256 KiB, one look-up a scale."""
-    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16).float().numpy()
 
 
 @njit(cache=True, nogil=True)
@@ -84,12 +74,17 @@ def scale_groups(raw16, half, start, count, size, groups, midpoint, tile):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def load_pages(raw, raw16, half, numbers, head, sizes, stream, midpoints, count, tile):
-    """tile <- the first `count` keys (stream 0) or values (stream 1) of pages. sizes: of `decode.attend_run`."""
-    block_size, bits, groups, size = sizes[0], sizes[1 + stream], sizes[3 + stream], tile.shape[1]
-    for i in range((count + block_size - 1) // block_size):
-        page = np.int64(numbers[i]) * sizes[5] + head * sizes[6]
-        rows, part = min(block_size, count - i * block_size), tile[i * block_size :]
-        load_codes(raw, page + stream * sizes[7], rows, size, bits, part)
+def load_pages(pool, numbers, head, stream, count, tile):
+    """tile <- the first `count` keys (stream 0) or values (stream 1) of pages. pool: `pages.Pool`."""
+    pages, size = pool.pages[0], tile.shape[1]
+    bits, groups, midpoint = pages.k_bits, pages.k_groups, pages.k_midpoint
+    code_offset, scale_offset = np.int64(0), pages.k_scale_offset
+    if stream == 1:
+        bits, groups, midpoint = pages.v_bits, pages.v_groups, pages.v_midpoint
+        code_offset, scale_offset = pages.v_offset, pages.v_scale_offset
+    for i in range((count + pages.block_size - 1) // pages.block_size):
+        page = np.int64(numbers[i]) * pages.block_stride + head * pages.head_stride
+        rows, part = min(pages.block_size, count - i * pages.block_size), tile[i * pages.block_size :]
+        load_codes(pool.raw, page + code_offset, rows, size, bits, part)
         if groups > 1:
-            scale_groups(raw16, half, page + sizes[8 + stream], rows, size, groups, midpoints[stream], part)
+            scale_groups(pool.raw16, pool.half, page + scale_offset, rows, size, groups, midpoint, part)

@@ -34,16 +34,12 @@ def _seen(position, begin, end, window):
 def attend_run(
     q,
     terms,
-    raw,
-    raw16,
-    half,
+    pool,
     table,
     positions,
     first_block,
     after,
     head,
-    sizes,
-    midpoints,
     window,
     soft_cap,
     m_i,
@@ -54,15 +50,15 @@ def attend_run(
 
     q: (M, D). terms: (3, M), sum(q), `score_bias` and `outlier_bias` of `Queries`. table: (blocks,) of the request.
     positions: of its query tokens. first_block, after: the run's first block and the one after its last. m_i, l_i:
-    (M,), values: (M, D), the run's results, see the module's docstring.
-    sizes: block size, K and V bits, K and V scales a token, block stride, head stride, V offset, K and V scale offsets,
-    slots from tokens to their residuals (of K and V, 0 if they have none), addresses of their `row_function`.
+    (M,), values: (M, D), the run's results, see `decode.py`. pool: `pages.Pool`.
     """
-    block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
-    block_stride, head_stride, v_offset, ks_offset, vs_offset, k_distance, v_distance, k_rows, v_rows = sizes[5:]
+    pages = pool.pages[0]
+    block_size, block_stride = pages.block_size, pages.block_stride
+    k_groups, v_groups, k_distance, v_distance = pages.k_groups, pages.v_groups, pages.k_distance, pages.v_distance
+    k_midpoint, v_midpoint = pages.k_midpoint, pages.v_midpoint
     queries, size = q.shape
     together = positions.shape[0] == 1  # all queries see the same keys
-    k_direct, v_direct = are_direct(k_bits, k_groups), are_direct(v_bits, v_groups)
+    k_direct, v_direct = are_direct(pages.k_bits, k_groups), are_direct(pages.v_bits, v_groups)
     gang = max(1, (TILE_TOKENS if k_direct and v_direct else TILE_FLOATS // size) // block_size)
     tokens = gang * block_size
     tile = np.empty((1 if k_direct and v_direct else tokens, size), np.float32)
@@ -73,7 +69,7 @@ def attend_run(
     m_i[:] = -np.inf
     l_i[:] = 0
     values[:] = 0
-    pages = raw.ctypes.data + head * head_stride
+    first_page = pool.raw.ctypes.data + head * pages.head_stride
     last_position, first_position = positions[-1], positions[0]
     block = first_block
     while block < after:
@@ -86,21 +82,21 @@ def attend_run(
         k_load_end = end if blocks > 1 else min(block_size, end + k_distance)
         v_load_end = end if blocks > 1 else min(block_size, end + v_distance)
         for i in range(blocks):
-            page, at = pages + np.int64(numbers[i]) * block_stride, i * block_size
+            page, at = first_page + np.int64(numbers[i]) * block_stride, i * block_size
             if k_groups == 1:
-                load_scales(page + ks_offset, block_size, k_scales, at)
+                load_scales(page + pages.k_scale_offset, block_size, k_scales, at)
             if v_groups == 1:
-                load_scales(page + vs_offset, block_size, v_scales, at)
-        source = pages, numbers.ctypes.data, block_stride
+                load_scales(page + pages.v_scale_offset, block_size, v_scales, at)
+        source = first_page, numbers.ctypes.data, block_stride
         if not k_direct:
-            load_pages(raw, raw16, half, numbers, head, sizes, 0, midpoints, k_load_end, tile)
+            load_pages(pool, numbers, head, 0, k_load_end, tile)
             source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
         to = scores.ctypes.data, tokens + SLACK
-        run_rows(k_rows, (queries, q.ctypes.data, *source, block_size, 0, k_load_end, *to))
+        run_rows(pages.k_rows, (queries, q.ctypes.data, *source, block_size, 0, k_load_end, *to))
         for m in range(queries):
             row, weight, value = scores[m], weights[m], values[m]
-            if k_bits < 16:
-                zero = midpoints[0] * terms[0, m]
+            if pages.k_bits < 16:
+                zero = k_midpoint * terms[0, m]
                 for n in range(max(end, k_distance), k_load_end):
                     row[n] = (row[n] - zero) * abs(k_scales[n])
                 scale_scores(row, end, zero, terms[1, m], terms[2, m], k_scales)  # nobody reads before `begin`
@@ -123,9 +119,9 @@ def attend_run(
             if alpha != np.float32(1):
                 for d in range(size):
                     value[d] *= alpha
-        source = pages + v_offset, numbers.ctypes.data, block_stride
+        source = first_page + pages.v_offset, numbers.ctypes.data, block_stride
         if not v_direct:
-            load_pages(raw, raw16, half, numbers, head, sizes, 1, midpoints, v_load_end, tile)
+            load_pages(pool, numbers, head, 1, v_load_end, tile)
             source = tile.ctypes.data, in_tile.ctypes.data, 4 * block_size * size
         for m in range(1 if together else queries):
             count, first, last = queries, begin, end
@@ -135,20 +131,18 @@ def attend_run(
             where = (count, values[m].ctypes.data, *source, block_size)
             by = weights[m].ctypes.data, tokens + SLACK
             if first < last:
-                run_rows(v_rows, (*where, first, last, *by))
+                run_rows(pages.v_rows, (*where, first, last, *by))
             if max(end, first + v_distance) < v_load_end:
-                run_rows(v_rows, (*where, max(end, first + v_distance), v_load_end, *by))
+                run_rows(pages.v_rows, (*where, max(end, first + v_distance), v_load_end, *by))
         block += blocks
     for m in range(queries):
         value = values[m]
         for d in range(size if v_groups <= 1 else 0):
-            value[d] -= midpoints[1] * scaled_sums[m]
+            value[d] -= v_midpoint * scaled_sums[m]
 
 
 @njit(parallel=True, fastmath=FAST, cache=True, nogil=True)
-def attend_runs(
-    q, q_terms, raw, raw16, half, table, positions, runs, sizes, midpoints, window, soft_cap, m_i, l_i, out
-):
+def attend_runs(q, q_terms, pool, table, positions, runs, window, soft_cap, m_i, l_i, out):
     """See `decode` and `attend_run`. runs: (runs, 3) request of the bucket, its first block, the one after its last.
 
     q_terms: (3, R, KV heads, M).
@@ -160,16 +154,12 @@ def attend_runs(
         attend_run(
             q[request, head],
             q_terms[:, request, head],
-            raw,
-            raw16,
-            half,
+            pool,
             table[request],
             positions[request],
             runs[run, 1],
             runs[run, 2],
             head,
-            sizes,
-            midpoints,
             window,
             soft_cap,
             m_i[run, head],

@@ -78,7 +78,7 @@ def _pack(codes, bits, target):
 @njit(fastmath=_FAST, cache=True, nogil=True)
 def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at):
     """Store the codes and scales of x (D,), and leave in its place what they left of it. codes: (D,) uint8, spare."""
-    edge, midpoint, levels, _ = numbers
+    edge, midpoint, levels = numbers
     size = x.shape[0]
     width = size // groups
     for group in range(groups):
@@ -94,7 +94,7 @@ def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at)
 @njit(fastmath=_FAST, cache=True, nogil=True)
 def encode_plain_residual(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at, residual, residual_at):
     """Code what `encode_plain` left of x. To the pool unless code_at < 0, and to `residual` unless residual_at < 0."""
-    edge, midpoint, levels, _ = numbers
+    edge, midpoint, levels = numbers
     size = x.shape[0]
     width = size // groups
     for group in range(groups):

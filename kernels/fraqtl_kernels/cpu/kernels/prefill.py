@@ -47,12 +47,13 @@ def begin(first, after, source, like, batch, reading, q, score_bias):
     """Queries of parts first .. after - 1 into the basis of the stored keys.
 
     source: address of the request's first query, numbers from token to token. batch: `prefill._Batch`. reading: of
-    `queries.query_operands` and the softmax scale. q: (heads · blocks · rows, D) <-. score_bias:
+    `operands.QueryBasis` and the softmax scale. q: (heads · blocks · rows, D) <-. score_bias:
     (heads · blocks · rows,) <-.
     """
     address, stride = source
     heads, group, tokens, blocks, block_tokens, block_rows, _ = batch
-    matrix, center, outlier_shift, scale = reading
+    basis, scale = reading
+    matrix, center, outlier_bias = basis
     size = q.shape[1]
     x = np.zeros((block_rows, size), np.float32)
     for part in range(first, after):
@@ -62,7 +63,7 @@ def begin(first, after, source, like, batch, reading, q, score_bias):
         for row in range(rows):
             at = (start + row // group) * stride + (head * group + row % group) * size
             query = row_at(address, at, size, like)
-            score_bias[base + row], _ = prepare_query(query, center[head], outlier_shift[head], scale, x[row])
+            score_bias[base + row], _ = prepare_query(query, center[head], outlier_bias[head], scale, x[row])
         if matrix.shape[1]:
             multiply(x, rows, size, matrix, head * size * size, q[base : base + block_rows])
         else:
@@ -87,8 +88,9 @@ def _load_row(raw, raw16, half, at, bits, row):
 
 
 @njit(cache=True, nogil=True)
-def _dequantize(raw, raw16, half, codes_at, scales_at, bits, groups, midpoint, shift, rows):
+def _dequantize(memory, codes_at, scales_at, bits, groups, midpoint, shift, rows):
     """rows <- PANEL keys or values side by side in a page. shift: (D,) what is added to keys with a marked scale."""
+    raw, raw16, half = memory
     size = rows.shape[1]
     row_bytes = size * min(bits, 16) // 8
     for n in range(PANEL):
@@ -110,34 +112,32 @@ def _dequantize(raw, raw16, half, codes_at, scales_at, bits, groups, midpoint, s
 
 
 @njit(cache=True, nogil=True)
-def dequantize_tile(first, after, pages, tile, grid, keys, values):
+def dequantize_tile(first, after, pool, table, tile, outlier_shift, keys, values):
     """Parts first .. after - 1 of a tile, each PANEL keys and values of one head.
 
-    pages: the pool's bytes, the same as uint16, `half_table`, and the request's (blocks,) page numbers. tile: the
-    positions of its first key and behind its last. grid: of `decode.page_sizes`, `grid_midpoints`, the outlier shift.
+    pool: `pages.Pool`. table: (blocks,) of the request. tile: the positions of its first key and behind its last.
     keys: (heads, tile / PANEL, D, PANEL) <-. values: (heads, tile / piece, D / PANEL, piece, PANEL) <-.
     """
-    raw, raw16, half, table = pages
-    sizes, midpoints, outlier_shift = grid
-    piece = values.shape[3]
-    block_size, k_bits, v_bits, k_groups, v_groups = sizes[:5]
-    block_stride, head_stride, v_offset, ks_offset, vs_offset = sizes[5:10]
+    pages, piece = pool.pages[0], values.shape[3]
+    block_size, k_groups, v_groups = pages.block_size, pages.k_groups, pages.v_groups
+    memory = pool.raw, pool.raw16, pool.half
     heads, size = keys.shape[0], keys.shape[2]
-    k_bytes, v_bytes = size * min(k_bits, 16) // 8, size * min(v_bits, 16) // 8
+    k_bytes, v_bytes = size * min(pages.k_bits, 16) // 8, size * min(pages.v_bits, 16) // 8
     rows = np.empty((PANEL, size), np.float32)
     for part in range(first, after):
         head, group = part % heads, part // heads
         position = tile[0] + group * PANEL
         offset = position % block_size
-        page = np.int64(table[position // block_size]) * block_stride + head * head_stride
-        codes, scales = page + offset * k_bytes, page + ks_offset + offset * 2 * k_groups
-        _dequantize(raw, raw16, half, codes, scales, k_bits, k_groups, midpoints[0], outlier_shift[head], rows)
+        page = np.int64(table[position // block_size]) * pages.block_stride + head * pages.head_stride
+        codes, scales = page + offset * k_bytes, page + pages.k_scale_offset + offset * 2 * k_groups
+        _dequantize(memory, codes, scales, pages.k_bits, k_groups, pages.k_midpoint, outlier_shift[head], rows)
         at = (head * keys.shape[1] + group) * size * PANEL
         for d in range(size):
             for n in range(0, PANEL, WIDTH):
                 store(keys, at + d * PANEL + n, load_every(rows, n * size + d, size))
-        codes, scales = page + v_offset + offset * v_bytes, page + vs_offset + offset * 2 * v_groups
-        _dequantize(raw, raw16, half, codes, scales, v_bits, v_groups, midpoints[1], outlier_shift[head][:0], rows)
+        codes = page + pages.v_offset + offset * v_bytes
+        scales = page + pages.v_scale_offset + offset * 2 * v_groups
+        _dequantize(memory, codes, scales, pages.v_bits, v_groups, pages.v_midpoint, outlier_shift[head][:0], rows)
         at = (head * values.shape[1] + group * PANEL // piece) * size * piece + group * PANEL % piece * PANEL
         for n in range(PANEL):
             for d in range(0, size, WIDTH):
@@ -299,7 +299,7 @@ def attend_tile(first, after, tile, batch, keys, values, q, score_bias, residual
 def finish(first, after, target, like, batch, restoring, l_i, acc):
     """Outputs of parts first .. after - 1 out of the basis of the stored values, into the output tensor.
 
-    target: as `source` of `begin`. restoring: of `queries.output_operands`.
+    target: as `source` of `begin`. restoring: `operands.OutputBasis`.
     """
     address, stride = target
     heads, group, tokens, blocks, block_tokens, block_rows, _ = batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -13,21 +15,63 @@ from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
 from fraqtl_kernels.cpu.layers.bits import from_float
 
 
+class Tensors(NamedTuple):
+    """Queries, keys, values and outputs of a step. rows: (tokens,) of them that it is about. like: an array that says
+    their dtype. writes: whether keys and values are to be stored."""
+
+    rows: Any
+    addresses: Any
+    strides: Any
+    like: Any
+    writes: bool
+
+
+class Paging(NamedTuple):
+    """slots: (tokens of the batch,). table: (requests, blocks). positions: (requests, 1). runs: (runs, 3) of
+    `split_runs`. starts: (requests + 1,) the first run of each request."""
+
+    slots: Any
+    table: Any
+    positions: Any
+    runs: Any
+    starts: Any
+
+
+class Layer(NamedTuple):
+    """to_basis, from_basis: of `operands.LayerOperands`. scale, window, soft_cap: of the softmax, 0: none."""
+
+    to_basis: Any
+    from_basis: Any
+    scale: Any
+    window: int
+    soft_cap: Any
+
+
+class Work(NamedTuple):
+    """q: (tokens, KV heads, group, D). terms: (tokens, KV heads, 3, group). m_i, l_i: (runs, KV heads, group). values:
+    (runs, KV heads, group, D). See `kernels/decode.py`."""
+
+    q: Any
+    terms: Any
+    m_i: Any
+    l_i: Any
+    values: Any
+
+
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _store(stream, address, stride, like, row, head, size, slots, raw, raw16, store, spaces):
-    """The key (side 0) or value (side 1) of one token and head, into its slot."""
-    tables, residual, hadamard_bases, whole, numbers, places, raw_at = store
-    if whole[stream, 4] > 0:
-        arrays = tables[stream], residual[stream], hadamard_bases[stream]
-        store_tile(head, row, row + 1, arrays, whole[stream], numbers[stream], slots, raw, raw16, places, spaces)
+def _store(stream, tensors, row, head, size, slots, pool, batch, spaces):
+    """The key (stream 0) or value (1) of one token and head, into its slot."""
+    if batch.streams[stream].bits > 0:
+        store_tile(head, row, row + 1, batch, stream, slots, pool, spaces)
         return
-    slot = slots[row]
+    slot, pages = slots[row], pool.pages[0]
     if slot < 0:
         return
-    block_size, block_stride, head_stride = places[:3]
-    place = (slot // block_size) * block_stride + head * head_stride + raw_at[stream] + slot % block_size * 2 * size
-    source = row_at(address, row * stride + head * size, size, like).view(np.uint16)
-    target = raw16[place // 2 : place // 2 + size]
+    page = (slot // pages.block_size) * pages.block_stride + head * pages.head_stride
+    place = page + batch.streams[stream].code_offset + slot % pages.block_size * 2 * size
+    at = row * tensors.strides[1 + stream] + head * size
+    source = row_at(tensors.addresses[1 + stream], at, size, tensors.like).view(np.uint16)
+    target = pool.raw16[place // 2 : place // 2 + size]
     for d in range(size):
         target[d] = source[d]
 
@@ -50,27 +94,26 @@ def _copy_and_add(x, y):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _begin(begin, end, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms):
-    """Step 1 of items begin .. end - 1."""
-    matrix, center, outlier_shift, scale = reading
-    heads, group, size = q.shape[1:]
-    spaces = make_spaces(ROWS, size)
+def _begin(item, tensors, paging, pool, batch, layer, work):
+    """Step 1 of one (token, KV head)."""
+    heads, group, size = work.q.shape[1:]
+    matrix = layer.to_basis.matrix
+    token, head = item // heads, item % heads
+    row = tensors.rows[token]
+    if tensors.writes:
+        spaces = make_spaces(ROWS, size)
+        for stream in range(2):
+            _store(stream, tensors, row, head, size, paging.slots, pool, batch, spaces)
     x, y = _workspaces(group, size)
-    for item in range(begin, end):
-        token, head = item // heads, item % heads
-        row = rows[token]
-        for stream in range(2 if writes else 0):
-            at, stride = addresses[1 + stream], strides[1 + stream]
-            _store(stream, at, stride, like, row, head, size, slots, raw, raw16, storing, spaces)
-        for m in range(group):
-            query = row_at(addresses[0], row * strides[0] + (head * group + m) * size, size, like)
-            terms[token, head, 1, m], terms[token, head, 2, m] = prepare_query(
-                query, center[head], outlier_shift[head], scale, x[m]
-            )
-        if matrix.shape[1]:
-            multiply(x, group, size, matrix, head * size * size, y)
-        for m in range(group):
-            terms[token, head, 0, m] = _copy_and_add(y[m] if matrix.shape[1] else x[m], q[token, head, m])
+    terms = work.terms[token, head]
+    for m in range(group):
+        query = row_at(tensors.addresses[0], row * tensors.strides[0] + (head * group + m) * size, size, tensors.like)
+        center, outlier_bias = layer.to_basis.center[head], layer.to_basis.outlier_bias[head]
+        terms[1, m], terms[2, m] = prepare_query(query, center, outlier_bias, layer.scale, x[m])
+    if matrix.shape[1]:
+        multiply(x, group, size, matrix, head * size * size, y)
+    for m in range(group):
+        terms[0, m] = _copy_and_add(y[m] if matrix.shape[1] else x[m], work.q[token, head, m])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
@@ -97,95 +140,59 @@ def _join(runs, head, m, m_i, l_i, values, weights):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _finish(begin, end, rows, address, stride, like, starts, m_i, l_i, values, restoring):
-    """Step 3 of items begin .. end - 1."""
-    matrix, center = restoring
-    heads, group, size = values.shape[1:]
+def _finish(item, tensors, starts, layer, work):
+    """Step 3 of one (token, KV head)."""
+    heads, group, size = work.values.shape[1:]
+    matrix, center = layer.from_basis.matrix, layer.from_basis.center
     x, y = _workspaces(group, size)
-    weights = np.empty(values.shape[0], np.float32)
-    for item in range(begin, end):
-        token, head = item // heads, item % heads
-        for m in range(group):
-            _join((starts[token], starts[token + 1]), head, m, m_i, l_i, values, weights)
-            _copy_and_add(values[starts[token], head, m], x[m])
-        if matrix.shape[1]:
-            multiply(x, group, size, matrix, head * size * size, y)
-        for m in range(group):
-            out = row_at(address, rows[token] * stride + (head * group + m) * size, size, like)
-            attended = y[m] if matrix.shape[1] else x[m]
-            for d in range(size):
-                out[d] = from_float(attended[d] + center[head, d], out[d])
+    token, head = item // heads, item % heads
+    runs = starts[token], starts[token + 1]
+    weights = np.empty(runs[1] - runs[0], np.float32)
+    for m in range(group):
+        _join(runs, head, m, work.m_i, work.l_i, work.values, weights)
+        _copy_and_add(work.values[runs[0], head, m], x[m])
+    if matrix.shape[1]:
+        multiply(x, group, size, matrix, head * size * size, y)
+    for m in range(group):
+        at = tensors.rows[token] * tensors.strides[3] + (head * group + m) * size
+        out = row_at(tensors.addresses[3], at, size, tensors.like)
+        attended = y[m] if matrix.shape[1] else x[m]
+        for d in range(size):
+            out[d] = from_float(attended[d] + center[head, d], out[d])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def run_step(
-    number,
-    begin,
-    end,
-    rows,
-    addresses,
-    strides,
-    like,
-    writes,
-    slots,
-    table,
-    positions,
-    runs,
-    starts,
-    half,
-    raw,
-    raw16,
-    storing,
-    reading,
-    restoring,
-    sizes,
-    midpoints,
-    window,
-    soft_cap,
-    q,
-    terms,
-    m_i,
-    l_i,
-    values,
-):
-    """Parts begin .. end - 1 of step `number` of the module's docstring, or of all of them if it is 0.
+def run_step(number, begin, end, tensors, paging, pool, batch, layer, work):
+    """Parts begin .. end - 1 of step `number` of the docstring of `step.py`, or of all of them if it is 0.
 
-    A part is a (token, KV head), in step 2 a (run, KV head). rows: (tokens,) of the tensors. addresses, strides: of
-    queries, keys, values, outputs. storing: of `operands.join`, places of `store_tile`, where raw vectors begin.
-    starts: (tokens + 1,) the first run of every token. The rest as in `attend_run`.
+    A part is a (token, KV head), in step 2 a (run, KV head). pool: `pages.Pool`. batch: `store.Batch`.
     """
-    heads = q.shape[1]
+    heads, runs = work.q.shape[1], paging.runs
     for part in range(begin, end):
         head = part % heads
         if number < 2:
-            _begin(
-                part, part + 1, rows, addresses, strides, like, writes, slots, raw, raw16, storing, reading, q, terms
-            )
+            _begin(part, tensors, paging, pool, batch, layer, work)
         first, after = part // heads, part // heads + 1
         if number == 0:
-            first, after = starts[part // heads], starts[part // heads + 1]
+            first, after = paging.starts[part // heads], paging.starts[part // heads + 1]
         elif number != 2:
             after = first
         for run in range(first, after):
             token = runs[run, 0]
             attend_run(
-                q[token, head],
-                terms[token, head],
-                raw,
-                raw16,
-                half,
-                table[token],
-                positions[token],
+                work.q[token, head],
+                work.terms[token, head],
+                pool,
+                paging.table[token],
+                paging.positions[token],
                 runs[run, 1],
                 runs[run, 2],
                 head,
-                sizes,
-                midpoints,
-                window,
-                soft_cap,
-                m_i[run, head],
-                l_i[run, head],
-                values[run, head],
+                layer.window,
+                layer.soft_cap,
+                work.m_i[run, head],
+                work.l_i[run, head],
+                work.values[run, head],
             )
         if number == 0 or number == 3:
-            _finish(part, part + 1, rows, addresses[3], strides[3], like, starts, m_i, l_i, values, restoring)
+            _finish(part, tensors, paging.starts, layer, work)

@@ -8,6 +8,8 @@ else is in its batch.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -73,19 +75,32 @@ def make_spaces(rows, size):
     )
 
 
+class Batch(NamedTuple):
+    """The keys and the values of a batch. Pairs: keys, values.
+
+    tables, hadamard_bases: of `operands.StreamOperands`. residuals: flat (tokens, KV heads, D) float32 <- what
+    residuals stand for, zero for tokens without, or nothing. streams: (2,) of `STREAM`.
+    """
+
+    tables: Any
+    residuals: Any
+    hadamard_bases: Any
+    streams: Any
+
+
 @njit(cache=True, nogil=True)
-def store_tile(head, first, last, arrays, whole, numbers, slots, pool, raw16, places, spaces):
-    """Tokens first .. last - 1 of one head. See `store_range`; arrays: those of one side."""
-    table, residual, hadamard_base = arrays
-    address, kind, token_stride, head_stride = whole[0], whole[1], whole[2], whole[3]
-    bits, groups, calibrated, structured, shifted = whole[4], whole[5], whole[6] == 1, whole[7] == 1, whole[8] == 1
-    code_offset, code_bytes, scale_offset, scale_bytes = whole[10], whole[11], whole[12], whole[13]
-    distance, is_kept = whole[14], whole[15] == 1
-    numbers = (numbers[0], numbers[1], numbers[2], numbers[3])
-    block_size, block_stride, page_stride, heads, size = places
+def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
+    """Tokens first .. last - 1 of one head, keys (stream_index 0) or values (1). See `store_range`."""
+    table, residual = batch.tables[stream_index], batch.residuals[stream_index]
+    hadamard_base = batch.hadamard_bases[stream_index]
+    stream, pages = batch.streams[stream_index], pool.pages[0]
+    bits, groups, distance = stream.bits, stream.groups, stream.distance
+    calibrated, is_kept = stream.is_calibrated == 1, stream.keeps_residual == 1
+    numbers = stream.edge, stream.midpoint, stream.levels
+    block_size, heads, size = pages.block_size, pages.heads, pages.head_size
     x, z, spare, scales, code_at, token_of, signs, codes = spaces
     tokens = slots.shape[0]
-    center = head * whole[9] if calibrated else -1
+    center = head * stream.head_numbers if calibrated else -1
     count = 0
     for token in range(first, last):
         slot = slots[token]
@@ -93,49 +108,50 @@ def store_tile(head, first, last, arrays, whole, numbers, slots, pool, raw16, pl
             for d in range(size if is_kept else 0):
                 residual[(token * heads + head) * size + d] = np.float32(0)
             continue
-        place = address + token * token_stride + head * head_stride
-        _load_vector(place, kind, table, center, x, count * size, size)
-        page = (slot // block_size) * block_stride + head * page_stride
-        code_at[count] = page + code_offset + (slot % block_size) * code_bytes
+        place = stream.address + token * stream.token_stride + head * stream.head_stride
+        _load_vector(place, stream.kind, table, center, x, count * size, size)
+        page = (slot // block_size) * pages.block_stride + head * pages.head_stride
+        code_at[count] = page + stream.code_offset + (slot % block_size) * stream.code_bytes
         token_of[count] = token
         signs[count] = 0
         count += 1
     if calibrated:
         matrix = center + 2 * size
         multiply(x, count, size, table, matrix, z)
-        if shifted:
+        if stream.is_shifted == 1:
             for t in range(count):
                 signs[t] = _choose_center(z, t * size, size, table, center + size, x)
-        encode(z, count, size, table, matrix + size * size, structured, spare, pool, code_at, scales)
+        encode(z, count, size, table, matrix + size * size, stream.is_structured == 1, spare, pool.raw, code_at, scales)
     for t in range(count):
         token = token_of[t]
         slot = slots[token]
         offset = slot % block_size
-        page = (slot // block_size) * block_stride + head * page_stride
-        scale_at = page + scale_offset + offset * scale_bytes
+        page = (slot // block_size) * pages.block_stride + head * pages.head_stride
+        scale_at = page + stream.scale_offset + offset * stream.scale_bytes
         if calibrated:
-            raw16[scale_at // 2] = np.uint16(half_bits(scales[t]) | signs[t])
+            pool.raw16[scale_at // 2] = np.uint16(half_bits(scales[t]) | signs[t])
         else:
             row = x[t * size : (t + 1) * size]
             if hadamard_base.shape[0]:
                 rotate(row, z, hadamard_base)
                 for d in range(size):
-                    row[d] *= numbers[3]
-            encode_plain(row, codes, bits, groups, numbers, pool, raw16, code_at[t], scale_at)
+                    row[d] *= stream.unit
+            encode_plain(row, codes, bits, groups, numbers, pool.raw, pool.raw16, code_at[t], scale_at)
         residual_at = (token * heads + head) * size if is_kept else -1
         if distance == 0 or offset + distance >= block_size:
             for d in range(size if is_kept else 0):
                 residual[residual_at + d] = np.float32(0)
             continue
-        residual_code_at, residual_scale_at = code_at[t] + distance * code_bytes, scale_at + distance * scale_bytes
+        residual_code_at = code_at[t] + distance * stream.code_bytes
+        residual_scale_at = scale_at + distance * stream.scale_bytes
         if token + distance < tokens and slots[token + distance] == slot + distance:
             residual_code_at = -1  # a token of this batch goes there
         if residual_code_at < 0 and residual_at < 0:
             continue
         if calibrated:
-            scale = encode_residual(z, t * size, size, pool, residual_code_at, residual, residual_at)
+            scale = encode_residual(z, t * size, size, pool.raw, residual_code_at, residual, residual_at)
             if residual_code_at >= 0:
-                raw16[residual_scale_at // 2] = np.uint16(half_bits(scale))
+                pool.raw16[residual_scale_at // 2] = np.uint16(half_bits(scale))
         else:
             row = x[t * size : (t + 1) * size]
             encode_plain_residual(
@@ -144,8 +160,8 @@ def store_tile(head, first, last, arrays, whole, numbers, slots, pool, raw16, pl
                 bits,
                 groups,
                 numbers,
-                pool,
-                raw16,
+                pool.raw,
+                pool.raw16,
                 residual_code_at,
                 residual_scale_at,
                 residual,
@@ -154,22 +170,18 @@ def store_tile(head, first, last, arrays, whole, numbers, slots, pool, raw16, pl
 
 
 @njit(cache=True, nogil=True)
-def store_range(begin, end, tables, residual, hadamard_bases, whole, numbers, slots, pool, places):
+def store_range(begin, end, batch, slots, pool):
     """Encode tiles begin .. end - 1 of a batch's tokens into its slots, and residuals into those behind them.
 
-    Head by head, so that the matrices of one stay in the cache, first the keys. tables .. numbers: `operands.join`; a
-    side without scales of its own is left out here. slots: (tokens,) int64, negative: skip. pool: its bytes, (n,) uint8
-    of an even n, from the first page on. places: block size, bytes from block to block and from head to head, heads, D.
+    Head by head, so that the matrices of one stay in the cache, first the keys. Keys or values without scales of their
+    own are left out here. slots: (tokens,) int64, negative: skip. pool: `pages.Pool`.
     """
-    heads, size = places[3], places[4]
+    heads, size = pool.pages[0].heads, pool.pages[0].head_size
     first, after = begin * TILE, min(end * TILE, slots.shape[0])
-    raw16 = pool.view(np.uint16)
     spaces = make_spaces(min(TILE, after - first + ROWS - 1), size)  # `multiply` works on whole ROWS
     for item in range(2 * heads):
         stream, head = item // heads, item % heads
-        if whole[stream, 4] == 0:
+        if batch.streams[stream].bits == 0:
             continue
-        arrays = tables[stream], residual[stream], hadamard_bases[stream]
         for token in range(first, after, TILE):
-            last = min(token + TILE, after)
-            store_tile(head, token, last, arrays, whole[stream], numbers[stream], slots, pool, raw16, places, spaces)
+            store_tile(head, token, min(token + TILE, after), batch, stream, slots, pool, spaces)
