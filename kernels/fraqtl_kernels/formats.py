@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fraqtl_kernels.errors import UnsupportedError, one_of
+from fraqtl_kernels.errors import ConfigError, UnsupportedError, one_of
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 SCALE_DTYPE = torch.float16
@@ -31,11 +31,14 @@ LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which is best is mostly a matter of luck
 FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
 FEEDBACK_LIMIT = 2.0
+CODE_BITS = (2, 4, 8)
+RAW_DTYPES = (torch.bfloat16, torch.float16)
+GROUPS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class VectorFormat:
-    """How one key or value vector is stored."""
+    """How one key or value vector is stored. Raises ConfigError for what no kernel reads."""
 
     bits: int
     rotated: bool = False
@@ -44,6 +47,25 @@ class VectorFormat:
     static: bool = False
     calibrated: bool = False
     has_residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_raw:
+            valid = self.bits == 16 and self.raw_dtype in RAW_DTYPES
+            valid = valid and not (self.rotated or self.static or self.calibrated or self.has_residual)
+        else:
+            valid = self.bits in CODE_BITS
+        if self.calibrated:
+            valid = valid and self.bits == 4 and self.rotated and not self.static
+        if self.static:
+            valid = valid and not (self.rotated or self.has_residual)
+        if self.groups != 1:
+            valid = valid and self.groups in GROUPS and not (self.static or self.calibrated or self.is_raw)
+        if not valid:
+            raise ConfigError(
+                f"no kernel reads {self}: codes have 2, 4 or 8 bits, raw numbers are bfloat16 or float16; calibrated"
+                " vectors are rotated and have 4 bits; static ones are neither rotated nor have residuals; only scaled"
+                " vectors that aren't calibrated come in 2, 4 or 8 groups"
+            )
 
     @property
     def is_raw(self) -> bool:

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, check_head_size, get_format
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat, check_head_size, get_format
 
 BYTES_AT_128 = {"bf16": 512, "fp16": 512, "k8v8": 260, "k8v4": 196, "k4v4": 132, "k4v4-channel": 128, "k4v2": 106}
 
@@ -33,3 +35,24 @@ def test_midpoint_grid_is_symmetric() -> None:
     vector = FORMATS["k4v4"].k
     codes = torch.arange(vector.levels + 1) - vector.midpoint
     assert torch.equal(codes, -codes.flip(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3},
+        {"bits": 16},
+        {"bits": 8, "raw_dtype": torch.bfloat16},
+        {"bits": 16, "raw_dtype": torch.float32},
+        {"bits": 16, "raw_dtype": torch.float16, "rotated": True},
+        {"bits": 8, "rotated": True, "calibrated": True},
+        {"bits": 4, "calibrated": True},
+        {"bits": 4, "static": True, "rotated": True},
+        {"bits": 4, "static": True, "has_residual": True},
+        {"bits": 2, "groups": 3},
+        {"bits": 4, "rotated": True, "calibrated": True, "groups": 2},
+    ],
+)
+def test_a_vector_that_no_kernel_reads_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"no kernel reads VectorFormat\(bits=\d+.*codes have 2, 4 or 8 bits"):
+        VectorFormat(**options)
