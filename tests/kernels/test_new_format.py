@@ -31,8 +31,8 @@ def test_the_cpu_stores_and_attends_it() -> None:
     cpu_write(pool, batch.layout, key, value, slots, batch.constants)
     planes, expected = batch.layout.planes(pool), make_pool(batch.layout, 5, 2)
     reference.write(expected, batch.layout, key, value, slots, batch.constants)
-    # But for numbers on the edge of two codes: the kernel works in float32, the reference in float64
-    assert (pool[:4] != expected[:4]).sum() < 4 and planes.v.shape[-1] == 64
+    # But for a vector with a number on the edge of two codes: the kernel works in float32, the reference in float64
+    assert (pool[:4] != expected[:4]).float().mean() < 0.005 and planes.v.shape[-1] == 64
     output, plan = torch.empty_like(batch.query), plan_attention([0, 1, 2], [70, 33])
     options = {"scale": batch.scale, "constants": batch.constants}
     cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, **options)
