@@ -53,7 +53,7 @@ def _force(forced: str) -> None:
         return spec
 
     if forced == "backend":
-        CpuWithoutNativeOps.get_attn_backend_cls = stock_backend
+        CpuWithoutNativeOps.get_attn_backend_cls = stock_backend  # type: ignore[method-assign]
     elif forced == "pool":
         FraqtlBackend.customize_spec = unpacked  # type: ignore[method-assign]
     else:
