@@ -17,14 +17,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from fraqtl_serve._vllm import FinishReason, VLLMValidationError
 from fraqtl_serve.beams import current_search
+from fraqtl_serve.engine import hooks
 from fraqtl_serve.held import HeldAnswers
 from fraqtl_serve.report import KVReport, Ledger
 from fraqtl_vllm.engine import ASK
 from fraqtl_vllm.scheduler import ACCOUNT_KEY
+
+Answers = Callable[..., AsyncGenerator[Any, None]]
 
 current_ledger: ContextVar[Ledger | None] = ContextVar("fraqtl_ledger", default=None)
 
@@ -65,14 +69,15 @@ class Accounting:
 
     def watch(self, engine_client: Any) -> None:
         """Wrap the four methods of an engine client."""
-        generate = engine_client.generate
         engine, processor = engine_client.engine_core, engine_client.output_processor
-        send = engine.add_request_async
-        add_request = processor.add_request
-        process_outputs = processor.process_outputs
         held = HeldAnswers(processor, self._is_awaited)
+        hooks.GENERATE.wrap(engine_client, self._generate_watched)
+        hooks.ADD_REQUEST.wrap(processor, self._add_request_watched)
+        hooks.SEND.wrap(engine, partial(self._send_watched, processor, held))
+        hooks.OUTPUTS.wrap(processor, partial(self._outputs_watched, processor, held))
 
-        def watched_generate(
+    def _generate_watched(self, generate: Answers) -> Answers:
+        def watched(
             prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             ledger = _open_ledger()
@@ -80,7 +85,10 @@ class Accounting:
                 self._expect(ledger, sampling_params.n, request_id)
             return generate(prompt, sampling_params, request_id, *args, **kwargs)
 
-        def watched_add_request(
+        return watched
+
+    def _add_request_watched(self, add_request: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(
             request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
         ) -> Any:
             ledger = _open_ledger()
@@ -91,7 +99,10 @@ class Accounting:
                     search.keys.add(request.request_id)
             return add_request(request, prompt, parent_req, request_index, queue)
 
-        async def watched_send(request: Any) -> None:
+        return watched
+
+    def _send_watched(self, processor: Any, held: HeldAnswers, send: Callable[..., Any]) -> Callable[..., Any]:
+        async def watched(request: Any) -> None:
             try:
                 await send(request)
             except BaseException as error:  # it will say nothing of this sequence
@@ -102,7 +113,12 @@ class Accounting:
                     raise VLLMValidationError(f"a field's value can't be used: {error}") from error
                 raise
 
-        def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        return watched
+
+    def _outputs_watched(
+        self, processor: Any, held: HeldAnswers, process_outputs: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def watched(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
             states = processor.request_states
             outputs, said = engine_core_outputs, []
             for output in engine_core_outputs:
@@ -126,10 +142,7 @@ class Accounting:
                     held.release(output.request_id)
             return result
 
-        engine_client.generate = watched_generate
-        processor.add_request = watched_add_request
-        engine.add_request_async = watched_send
-        processor.process_outputs = watched_process_outputs
+        return watched
 
     def report_of(self, key: str) -> KVReport | None:
         """The report over one sequence that has not been counted as ended yet, by the engine's id."""

@@ -7,13 +7,14 @@ context variable says of what it starts that it is a beam.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from fraqtl_serve._vllm import BeamSearchOnlineMixin
+from fraqtl_serve.engine import hooks
 
 
 @dataclass(eq=False)
@@ -45,15 +46,14 @@ current_search: ContextVar[Search | None] = ContextVar("fraqtl_search", default=
 
 def watch(handler: type[Any] = BeamSearchOnlineMixin) -> None:
     """Have `current_search` say, while a search of `handler` runs, which one it is; once for a class."""
-    beam_search = handler.beam_search
-    if hasattr(beam_search, "fraqtl_watched"):
-        return
+    hooks.BEAM_SEARCH.wrap(handler, _watched)
 
+
+def _watched(beam_search: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
     def watched(self: Any, prompt: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         return _searching(Search(request_id), beam_search(self, prompt, request_id, *args, **kwargs))
 
-    watched.fraqtl_watched = True  # type: ignore[attr-defined]
-    handler.beam_search = watched
+    return watched
 
 
 async def _searching(search: Search, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

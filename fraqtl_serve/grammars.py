@@ -7,28 +7,36 @@ vLLM answers 500, as if the server had failed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from fraqtl_serve._vllm import FinishReason, VLLMValidationError
+from fraqtl_serve.engine import hooks
 
 SAID = "structured_outputs can't be compiled: the grammar library of this server doesn't take it"
 
 
 def watch(processor: Any) -> None:
     """Have `processor` (vLLM's OutputProcessor) say so to the handlers of such requests, which answer 400."""
-    add_request, process_outputs = processor.add_request, processor.process_outputs
     # Queues of sequences with a grammar that have said nothing yet; vLLM holds them while anybody listens.
     queues: WeakValueDictionary[str, Any] = WeakValueDictionary()
+    hooks.GRAMMARS_START.wrap(processor, partial(_add_request_watched, queues))
+    hooks.GRAMMARS_FAIL.wrap(processor, partial(_outputs_watched, queues))
 
-    def watched_add_request(
-        request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
-    ) -> Any:
+
+def _add_request_watched(queues: WeakValueDictionary[str, Any], add_request: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None) -> Any:
         if queue is not None and getattr(request.sampling_params, "structured_outputs", None) is not None:
             queues[request.request_id] = queue
         return add_request(request, prompt, parent_req, request_index, queue)
 
-    def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    return watched
+
+
+def _outputs_watched(queues: WeakValueDictionary[str, Any], process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         if not queues:  # as nearly always
             return process_outputs(engine_core_outputs, *args, **kwargs)
         first = [(output, queues.pop(output.request_id, None)) for output in engine_core_outputs]
@@ -38,5 +46,4 @@ def watch(processor: Any) -> None:
                 queue.put(VLLMValidationError(SAID, parameter="structured_outputs"))
         return result
 
-    processor.add_request = watched_add_request
-    processor.process_outputs = watched_process_outputs
+    return watched

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fraqtl_serve.engine import hooks
+
 
 class _Slot:
     """In the place of the queue of a sequence that is being aborted."""
@@ -32,21 +34,26 @@ class HeldAnswers:
         self._is_awaited = is_awaited
         self._slots: dict[str, _Slot] = {}
         self._engine_is_gone = False
-        abort_requests, propagate_error = processor.abort_requests, processor.propagate_error
+        hooks.ABORTS.wrap(processor, self._aborts_watched)
+        hooks.ERRORS_RELEASE.wrap(processor, self._errors_watched)
 
-        def watched_abort_requests(request_ids: Iterable[str], internal: bool) -> Any:
+    def _aborts_watched(self, abort_requests: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(request_ids: Iterable[str], internal: bool) -> Any:
             request_ids = list(request_ids)
             for key in self._sequences_of(request_ids, internal):
                 self._hold(key)
             return abort_requests(request_ids, internal)
 
-        def watched_propagate_error(error: Exception) -> None:
+        return watched
+
+    def _errors_watched(self, propagate_error: Callable[[Exception], None]) -> Callable[[Exception], None]:
+        def watched(error: Exception) -> None:
             self._engine_is_gone = True
             for key in list(self._slots):
                 self.release(key)
             propagate_error(error)
 
-        processor.abort_requests, processor.propagate_error = watched_abort_requests, watched_propagate_error
+        return watched
 
     def release(self, key: str) -> None:
         """Let the answer of this sequence go, if it is held."""

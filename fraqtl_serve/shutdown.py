@@ -12,13 +12,16 @@ both get 503, which load balancers and client libraries send elsewhere.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from fraqtl_serve._vllm import EngineDeadError, FinishReason, GracefulHTTPError
 from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send
+from fraqtl_serve.engine import hooks
 from fraqtl_serve.errors import send_error
 
 CONNECTION_SECONDS = 3  # the engine has stopped by then: nothing more can come
@@ -40,10 +43,17 @@ def watch(engine_client: Any, loop: asyncio.AbstractEventLoop) -> Stop:
     """
     stop = Stop()
     engine, processor = engine_client.engine_core, engine_client.output_processor
-    shutdown, send = engine_client.shutdown, engine.add_request_async
-    process_outputs, propagate_error = processor.process_outputs, processor.propagate_error
+    hooks.STOP.wrap(engine_client, partial(_shutdown_watched, stop, loop, processor.propagate_error))
+    hooks.STOP_SEND.wrap(engine, partial(_send_watched, stop))
+    hooks.STOP_OUTPUTS.wrap(processor, partial(_outputs_watched, stop, processor))
+    hooks.STOP_ERRORS.wrap(processor, partial(_errors_watched, stop))
+    return stop
 
-    def watched_shutdown(*args: Any, **kwargs: Any) -> Any:
+
+def _shutdown_watched(
+    stop: Stop, loop: asyncio.AbstractEventLoop, propagate_error: Callable[..., None], shutdown: Callable[..., Any]
+) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         stop.requested = True
         try:
             return shutdown(*args, **kwargs)
@@ -51,7 +61,11 @@ def watch(engine_client: Any, loop: asyncio.AbstractEventLoop) -> Stop:
             with suppress(RuntimeError):  # the loop has ended: there is nobody
                 loop.call_soon_threadsafe(propagate_error, _refusal())
 
-    def watched_process_outputs(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    return watched
+
+
+def _outputs_watched(stop: Stop, processor: Any, process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         queues = [_queue_of_unserved(processor, out) for out in engine_core_outputs] if stop.requested else []
         result = process_outputs(engine_core_outputs, *args, **kwargs)
         for queue in queues:
@@ -59,10 +73,18 @@ def watch(engine_client: Any, loop: asyncio.AbstractEventLoop) -> Stop:
                 queue.put(_refusal())
         return result
 
-    def watched_propagate_error(error: Exception) -> None:
+    return watched
+
+
+def _errors_watched(stop: Stop, propagate_error: Callable[..., None]) -> Callable[..., None]:
+    def watched(error: Exception) -> None:
         propagate_error(_refusal() if stop.requested else error)  # to all requests: the engine is gone
 
-    async def watched_send(request: Any) -> None:
+    return watched
+
+
+def _send_watched(stop: Stop, send: Callable[..., Any]) -> Callable[..., Any]:
+    async def watched(request: Any) -> None:
         try:
             await send(request)
         except EngineDeadError:
@@ -70,9 +92,7 @@ def watch(engine_client: Any, loop: asyncio.AbstractEventLoop) -> Stop:
                 raise _refusal() from None
             raise
 
-    engine_client.shutdown, engine.add_request_async = watched_shutdown, watched_send
-    processor.process_outputs, processor.propagate_error = watched_process_outputs, watched_propagate_error
-    return stop
+    return watched
 
 
 def _refusal() -> GracefulHTTPError:
@@ -101,7 +121,7 @@ class Shutdown:
         if scope["type"] == "lifespan":
             server = getattr(scope["app"].state, "server", None)
             if server is not None and server.config.timeout_graceful_shutdown is None:
-                server.config.timeout_graceful_shutdown = CONNECTION_SECONDS
+                hooks.CONNECTIONS.put(server.config, CONNECTION_SECONDS)
         elif scope["type"] == "http" and scope["method"] == "POST":
             stop: Stop | None = getattr(scope["app"].state, "fraqtl_stop", None)
             if stop is not None:

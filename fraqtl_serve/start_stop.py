@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import psutil
 
+from fraqtl_serve.engine import hooks
+
 EXIT_SECONDS = 2
 # multiprocessing's tracker speaks after everybody else, of what processes that were killed have left for it to remove.
 TRACKER_SAYS_NOTHING = "ignore:resource_tracker:UserWarning"
@@ -71,14 +73,11 @@ def stoppable_start() -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
 
-    engine_utils.wait_for_engine_startup = wait_for_engine_startup
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # asyncio replaces that one, and no other, by one that waits
         signal.signal(signal.SIGINT, _interrupt)
-    try:
+    with hooks.START.put_for_now(engine_utils, wait_for_engine_startup):
         yield
-    finally:
-        engine_utils.wait_for_engine_startup = original
 
 
 def exit_codes(engine_manager: Any) -> dict[str, int | None]:

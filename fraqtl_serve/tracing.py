@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from fraqtl_serve._vllm import init_logger
+from fraqtl_serve.engine import hooks
 from fraqtl_serve.report import KVReport
 
 SPAN = "llm_request"
@@ -48,13 +49,15 @@ def watch(processor: Any, report_of: Callable[[str], KVReport | None]) -> None:
         init_logger(__name__).warning("spans carry no KV memory: %s takes no span processor", type(provider).__name__)
         return
     provider.add_span_processor(AddReport())
-    do_tracing = processor.do_tracing
 
-    def watched_do_tracing(engine_core_output: Any, *args: Any, **kwargs: Any) -> None:
-        token = _report.set(report_of(engine_core_output.request_id))
-        try:
-            do_tracing(engine_core_output, *args, **kwargs)
-        finally:
-            _report.reset(token)
+    def with_report(do_tracing: Callable[..., None]) -> Callable[..., None]:
+        def watched(engine_core_output: Any, *args: Any, **kwargs: Any) -> None:
+            token = _report.set(report_of(engine_core_output.request_id))
+            try:
+                do_tracing(engine_core_output, *args, **kwargs)
+            finally:
+                _report.reset(token)
 
-    processor.do_tracing = watched_do_tracing
+        return watched
+
+    hooks.SPANS.wrap(processor, with_report)

@@ -13,6 +13,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fraqtl_serve.asgi import Application, Receive, Scope, Send
+from fraqtl_serve.engine import hooks
 
 # Headers of the offer itself, and what Connection says of them.
 OFFER = {b"upgrade", b"http2-settings"}
@@ -99,5 +100,5 @@ class DeclinedUpgrades:
             server = getattr(scope["app"].state, "server", None)
             # uvicorn's other implementation, where httptools isn't installed, declines by itself.
             if server is not None and server.config.http_protocol_class is HttpToolsProtocol:
-                server.config.http_protocol_class = DecliningProtocol
+                hooks.PROTOCOL.put(server.config, DecliningProtocol)
         await self.app(scope, receive, send)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import __version__ as VLLM_VERSION
 
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_vllm import compat
 
 if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
@@ -180,14 +181,11 @@ def scan_of_vllm_only() -> Iterator[None]:
     It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
     has been imported, or a client's mocks.
     """
-    dispatcher: Any = import_module("vllm.triton_utils.dispatcher")
-    everything = dispatcher.sys
     of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    dispatcher.sys = SimpleNamespace(modules=of_vllm)
-    try:
+    with compat.KERNEL_SCAN.put_for_now(
+        import_module("vllm.triton_utils.dispatcher"), SimpleNamespace(modules=of_vllm)
+    ):
         yield
-    finally:
-        dispatcher.sys = everything
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fraqtl_vllm import compat
+
 
 class Allocations:
     """Watches a KV-cache manager: one step more for every allocation, nothing of it is changed."""
@@ -17,8 +19,8 @@ class Allocations:
         self._blocks = len(manager.block_pool.blocks)
         self._turn = [0] * self._blocks  # by block: how often it was handed out
         self._found: dict[str, list[set[int]]] = {}  # by sequence and group: names of blocks from the prefix cache
-        manager.allocate_slots = self._watched_allocate(manager.allocate_slots)
-        manager.block_pool.get_new_blocks = self._watched_get(manager.block_pool.get_new_blocks)
+        compat.ADMISSIONS.wrap(manager, self._watched_allocate)
+        compat.HAND_OUTS.wrap(manager.block_pool, self._watched_get)
 
     def name(self, block: int) -> int:
         """A number for the present allocation of `block`, which no other ever has."""

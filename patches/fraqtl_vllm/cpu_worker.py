@@ -7,12 +7,13 @@ the exception ends the engine. Here they are put aside for such a step, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vllm.platforms import current_platform
 
+from fraqtl_vllm import compat
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.cpu_layers import replace_layers
@@ -54,10 +55,12 @@ class FraqtlCpuWorker(CPUWorker):
     def init_device(self) -> None:
         super().init_device()
         runner: Any = self.model_runner
-        sample_tokens = runner.sample_tokens
 
-        def careful_sample_tokens(grammar_output: Any) -> Any:
-            with generators_put_aside(runner):
-                return sample_tokens(grammar_output)
+        def careful(sample_tokens: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def careful_sample_tokens(grammar_output: Any) -> Any:
+                with generators_put_aside(runner):
+                    return sample_tokens(grammar_output)
 
-        runner.sample_tokens = careful_sample_tokens
+            return careful_sample_tokens
+
+        compat.SAMPLING.wrap(runner, careful)

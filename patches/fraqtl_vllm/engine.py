@@ -10,32 +10,40 @@ later than that, so it leaves just before, and doesn't wait for the next step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from fraqtl_vllm import compat
 from fraqtl_vllm._vllm import EngineCoreOutputs
 
-ASK = "fraqtl_send_accounts"  # to be called with the number of the client that asks
+ASK = compat.ASK.attribute  # to be called with the number of the client that asks
 
 
 def install(engine: type[Any]) -> None:
     """Give `engine`, vLLM's EngineCoreProc, the method `ASK`, and have it send accounts as soon as there are any."""
-    if hasattr(engine, ASK):
-        return
-    abort_requests, send_finish = engine.abort_requests, engine._send_finish_outputs_to_client
+    compat.ASK.put(engine, _send_accounts)
+    compat.ABORTS.wrap(engine, _then_accounts)
+    compat.ENDS.wrap(engine, _accounts_first)
 
-    def send_accounts(self: Any, client_index: int) -> None:
-        self.scheduler.send_accounts_to(client_index)
 
-    def watched_abort_requests(self: Any, request_ids: list[str]) -> None:
+def _send_accounts(self: Any, client_index: int) -> None:
+    self.scheduler.send_accounts_to(client_index)
+
+
+def _then_accounts(abort_requests: Callable[..., None]) -> Callable[..., None]:
+    def watched(self: Any, request_ids: list[str]) -> None:
         abort_requests(self, request_ids)
         _send_last_accounts(self)
 
-    def watched_send_finish(self: Any, *args: Any, **kwargs: Any) -> None:
+    return watched
+
+
+def _accounts_first(send_finish: Callable[..., None]) -> Callable[..., None]:
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
         _send_last_accounts(self)
         send_finish(self, *args, **kwargs)
 
-    setattr(engine, ASK, send_accounts)
-    engine.abort_requests, engine._send_finish_outputs_to_client = watched_abort_requests, watched_send_finish
+    return watched
 
 
 def _send_last_accounts(engine: Any) -> None:

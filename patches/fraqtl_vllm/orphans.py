@@ -1,7 +1,6 @@
 """An engine whose API server was killed ends, too: vLLM's own goes on for ever, with its memory.
 
-Upstream: `EngineCoreProc` only hears from a server that says good-bye. Not needed once the test of a killed server in
-tests/e2e/test_start.py passes without this.
+Why, and until when: `compat.ORPHANS`. The test of a killed server in tests/e2e/test_start.py shows what it does.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_vllm import _vllm, planner
+from fraqtl_vllm import _vllm, compat, planner
 from fraqtl_vllm.config import read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
-METHOD = "fraqtl_kv_pool"
-NOTE = "fraqtl_kv_pool"
+METHOD = compat.POOL_METHOD.attribute
+NOTE = compat.POOL_NOTE.attribute
 """The attribute of a KVCacheConfig that carries the numbers from the engine to its workers."""
 
 Planner = Callable[[_vllm.VllmConfig, list[planner.Specs], list[int]], list[Any]]
@@ -67,7 +67,7 @@ def plan_pools(
             raise
         raise ConfigError(sentence) from error
     for pool in pools:
-        setattr(pool, NOTE, numbers(config, specs, pools))
+        compat.POOL_NOTE.put(pool, numbers(config, specs, pools))
     return pools
 
 
@@ -125,14 +125,12 @@ def _given(config: _vllm.VllmConfig) -> str:
 
 def install() -> None:
     """Give the method to every kind of worker, and plan with us. Called before an engine or a worker is made."""
-    setattr(_vllm.WorkerBase, METHOD, kv_pool)
-    core: Any = _vllm.engine_core()
-    original = core.get_kv_cache_configs
-    if getattr(original, "is_fraqtl", False):
-        return
+    compat.POOL_METHOD.put(_vllm.WorkerBase, kv_pool)
+    compat.PLAN.wrap(_vllm.engine_core(), _planned_with_us)
 
+
+def _planned_with_us(original: Planner) -> Planner:
     def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
         return plan_pools(original, vllm_config, kv_cache_specs, available_memory)
 
-    get_kv_cache_configs.is_fraqtl = True  # type: ignore[attr-defined]
-    core.get_kv_cache_configs = get_kv_cache_configs
+    return get_kv_cache_configs

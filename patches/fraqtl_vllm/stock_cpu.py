@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm.plugin import BACKEND_NAME, IN_PLACE_OF
-
-_installed = False
 
 
 def install() -> None:
     """Called in every process, when its platform is settled. Does nothing on any other platform, ours included."""
-    global _installed
     platform: Any = type(current_platform)
-    if _installed or f"{platform.__module__}.{platform.__qualname__}" not in IN_PLACE_OF:
+    if f"{platform.__module__}.{platform.__qualname__}" not in IN_PLACE_OF:
         return
-    original = platform.check_and_update_config
 
-    def check_and_update_config(vllm_config: _vllm.VllmConfig) -> None:
-        original(vllm_config)
-        refuse(vllm_config, platform.__name__)
+    def then_refused(original: Callable[..., None]) -> Callable[..., None]:
+        def check_and_update_config(vllm_config: _vllm.VllmConfig) -> None:
+            original(vllm_config)
+            refuse(vllm_config, platform.__name__)
 
-    platform.check_and_update_config = staticmethod(check_and_update_config)
-    _installed = True
+        return check_and_update_config
+
+    compat.STOCK_CPU.wrap(platform, then_refused)
 
 
 def refuse(vllm_config: _vllm.VllmConfig, platform: str) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, compat
 
 
 def install() -> None:
     """Let every worker be checked and calibrate once its KV cache is there. Called in its process before it is made."""
-    wrapper = _vllm.WorkerWrapperBase
-    original = wrapper.initialize_from_config
-    if getattr(original, "is_fraqtl", False):
-        return
+    compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_checked_and_calibrated)
 
+
+def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[..., None]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
         from fraqtl_vllm.calibration.worker import calibrate_worker
@@ -22,5 +22,4 @@ def install() -> None:
         check_worker(self.worker)
         calibrate_worker(self.worker)
 
-    initialize_from_config.is_fraqtl = True  # type: ignore[attr-defined]
-    wrapper.initialize_from_config = initialize_from_config
+    return initialize_from_config
