@@ -24,7 +24,7 @@ from fraqtl_serve.plugin_names import allow_plugin
 from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.start_stop import StoppedError, stoppable_start
 from fraqtl_vllm import progress
-from fraqtl_vllm.config import KEY, new_names, read_config
+from fraqtl_vllm.config import KEY, FraqtlConfig, new_names, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -46,8 +46,8 @@ def serve(argv: Sequence[str]) -> None:
         try:
             args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
             _settle_output(args)
-            configure(args)
-            progress.say(f"starting the engine for {args.model}, KV cache in {_kv_format(args)}")
+            ours = configure(args)
+            progress.say(f"starting the engine for {args.model}, KV cache in {ours.kv_format}")
             ServeSubcommand().validate(args)
             with stoppable_start():
                 ServeSubcommand.cmd(args)
@@ -160,12 +160,8 @@ def _settle_output(args: argparse.Namespace) -> None:
         args.use_tqdm_on_load = False
 
 
-def _kv_format(args: argparse.Namespace) -> str:
-    return read_config(args.additional_config).kv_format
-
-
-def configure(args: argparse.Namespace) -> None:
-    """Turn our flags, and our defaults for what the user left out, into vLLM's arguments."""
+def configure(args: argparse.Namespace) -> FraqtlConfig:
+    """Turn our flags, and our defaults for what the user left out, into vLLM's arguments. Returns our settings."""
     from fraqtl_serve._vllm import current_platform
 
     check_front_end(args)
@@ -189,6 +185,7 @@ def configure(args: argparse.Namespace) -> None:
     args.attention_backend = BACKEND_NAME
     if current_platform.is_cpu():
         args.enforce_eager = True
+    return read_config(args.additional_config)
 
 
 def _choose_kv_memory(args: argparse.Namespace) -> None:
@@ -216,7 +213,7 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     config = args.additional_config or {}
     if not isinstance(config, dict):
         raise ConfigError(f"--additional-config must be a JSON object, not {config!r}")
-    inside = read_config(config)  # refuses unknown keys
+    inside = read_config(config)  # refuses unknown keys before ours are put beside them
     section = new_names(config.get(KEY, {}))
     if args.kv_format is not None:
         if section.get("kv_format", args.kv_format) != args.kv_format:
@@ -232,5 +229,4 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
         section["residual"] = False
     if args.kv_calibration_cache is not None:
         section["calibration_cache"] = args.kv_calibration_cache
-    read_config({KEY: section})  # refuses what contradicts itself
     return {**config, KEY: section}

@@ -146,3 +146,30 @@ def test_no_source_names_a_package_registry() -> None:
         content = file.read_bytes()
         wrong += [f"{file.relative_to(ROOT)}: {host.decode()}" for host in hosts if host in content]
     assert wrong == []
+
+
+def changed_classes(source: str) -> list[str]:
+    """Assignments to attributes of a class, as far as a name tells: `cls.x = ...`, `Name.x = ...`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else targets
+        for target in (part for t in targets for part in (t.elts if isinstance(t, ast.Tuple) else [t])):
+            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                name = target.value.id
+                if name == "cls" or (name[0].isupper() and not name.isupper()):
+                    found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("line", ["cls.x = 3", "self.y = Thing.x = 3", "Thing.x += 1", "Thing.x, y = 1, 2"])
+def test_a_changed_class_is_seen(line: str) -> None:
+    assert len(changed_classes(line)) == 1
+    assert changed_classes("self.x = 3\nthing.x = 3\nclass A:\n    x = 3") == []
+
+
+@pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve"])
+def test_no_class_is_changed_at_run_time(package: str) -> None:
+    """Two engines of a process would share what one of them was told."""
+    found = {f.name: changed_classes(f.read_text(encoding="utf-8")) for f in files(package)}
+    assert {name: lines for name, lines in found.items() if lines} == {}

@@ -21,6 +21,7 @@ from fraqtl_vllm import compat
 
 if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
+    from vllm.config.vllm import get_current_vllm_config_or_none
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
@@ -94,6 +95,7 @@ _HOME = {
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
     "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
     "get_current_vllm_config": "vllm.config",
+    "get_current_vllm_config_or_none": "vllm.config.vllm",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_forward_context": "vllm.forward_context",
     "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
@@ -144,6 +146,7 @@ __all__ = [
     "generate_scheduler_kv_cache_config",
     "get_allowed_cpu_list",
     "get_current_vllm_config",
+    "get_current_vllm_config_or_none",
     "get_flash_attn_version",
     "get_forward_context",
     "get_kv_cache_capacity",

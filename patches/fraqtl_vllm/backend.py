@@ -2,9 +2,6 @@
 
 What is the same on every device stands here; the work is done by a device half, `cpu_attention.py` or
 `cuda_attention.py`, which extends `layer.FraqtlImpl` and builds its own metadata.
-
-The format is read where vLLM builds a layer (there is a current configuration then) and kept
-for `customize_spec`, which vLLM calls later, in the same process, without one.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from fraqtl_kernels.formats import DEFAULT_FORMAT, HEAD_SIZES, KVFormat, get_format
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
-from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout
+from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, get_current_vllm_config_or_none
+from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.plugin import BACKEND_NAME
 
 if TYPE_CHECKING:
@@ -38,7 +36,6 @@ class FraqtlBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
-    kv_format: ClassVar[KVFormat] = get_format(DEFAULT_FORMAT)
 
     @staticmethod
     def get_name() -> str:
@@ -75,4 +72,14 @@ class FraqtlBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.kv_format.bytes_per_token(spec.head_size))
+        content = _kv_format().bytes_per_token(spec.head_size)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content)
+
+
+def _kv_format() -> KVFormat:
+    """That of vLLM's current configuration, which it has wherever specs come from layers (`compat.SPECS`).
+
+    Elsewhere vLLM only estimates, for caches of several dtypes, which `support` refuses: there any format will do.
+    """
+    config = get_current_vllm_config_or_none()
+    return get_format(DEFAULT_FORMAT) if config is None else settings_of(config).format

@@ -188,6 +188,17 @@ WORKER_IS_READY = Hook(
         ),
     ),
 )
+SPECS = Hook(
+    target="WorkerWrapperBase.get_kv_cache_spec",
+    user="fraqtl_vllm.calibration.hook",
+    without="the backend can't know in which format a layer's pages are: vLLM has no current configuration there",
+    until="vLLM asks for specs under its configuration, or hands it to `customize_spec`",
+    symptoms=(
+        Symptom("vllm.v1.worker.worker_base:WorkerWrapperBase", has=("set_current_vllm_config(self.vllm_config)",)),
+        Symptom("vllm.v1.worker.gpu_worker:Worker.get_kv_cache_spec", lacks=("set_current_vllm_config",)),
+        Symptom("vllm.v1.attention.backend:AttentionBackend.customize_spec", lacks=("vllm_config",)),
+    ),
+)
 STOCK_CPU = Hook(
     target="CpuPlatform.check_and_update_config",
     user="fraqtl_vllm.stock_cpu",

@@ -21,8 +21,7 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import progress
-from fraqtl_vllm._vllm import get_current_vllm_config, get_forward_context
-from fraqtl_vllm.config import read_config
+from fraqtl_vllm._vllm import get_forward_context
 from fraqtl_vllm.layer import FraqtlImpl
 
 _SHARED: set[str] = set()  # names of layers whose pages other layers read, too
@@ -69,7 +68,7 @@ class Impl(FraqtlImpl[Metadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if read_config(get_current_vllm_config().additional_config).prefill_keys == "raw":
+        if self.settings.prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
             cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype

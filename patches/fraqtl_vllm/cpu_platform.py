@@ -16,6 +16,7 @@ vLLM's CPU builds have that extension: there it is `native_cpu_platform`.
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,9 +61,6 @@ def compute_slot_mapping(
 class CpuWithoutNativeOps(PackedCpu):
     """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
 
-    _library: torch.library.Library | None = None
-    _has_slot_mapping = False
-
     @classmethod
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
@@ -79,13 +77,8 @@ class CpuWithoutNativeOps(PackedCpu):
         return False
 
     @classmethod
-    def import_kernels(cls) -> None:  # vLLM calls it many times in a process
-        if CpuWithoutNativeOps._library is not None:
-            return
-        library = CpuWithoutNativeOps._library = torch.library.Library("_C", "FRAGMENT")
-        for schema, function in NATIVE_OPS.items():
-            library.define(schema)
-            library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+    def import_kernels(cls) -> None:
+        native_ops()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
@@ -102,11 +95,24 @@ class CpuWithoutNativeOps(PackedCpu):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        if CpuWithoutNativeOps._has_slot_mapping:  # vLLM calls it for every worker of a process
-            return
-        CpuWithoutNativeOps._has_slot_mapping = True
-        with _vllm.scan_of_vllm_only():
-            _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+        replace_slot_mapping()
+
+
+@cache
+def native_ops() -> torch.library.Library:
+    """The library of torch versions, which lives as long as the process; vLLM asks for it many times."""
+    library = torch.library.Library("_C", "FRAGMENT")
+    for schema, function in NATIVE_OPS.items():
+        library.define(schema)
+        library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+    return library
+
+
+@cache
+def replace_slot_mapping() -> None:
+    """Once in a process; vLLM asks for it with every worker."""
+    with _vllm.scan_of_vllm_only():
+        _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
 
 
 def _bind_ranks_to_cores(world_size: int) -> None:

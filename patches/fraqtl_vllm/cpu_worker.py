@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_vllm import compat
 from fraqtl_vllm._vllm import CPUWorker
-from fraqtl_vllm.config import read_config
+from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.cpu_layers import replace_layers
 from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
 
@@ -49,8 +49,7 @@ class FraqtlCpuWorker(CPUWorker):
     def _replace_layers(self) -> None:
         """After every change of weights, of which layers of ours may have copies."""
         if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
-            copies = read_config(self.vllm_config.additional_config).cpu_weight_copies
-            replace_layers(self.model_runner.get_model(), copies=copies)
+            replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
 
     def init_device(self) -> None:
         super().init_device()

@@ -36,7 +36,6 @@ from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
 from fraqtl_vllm import cuda_prefill
 from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config
-from fraqtl_vllm.config import read_config
 from fraqtl_vllm.layer import FraqtlImpl
 from fraqtl_vllm.passes import list_chunks
 
@@ -143,7 +142,7 @@ class Impl(FraqtlImpl[Metadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = get_current_vllm_config()
-        packed = read_config(config.additional_config).prefill_keys == "packed"
+        packed = self.settings.prefill_keys == "packed"
         if packed:  # the pages don't hold the residuals of a chunk
             self.kv_format = self.kv_format.without_residual
         self.dtype = config.model_config.dtype

@@ -13,9 +13,7 @@ from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config
-from fraqtl_vllm.backend import FraqtlBackend
 from fraqtl_vllm.calibration.recorder import Recorder
-from fraqtl_vllm.config import read_config
 from fraqtl_vllm.support import check_supported
 
 M = TypeVar("M", bound=AttentionMetadata)
@@ -41,8 +39,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        config = get_current_vllm_config()
-        check_supported(config)
+        self.settings = check_supported(get_current_vllm_config())
         check_head_size(head_size)
         progress.say_once("loading the model")
         if alibi_slopes is not None:
@@ -63,7 +60,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.constants = IDENTITY
         self.recorder: Recorder | None = None
-        self.kv_format = FraqtlBackend.kv_format = read_config(config.additional_config).format
+        self.kv_format = self.settings.format
 
     def use_constants(self, constants: LayerConstants) -> None:
         """What calibration found for this layer, once, before the first page is written."""

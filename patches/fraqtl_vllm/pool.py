@@ -14,7 +14,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_vllm import _vllm, compat, planner
-from fraqtl_vllm.config import read_config
+from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.plugin import BACKEND_NAME
 
 METHOD = compat.POOL_METHOD.attribute
@@ -57,12 +57,13 @@ def plan_pools(
     backend = config.attention_config.backend
     if backend is None or backend.name != BACKEND_NAME or not any(specs):
         return original(config, specs, memory)
-    if read_config(config.additional_config).kv_memory_fits_context:
+    ours = settings_of(config)
+    if ours.kv_memory_fits_context:
         memory = grown(config, specs, memory)
     try:
         pools = original(config, specs, memory)
     except ValueError as error:
-        sentence = too_small(config, specs, memory)
+        sentence = too_small(config, ours, specs, memory)
         if sentence is None:
             raise
         raise ConfigError(sentence) from error
@@ -86,7 +87,9 @@ def grown(config: _vllm.VllmConfig, specs: list[planner.Specs], memory: list[int
     return [size] * len(specs)
 
 
-def too_small(config: _vllm.VllmConfig, specs: list[planner.Specs], memory: list[int]) -> str | None:
+def too_small(
+    config: _vllm.VllmConfig, ours: FraqtlConfig, specs: list[planner.Specs], memory: list[int]
+) -> str | None:
     """Why a sequence of the longest context doesn't fit into `memory`, and what would do; None if it fits."""
     need, blocks = planner.memory_for_one(config, specs), config.cache_config.num_gpu_blocks_override
     if blocks is not None:
@@ -102,7 +105,7 @@ def too_small(config: _vllm.VllmConfig, specs: list[planner.Specs], memory: list
             f"--num-gpu-blocks-override {need[0] // block_bytes[0]}",
         )
     else:
-        given, cure = _given(config), f"--kv-cache-memory-bytes {need[rank]}"
+        given, cure = _given(config, ours), f"--kv-cache-memory-bytes {need[rank]}"
     length, fits = config.model_config.max_model_len, planner.longest_sequence(config, specs, memory)
     return (
         f"the longest sequence (--max-model-len), {length} tokens, takes {need[rank]} bytes of KV memory, but "
@@ -110,9 +113,9 @@ def too_small(config: _vllm.VllmConfig, specs: list[planner.Specs], memory: list
     )
 
 
-def _given(config: _vllm.VllmConfig) -> str:
+def _given(config: _vllm.VllmConfig, ours: FraqtlConfig) -> str:
     """Where the size of the pool comes from, as the beginning of a clause that the size ends."""
-    if read_config(config.additional_config).kv_memory_fits_context:
+    if ours.kv_memory_fits_context:
         return "half of the free memory is"
     size = config.cache_config.kv_cache_memory_bytes
     if size is None:

@@ -1,4 +1,4 @@
-"""Where vLLM's workers, once their KV cache is there, come to be checked and to calibrate."""
+"""Where vLLM's workers come to be checked and to calibrate, once their KV cache is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from fraqtl_vllm import _vllm, compat
 
 def install() -> None:
     """Let every worker be checked and calibrate once its KV cache is there. Called in its process before it is made."""
+    compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
     compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_checked_and_calibrated)
+
+
+def _get_kv_cache_spec(self: Any) -> Any:
+    """The worker's own, under its configuration."""
+    with _vllm.set_current_vllm_config(self.vllm_config):
+        return self.worker.get_kv_cache_spec()
 
 
 def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[..., None]:
