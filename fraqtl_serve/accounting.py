@@ -25,8 +25,8 @@ from fraqtl_serve.beams import current_search
 from fraqtl_serve.engine import hooks
 from fraqtl_serve.held import HeldAnswers
 from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, brought_up_to_date
 from fraqtl_vllm.engine import ASK
-from fraqtl_vllm.scheduler import ACCOUNT_KEY
 
 Answers = Callable[..., AsyncGenerator[Any, None]]
 
@@ -173,13 +173,12 @@ class Accounting:
             ledger.started.discard(key)
             self._settle(ledger)
 
-    def _keep(self, key: str, account: dict[str, Any] | None) -> bool:
+    def _keep(self, key: str, account: Account | Growth | None) -> bool:
         """Put the account of a sequence into the ledger it belongs to; says if there are both."""
         ledger = self._sequences.get(key)
         if account is None or ledger is None:
             return False
-        # While a sequence runs, an account leaves out what has not changed since the last one.
-        ledger.accounts[key] = {**ledger.accounts.get(key, {}), **account}
+        ledger.accounts[key] = brought_up_to_date(ledger.accounts.get(key), account)
         return True
 
     def _end(self, key: str, *, finished: bool) -> None:
@@ -203,9 +202,9 @@ def _matters(output: Any) -> bool:
     return output.kv_transfer_params is not None or output.finish_reason is not None
 
 
-def _pop_account(output: Any) -> dict[str, Any] | None:
+def _pop_account(output: Any) -> Account | Growth | None:
     """Take the account out of an engine output, which vLLM would hand on to the client."""
-    account: dict[str, Any] | None = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
+    account: Account | Growth | None = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
     output.kv_transfer_params = output.kv_transfer_params or None
     return account
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, Field
+
+from fraqtl_vllm.accounting.schema import PoolNumbers
 
 
 class Capacity(BaseModel):
@@ -76,13 +78,22 @@ class Pool:
         return Capacity(**fixed, **vars(load), ratio=round(self.ratio, 4), pool_bytes=self.total_bytes)
 
 
-COUNTS = ("blocks", "tokens", "concurrency", "baseline_blocks", "baseline_tokens", "baseline_concurrency")
-
-
-def make_pool(kv_format: str, said: Mapping[str, Any], baseline_dtype: str, engines: int = 1) -> Pool:
+def make_pool(kv_format: str, said: PoolNumbers, baseline_dtype: str, engines: int = 1) -> Pool:
     """From what a worker says of its engine's pool. Engines beside each other (data parallel) hold each their own."""
-    counts = {name: said[name] * engines for name in COUNTS}
-    return Pool(kv_format=kv_format, baseline_dtype=baseline_dtype, **{**said, **counts})
+    return Pool(
+        kv_format=kv_format,
+        baseline_dtype=baseline_dtype,
+        max_model_len=said["max_model_len"],
+        block_size=said["block_size"],
+        block_bytes=said["block_bytes"],
+        blocks=said["blocks"] * engines,
+        tokens=said["tokens"] * engines,
+        concurrency=said["concurrency"] * engines,
+        baseline_block_bytes=said["baseline_block_bytes"],
+        baseline_blocks=said["baseline_blocks"] * engines,
+        baseline_tokens=said["baseline_tokens"] * engines,
+        baseline_concurrency=said["baseline_concurrency"] * engines,
+    )
 
 
 def read_load(families: Iterable[Any]) -> Load:

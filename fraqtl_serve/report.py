@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
+
+from fraqtl_vllm.accounting.schema import Account
 
 
 class KVUsage(BaseModel):
@@ -47,7 +49,7 @@ class Ledger:
     kv_format: str
     sequences: int = 0
     """How many sequences the request asked for: n, summed over its prompts."""
-    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    accounts: dict[str, Account] = field(default_factory=dict)
     """The last account of every sequence, by the engine's request id."""
     closed: bool = False
     """The response is out, or the client has gone: what comes now is in no response."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_vllm import _vllm, compat, planner
+from fraqtl_vllm.accounting.schema import PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.plugin import BACKEND_NAME
 
@@ -24,14 +25,15 @@ NOTE = compat.POOL_NOTE.attribute
 Planner = Callable[[_vllm.VllmConfig, list[planner.Specs], list[int]], list[Any]]
 
 
-def kv_pool(worker: Any) -> dict[str, Any]:
+def kv_pool(worker: Any) -> PoolNumbers:
     """What the pool of this worker's engine holds, over all its ranks: see `numbers`."""
-    return dict(getattr(worker.model_runner.kv_cache_config, NOTE))
+    noted: PoolNumbers = getattr(worker.model_runner.kv_cache_config, NOTE)
+    return noted.copy()
 
 
 def numbers(
     config: _vllm.VllmConfig, specs: Sequence[planner.Specs], pools: Sequence[_vllm.KVCacheConfig]
-) -> dict[str, Any]:
+) -> PoolNumbers:
     """The planned pools, and beside them what the same memory would hold in the model's own dtype."""
     ours = planner.describe(config, pools)
     memory = [one * ours.blocks for one in ours.rank_block_bytes]

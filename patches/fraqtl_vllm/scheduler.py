@@ -29,9 +29,8 @@ from fraqtl_vllm._vllm import (
     Scheduler,
     VllmConfig,
 )
+from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, Sizes
 from fraqtl_vllm.allocations import Allocations
-
-ACCOUNT_KEY = "fraqtl"
 
 
 def block_bytes(kv_cache_config: KVCacheConfig, world_size: int, dtype: Any = None) -> list[int]:
@@ -61,7 +60,7 @@ class _Accounting:
             type(group.kv_cache_spec) is FullAttentionSpec for group in kv_cache_config.kv_cache_groups
         )
         ranks = vllm_config.parallel_config.world_size
-        self._sizes = {
+        self._sizes: Sizes = {
             "engine": vllm_config.parallel_config.data_parallel_index,
             "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
             "block_bytes": block_bytes(kv_cache_config, ranks),
@@ -77,13 +76,8 @@ class _Accounting:
         taken, self._last_accounts = self._last_accounts, defaultdict(list)
         return taken
 
-    def account(self, request: Request) -> dict[str, Any]:
-        """What `request` holds now: tokens, blocks per KV-cache group, and bytes per block.
-
-        engine: its number among data-parallel engines, which number their blocks alike.
-        blocks: a number for every block, the same in two accounts only if both mean one allocation of it.
-        shared: those of them that the request found in the prefix cache.
-        """
+    def account(self, request: Request) -> Account:
+        """What `request` holds now."""
         tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
         # A sliding window leaves null blocks behind.
         held = [[block.block_id for block in table if not block.is_null] for table in tables]
@@ -96,7 +90,7 @@ class _Accounting:
             **self._sizes,
         }
 
-    def _news(self, request: Request) -> dict[str, Any]:
+    def _news(self, request: Request) -> Account | Growth:
         """The account of a running request, or of it only the tokens if its blocks are those that were last told.
 
         A table can be as long as the context, and mostly it grows by a block every 16 tokens.
