@@ -32,7 +32,7 @@ EXTENSION_POINTS = {
     "fraqtl_vllm/layer.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
     "fraqtl_vllm/stock_cpu.py": {"vllm.platforms"},
-    "fraqtl_serve/doctor.py": {"vllm.platforms"},
+    "fraqtl_serve/cli/doctor.py": {"vllm.platforms"},
 }
 REGISTRIES = (
     ("pypi", "org"),
@@ -71,7 +71,7 @@ def test_the_scan_sees_imports_wherever_they_stand() -> None:
     source = "import a.b as c, d\nfrom e.f import g\ndef h():\n    from . import i\n    if True:\n        import j\n"
     assert sorted(imports(source)) == [".", "a.b", "d", "e.f", "j"]
     assert ("fraqtl_vllm/backend.py", "fraqtl_kernels.pages") in imports_of("fraqtl_vllm")
-    assert ("fraqtl_serve/doctor.py", "vllm.platforms") in imports_of("fraqtl_serve")
+    assert ("fraqtl_serve/cli/doctor.py", "vllm.platforms") in imports_of("fraqtl_serve")
 
 
 @pytest.mark.parametrize("package", SOURCES)

@@ -18,21 +18,21 @@ SHUTDOWN_RFC = "https://github.com/vllm-project/vllm/issues/24885"
 
 GENERATE = Hook(
     target="AsyncLLM.generate",
-    user="fraqtl_serve.accounting",
+    user="fraqtl_serve.engine.accounting",
     without="a report can't know how many sequences its HTTP request asked for",
     until=ACCOUNTS_END,
     symptoms=(NO_ACCOUNT,),
 )
 ADD_REQUEST = Hook(
     target="OutputProcessor.add_request",
-    user="fraqtl_serve.accounting",
+    user="fraqtl_serve.engine.accounting",
     without="the engine's id of a sequence can't be told from one that a client chose",
     until=ACCOUNTS_END,
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.add_request", has=("request_id = request.request_id",)),),
 )
 SEND = Hook(
     target="AsyncMPClient.add_request_async",
-    user="fraqtl_serve.accounting",
+    user="fraqtl_serve.engine.accounting",
     without="a sequence that could not be sent to the engine is waited for, and an integer that is too long for the "
     "message is answered with 500",
     until="vLLM takes a request that it could not send out of its output processor again",
@@ -46,28 +46,28 @@ SEND = Hook(
 )
 OUTPUTS = Hook(
     target="OutputProcessor.process_outputs",
-    user="fraqtl_serve.accounting",
+    user="fraqtl_serve.engine.accounting",
     without="the accounts that the engine sends would go on to clients, as `kv_transfer_params`",
     until=ACCOUNTS_END,
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.process_outputs", has=("engine_core_output.kv_transfer_params",)),),
 )
 ABORTS = Hook(
     target="OutputProcessor.abort_requests",
-    user="fraqtl_serve.held",
+    user="fraqtl_serve.engine.held",
     without="an answer that the server itself cuts off ends before the engine has said what it held",
     until=ACCOUNTS_END,
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.abort_requests", has=("req_state.queue.put(request_output)",)),),
 )
 ERRORS_RELEASE = Hook(
     target="OutputProcessor.propagate_error",
-    user="fraqtl_serve.held",
+    user="fraqtl_serve.engine.held",
     without="an answer that is held when the engine dies is held for ever",
     until=ACCOUNTS_END,
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.propagate_error", has=("state.queue.put(e)",)),),
 )
 BEAM_SEARCH = Hook(
     target="BeamSearchOnlineMixin.beam_search",
-    user="fraqtl_serve.beams",
+    user="fraqtl_serve.engine.beams",
     without="every round of a beam search counts as sequences of its own",
     until="a beam is known by something that a client can't choose",
     symptoms=(
@@ -82,14 +82,14 @@ BEAM_SEARCH = Hook(
 
 GRAMMARS_START = Hook(
     target="OutputProcessor.add_request",
-    user="fraqtl_serve.grammars",
+    user="fraqtl_serve.engine.grammars",
     without="see GRAMMARS_FAIL: nobody knows which requests have a grammar",
     until="GRAMMARS_FAIL goes",
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.add_request", has=("queue: RequestOutputCollector | None",)),),
 )
 GRAMMARS_FAIL = Hook(
     target="OutputProcessor.process_outputs",
-    user="fraqtl_serve.grammars",
+    user="fraqtl_serve.engine.grammars",
     without="a grammar that the engine can't compile is answered with 500, though it is the client's mistake",
     until="vLLM answers 400",
     symptoms=(
@@ -103,7 +103,7 @@ GRAMMARS_FAIL = Hook(
 )
 SPANS = Hook(
     target="OutputProcessor.do_tracing",
-    user="fraqtl_serve.tracing",
+    user="fraqtl_serve.engine.tracing",
     without="spans say nothing of KV memory",
     until="plugins can add attributes to the span of a request",
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.do_tracing", has=('span_name="llm_request"',), lacks=("plugin",)),),
@@ -113,7 +113,7 @@ SPANS = Hook(
 
 START = Hook(
     target="utils.wait_for_engine_startup",
-    user="fraqtl_serve.start_stop",
+    user="fraqtl_serve.cli.start_stop",
     without="SIGTERM while the engine starts is lost, and Ctrl-C waits until it is up",
     until="a KeyboardInterrupt ends the wait for the engine, and the engine",
     symptoms=(
@@ -123,7 +123,7 @@ START = Hook(
 )
 STOP = Hook(
     target="AsyncLLM.shutdown",
-    user="fraqtl_serve.shutdown",
+    user="fraqtl_serve.http.shutdown",
     without="requests that come while the server stops are answered with 200 and no token",
     until="vLLM answers 503 while it stops",
     symptoms=(Symptom("vllm.v1.engine.async_llm:AsyncLLM.shutdown", lacks=("503", "SERVICE_UNAVAILABLE")),),
@@ -131,7 +131,7 @@ STOP = Hook(
 )
 STOP_OUTPUTS = Hook(
     target="OutputProcessor.process_outputs",
-    user="fraqtl_serve.shutdown",
+    user="fraqtl_serve.http.shutdown",
     without="see STOP: a request that the engine turns away is an answer without a token",
     until="STOP goes",
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.process_outputs", lacks=("503", "SERVICE_UNAVAILABLE")),),
@@ -139,7 +139,7 @@ STOP_OUTPUTS = Hook(
 )
 STOP_ERRORS = Hook(
     target="OutputProcessor.propagate_error",
-    user="fraqtl_serve.shutdown",
+    user="fraqtl_serve.http.shutdown",
     without="what is cut off by a stop is answered with 500, as if the engine had broken down",
     until="STOP goes",
     symptoms=(Symptom(f"{OUTPUT_PROCESSOR}.propagate_error", lacks=("503", "SERVICE_UNAVAILABLE")),),
@@ -147,7 +147,7 @@ STOP_ERRORS = Hook(
 )
 STOP_SEND = Hook(
     target="AsyncMPClient.add_request_async",
-    user="fraqtl_serve.shutdown",
+    user="fraqtl_serve.http.shutdown",
     without="a request that comes when the engine has stopped is answered with 500",
     until="STOP goes",
     symptoms=(Symptom("vllm.v1.engine.exceptions:EngineDeadError", lacks=("503", "SERVICE_UNAVAILABLE")),),
@@ -155,7 +155,7 @@ STOP_SEND = Hook(
 )
 CONNECTIONS = Hook(
     target="Config.timeout_graceful_shutdown",  # uvicorn's
-    user="fraqtl_serve.shutdown",
+    user="fraqtl_serve.http.shutdown",
     without="a connection that nobody will ever answer keeps a stopped server alive",
     until="vLLM gives uvicorn a limit by itself",
     symptoms=(
@@ -165,7 +165,7 @@ CONNECTIONS = Hook(
 )
 PROTOCOL = Hook(
     target="Config.http_protocol_class",  # uvicorn's
-    user="fraqtl_serve.upgrades",
+    user="fraqtl_serve.http.upgrades",
     without="the body of a request that offers `Upgrade: h2c`, as Java's client does, is lost",
     until="uvicorn goes on reading a request whose offer it declines",
     symptoms=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from fraqtl_serve.capacity import Pool, make_pool
+from fraqtl_serve.reports.capacity import Pool, make_pool
 from fraqtl_vllm.accounting.schema import PoolNumbers
 
 SAID: PoolNumbers = {

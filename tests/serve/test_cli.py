@@ -18,9 +18,9 @@ import pytest
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve import doctor, plugin_names, serve
 from fraqtl_serve._vllm import current_platform
-from fraqtl_serve.cli import main
+from fraqtl_serve.cli import doctor, plugin_names, serve
+from fraqtl_serve.cli.main import main
 from fraqtl_vllm import garbage, progress
 from fraqtl_vllm.config import read_config
 

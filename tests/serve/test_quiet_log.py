@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fraqtl_serve import quiet_log
+from fraqtl_serve.cli import quiet_log
 
 VLLM = Path(__import__("vllm").__file__).parent
 

@@ -12,10 +12,10 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel
 
 from fraqtl_serve._vllm import ErrorResponse, get_prometheus_registry
-from fraqtl_serve.capacity import Capacity, Load, read_load
-from fraqtl_serve.guard import PREFIX
-from fraqtl_serve.history import PoolHistory
-from fraqtl_serve.records import RING_SIZE, RequestRecord
+from fraqtl_serve.http.guard import PREFIX
+from fraqtl_serve.reports.capacity import Capacity, Load, read_load
+from fraqtl_serve.reports.history import PoolHistory
+from fraqtl_serve.reports.records import RING_SIZE, RequestRecord
 
 
 class RequestList(BaseModel):

@@ -15,8 +15,8 @@ import secrets
 from argparse import Namespace
 from collections.abc import Iterator
 
-from fraqtl_serve.asgi import Application, Receive, Scope, Send, route_path
-from fraqtl_serve.errors import NEEDS_KEY, send_error
+from fraqtl_serve.http.asgi import Application, Receive, Scope, Send, route_path
+from fraqtl_serve.http.errors import NEEDS_KEY, send_error
 
 PREFIX = "/plugins/fraqtl"
 # Probes and scrapers have no key; documents and the page's own files say nothing about anybody's requests.

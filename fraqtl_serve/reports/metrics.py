@@ -10,8 +10,8 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from fraqtl_serve.capacity import Pool
-from fraqtl_serve.records import RequestRecord
+from fraqtl_serve.reports.capacity import Pool
+from fraqtl_serve.reports.records import RequestRecord
 
 LAYOUT = "LBHNC"  # layer, block, head, token, content: one head's tokens lie together in a block
 BUCKETS = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 GiB

@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any
 
 from fraqtl_serve._vllm import FinishReason, VLLMValidationError
-from fraqtl_serve.beams import current_search
 from fraqtl_serve.engine import hooks
-from fraqtl_serve.held import HeldAnswers
-from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_serve.engine.beams import current_search
+from fraqtl_serve.engine.held import HeldAnswers
+from fraqtl_serve.reports.report import KVReport, Ledger
 from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, brought_up_to_date
 from fraqtl_vllm.engine import ASK
 

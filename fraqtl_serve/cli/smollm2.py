@@ -106,7 +106,7 @@ def _from_package() -> Path | None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    from fraqtl_serve.gguf_checkpoint import write_checkpoint
+    from fraqtl_serve.cli.gguf_checkpoint import write_checkpoint
 
     prefix = f".{target.name}-"
     for left_over in target.parent.glob(f"{prefix}*"):  # of a start that was killed: the lock is ours

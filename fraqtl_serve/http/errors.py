@@ -10,8 +10,8 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send, route_path
-from fraqtl_serve.streams import dump, parse
+from fraqtl_serve.http.asgi import Application, Message, Receive, Scope, Send, route_path
+from fraqtl_serve.http.streams import dump, parse
 
 Headers = list[tuple[bytes, bytes]]
 ANTHROPIC = "/v1/messages"

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from typing import Any
 
-from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_serve.reports.report import KVReport, Ledger
 
 
 def decorate(payload: dict[str, Any], report: KVReport) -> dict[str, Any]:

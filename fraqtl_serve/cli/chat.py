@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fraqtl_kernels.errors import FraqtlError
-from fraqtl_serve.chat_client import Answer, ChatClient
+from fraqtl_serve.cli.chat_client import Answer, ChatClient
 
 PROMPT = "you> "
 

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from fraqtl_serve.errors import ANTHROPIC
-from fraqtl_serve.middleware import LAST_EVENT
-from fraqtl_serve.report import KVReport, KVUsage
+from fraqtl_serve.http.errors import ANTHROPIC
+from fraqtl_serve.http.report_middleware import LAST_EVENT
+from fraqtl_serve.reports.report import KVReport, KVUsage
 
 REF = "#/components/schemas/{model}"
 JSON, STREAM = "application/json", "text/event-stream"

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_serve.reports.report import KVReport, Ledger
 
 RING_SIZE = 256
 LONGEST_ID = 256  # characters; a client may choose an id as long as a body, and the ring would keep it

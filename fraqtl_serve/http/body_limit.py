@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send
-from fraqtl_serve.errors import send_error
+from fraqtl_serve.http.asgi import Application, Message, Receive, Scope, Send
+from fraqtl_serve.http.errors import send_error
 
 DEFAULT_BYTES = 64 << 20  # a prompt of a million tokens is some 4 MB; images travel inside bodies, too
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from fraqtl_kernels.errors import FraqtlError
 from fraqtl_kernels.formats import HEAD_SIZES
-from fraqtl_serve.start_stop import StoppedError, leave
+from fraqtl_serve.cli.start_stop import StoppedError, leave
 from fraqtl_vllm import garbage
 
 PROGRAM = "fraqtl-serve"
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         # vLLM's parser knows its own hundreds of flags; ours must not read them first.
         if arguments[:1] == ["serve"]:
-            from fraqtl_serve.serve import serve
+            from fraqtl_serve.cli.serve import serve
 
             serve(arguments[1:])
         else:
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
-    from fraqtl_serve import quiet_log
-    from fraqtl_serve.plugin_names import allow_plugin
+    from fraqtl_serve.cli import quiet_log
+    from fraqtl_serve.cli.plugin_names import allow_plugin
     from fraqtl_vllm import progress
 
     # Python's resource tracker outlives a start that failed, and would have the last word on what vLLM left open.
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description="Serve language models from a KV cache of packed INT4 blocks."
     )
     parser.add_argument("--version", action="version", version=version("fraqtl-serve"))
-    from fraqtl_serve import chat, plan
+    from fraqtl_serve.cli import chat, plan
 
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve a model (no model: the demo model) with OpenAI's API", add_help=False)
@@ -85,13 +85,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _formats(args: argparse.Namespace) -> None:
-    from fraqtl_serve.format_table import print_formats
+    from fraqtl_serve.cli.format_table import print_formats
 
     print_formats(args.head_size, as_json=args.json)
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from fraqtl_serve.doctor import print_report
+    from fraqtl_serve.cli.doctor import print_report
 
     sys.exit(print_report(as_json=args.json))
 

@@ -20,9 +20,9 @@ from http import HTTPStatus
 from typing import Any
 
 from fraqtl_serve._vllm import EngineDeadError, FinishReason, GracefulHTTPError
-from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send
 from fraqtl_serve.engine import hooks
-from fraqtl_serve.errors import send_error
+from fraqtl_serve.http.asgi import Application, Message, Receive, Scope, Send
+from fraqtl_serve.http.errors import send_error
 
 CONNECTION_SECONDS = 3  # the engine has stopped by then: nothing more can come
 SAID = "this server is shutting down: send the request to another one, or again when it is back"

@@ -12,8 +12,8 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from fraqtl_serve.asgi import Application, Receive, Scope, Send
 from fraqtl_serve.engine import hooks
+from fraqtl_serve.http.asgi import Application, Receive, Scope, Send
 
 # Headers of the offer itself, and what Connection says of them.
 OFFER = {b"upgrade", b"http2-settings"}

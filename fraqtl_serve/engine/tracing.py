@@ -13,7 +13,7 @@ from typing import Any
 
 from fraqtl_serve._vllm import init_logger
 from fraqtl_serve.engine import hooks
-from fraqtl_serve.report import KVReport
+from fraqtl_serve.reports.report import KVReport
 
 SPAN = "llm_request"
 _report: ContextVar[KVReport | None] = ContextVar("fraqtl_span_report", default=None)

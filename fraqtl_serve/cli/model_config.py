@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_serve.sizing import LayerKind, ModelShape
+from fraqtl_serve.cli.sizing import LayerKind, ModelShape
 
 # The names that model families use for the same number.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")

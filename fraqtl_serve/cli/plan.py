@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_serve.model_config import read_shape
-from fraqtl_serve.sizing import BASELINE, LayerKind, ModelShape, plan
+from fraqtl_serve.cli.model_config import read_shape
+from fraqtl_serve.cli.sizing import BASELINE, LayerKind, ModelShape, plan
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}

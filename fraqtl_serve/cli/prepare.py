@@ -1,4 +1,4 @@
-"""`python -m fraqtl_serve.prepare`: what a first start would compile, compiled at installation, on all cores at once.
+"""`python -m fraqtl_serve.cli.prepare`: what a first start would compile, compiled at installation, all cores at once.
 
 Numba compiles the kernels of a CPU in half a minute, and Python the thousands of modules that a server imports in a
 quarter of one. Each kernel and the imports have a process of their own. What other modules there are, Python compiles

@@ -6,10 +6,10 @@ are neither added nor held back.
 
 from __future__ import annotations
 
-from fraqtl_serve.accounting import Accounting, current_ledger
-from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send, route_path
-from fraqtl_serve.report import Ledger
-from fraqtl_serve.streams import ChunkDecorator, NamedEventDecorator, StreamDecorator, decorate, dump, parse
+from fraqtl_serve.engine.accounting import Accounting, current_ledger
+from fraqtl_serve.http.asgi import Application, Message, Receive, Scope, Send, route_path
+from fraqtl_serve.http.streams import ChunkDecorator, NamedEventDecorator, StreamDecorator, decorate, dump, parse
+from fraqtl_serve.reports.report import Ledger
 
 # How a stream of each endpoint says that it is done: by a chunk, or by an event of this name.
 LAST_EVENT = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from fraqtl_serve.capacity import Capacity
-from fraqtl_serve.guard import PREFIX, api_keys
+from fraqtl_serve.http.guard import PREFIX, api_keys
+from fraqtl_serve.reports.capacity import Capacity
 from fraqtl_vllm import progress
 
 QUESTION = "What is the capital of France?"

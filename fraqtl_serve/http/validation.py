@@ -11,8 +11,8 @@ from types import TracebackType
 from fastapi.dependencies.utils import request_body_to_args
 
 from fraqtl_serve._vllm import init_logger
-from fraqtl_serve.asgi import Application, Message, Receive, Scope, Send
-from fraqtl_serve.errors import send_error
+from fraqtl_serve.http.asgi import Application, Message, Receive, Scope, Send
+from fraqtl_serve.http.errors import send_error
 
 logger = init_logger("vllm.fraqtl.validation")
 

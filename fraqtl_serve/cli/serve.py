@@ -16,18 +16,18 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve import quiet_log, smollm2
-from fraqtl_serve.body_limit import DEFAULT_BYTES
-from fraqtl_serve.checkpoint import check_checkpoint
-from fraqtl_serve.front_end import check_front_end
-from fraqtl_serve.plugin_names import allow_plugin
-from fraqtl_serve.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
-from fraqtl_serve.start_stop import StoppedError, stoppable_start
+from fraqtl_serve.cli import quiet_log, smollm2
+from fraqtl_serve.cli.checkpoint import check_checkpoint
+from fraqtl_serve.cli.front_end import check_front_end
+from fraqtl_serve.cli.plugin_names import allow_plugin
+from fraqtl_serve.cli.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
+from fraqtl_serve.cli.start_stop import StoppedError, stoppable_start
+from fraqtl_serve.http.body_limit import DEFAULT_BYTES
 from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, FraqtlConfig, new_names, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEMO_NAME = "fraqtl-demo"
 CPU_KV_CACHE_BYTES = 256 << 20
 
