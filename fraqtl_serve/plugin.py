@@ -27,9 +27,9 @@ from fraqtl_serve.reports.history import History
 from fraqtl_serve.reports.metrics import Metrics
 from fraqtl_serve.reports.records import Records, record_of
 from fraqtl_serve.reports.report import Ledger
-from fraqtl_vllm import garbage
+from fraqtl_vllm.accounting.pool import METHOD
 from fraqtl_vllm.config import read_config
-from fraqtl_vllm.pool import METHOD
+from fraqtl_vllm.start import garbage
 
 logger = init_logger("vllm.fraqtl")
 
@@ -76,7 +76,8 @@ class FraqtlEndpoints:
         else:
             logger.warning(
                 "no response will say what KV memory it used, the engine doesn't tell (%s): "
-                "start with fraqtl-serve serve, or add --scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler",
+                "start with fraqtl-serve serve, or add "
+                "--scheduler-cls fraqtl_vllm.accounting.scheduler.accounting_scheduler",
                 obstacle,
             )
         grammars.watch(engine_client.output_processor)

@@ -25,13 +25,13 @@ BELOW = {
 }
 # vLLM's documented extension points; whatever else is needed of it stands in a package's _vllm.py.
 EXTENSION_POINTS = {
-    "fraqtl_vllm/backend.py": {"vllm.v1.attention.backend", "vllm.platforms"},
-    "fraqtl_vllm/cpu_attention.py": {"vllm.v1.attention.backend"},
+    "fraqtl_vllm/attention/backend.py": {"vllm.v1.attention.backend", "vllm.platforms"},
+    "fraqtl_vllm/attention/cpu.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/cuda_attention.py": {"vllm.v1.attention.backend", "vllm.platforms"},
-    "fraqtl_vllm/cpu_worker.py": {"vllm.platforms"},
-    "fraqtl_vllm/layer.py": {"vllm.v1.attention.backend"},
+    "fraqtl_vllm/platform/cpu_worker.py": {"vllm.platforms"},
+    "fraqtl_vllm/attention/layer.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
-    "fraqtl_vllm/stock_cpu.py": {"vllm.platforms"},
+    "fraqtl_vllm/platform/stock_cpu.py": {"vllm.platforms"},
     "fraqtl_serve/cli/doctor.py": {"vllm.platforms"},
 }
 REGISTRIES = (
@@ -70,7 +70,7 @@ def imports_of(package: str) -> Iterator[tuple[str, str]]:
 def test_the_scan_sees_imports_wherever_they_stand() -> None:
     source = "import a.b as c, d\nfrom e.f import g\ndef h():\n    from . import i\n    if True:\n        import j\n"
     assert sorted(imports(source)) == [".", "a.b", "d", "e.f", "j"]
-    assert ("fraqtl_vllm/backend.py", "fraqtl_kernels.pages") in imports_of("fraqtl_vllm")
+    assert ("fraqtl_vllm/attention/backend.py", "fraqtl_kernels.pages") in imports_of("fraqtl_vllm")
     assert ("fraqtl_serve/cli/doctor.py", "vllm.platforms") in imports_of("fraqtl_serve")
 
 

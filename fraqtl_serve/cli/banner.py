@@ -14,7 +14,7 @@ import httpx
 
 from fraqtl_serve.http.guard import PREFIX, api_keys
 from fraqtl_serve.reports.capacity import Capacity
-from fraqtl_vllm import progress
+from fraqtl_vllm.start import progress
 
 QUESTION = "What is the capital of France?"
 DEMO_QUESTION = "The code for apple is 4821. The code for tiger is 1357.\nWhat is the code for apple?"

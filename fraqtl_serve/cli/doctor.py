@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-from fraqtl_vllm.distribution import VLLM_NAMES
+from fraqtl_vllm.platform.distribution import VLLM_NAMES
 
 PACKAGES = ("fraqtl-serve", "vllm", "torch", "triton", "transformers", "fastapi", "pydantic", "numba")
 SUPPORTED_VLLM = "0.32"
@@ -110,8 +110,8 @@ def _examine_kernel_cache(report: Report) -> None:
 
 
 def _examine_cpu_platform(report: Report, platform_class: type) -> None:
-    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
-    from fraqtl_vllm.packed_cpu import PackedCpu
+    from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.platform.packed_cpu import PackedCpu
 
     if issubclass(platform_class, CpuWithoutNativeOps):
         report.backend = "FRAQTL, on the CPU, with torch versions of vLLM's native operators, for whatever is served"

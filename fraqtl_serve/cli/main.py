@@ -14,12 +14,12 @@ from importlib.metadata import version
 from fraqtl_kernels.errors import FraqtlError
 from fraqtl_kernels.formats import HEAD_SIZES
 from fraqtl_serve.cli.start_stop import StoppedError, leave
-from fraqtl_vllm import garbage
+from fraqtl_vllm.start import garbage
 
 PROGRAM = "fraqtl-serve"
 
 if "--multiprocessing-fork" in sys.orig_argv:
-    garbage.collect_rarely()  # until the engine is up, see fraqtl_vllm.scheduler
+    garbage.collect_rarely()  # until the engine is up, see fraqtl_vllm.accounting.scheduler
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def _begin(arguments: list[str]) -> None:
     """What has to happen before torch and vLLM are imported, which takes seconds."""
     from fraqtl_serve.cli import quiet_log
     from fraqtl_serve.cli.plugin_names import allow_plugin
-    from fraqtl_vllm import progress
+    from fraqtl_vllm.start import progress
 
     # Python's resource tracker outlives a start that failed, and would have the last word on what vLLM left open.
     given = os.environ.get("PYTHONWARNINGS")

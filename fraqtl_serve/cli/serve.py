@@ -23,9 +23,9 @@ from fraqtl_serve.cli.plugin_names import allow_plugin
 from fraqtl_serve.cli.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.cli.start_stop import StoppedError, stoppable_start
 from fraqtl_serve.http.body_limit import DEFAULT_BYTES
-from fraqtl_vllm import progress
 from fraqtl_vllm.config import KEY, FraqtlConfig, new_names, read_config
 from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.start import progress
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEMO_NAME = "fraqtl-demo"
@@ -179,7 +179,7 @@ def configure(args: argparse.Namespace) -> FraqtlConfig:
     args.additional_config = _additional_config(args)
     _choose_kv_memory(args)
     if args.scheduler_cls is None:
-        args.scheduler_cls = "fraqtl_vllm.scheduler.accounting_scheduler"
+        args.scheduler_cls = "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
     if _backend_name(args) not in (None, BACKEND_NAME):
         raise ConfigError(f"--attention-backend {_backend_name(args)}: fraqtl-serve always uses {BACKEND_NAME}")
     args.attention_backend = BACKEND_NAME

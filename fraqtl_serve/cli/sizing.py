@@ -1,7 +1,7 @@
 """How many tokens and users fit into a given KV memory: the sums behind `fraqtl-serve plan`.
 
 Bytes come from the formats' own descriptors, everything else from the planner that vLLM starts with
-(`fraqtl_vllm.planner`): which layers form groups, what a block takes, how many blocks a sequence needs.
+(`fraqtl_vllm.accounting.planner`): which layers form groups, what a block takes, how many blocks a sequence needs.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def fit(
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
     async_scheduling: whether two steps may be on their way, vLLM's default on GPUs.
     """
-    from fraqtl_vllm import planner
+    from fraqtl_vllm.accounting import planner
 
     config = _config()
     config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)

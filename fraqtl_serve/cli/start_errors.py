@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fraqtl_vllm import reasons
+from fraqtl_vllm.start import reasons
 
 TRACEBACK_SWITCH = "FRAQTL_TRACEBACK"
 HINT = f" ({TRACEBACK_SWITCH}=1 shows where)"

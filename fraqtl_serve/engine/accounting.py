@@ -1,6 +1,6 @@
 """Carries the engine's accounts from the API server's engine client to the HTTP request they belong to.
 
-The engine attaches an account to the last output of a sequence (`fraqtl_vllm.scheduler`). Four
+The engine attaches an account to the last output of a sequence (`fraqtl_vllm.accounting.scheduler`). Four
 methods of the engine client are wrapped, all without touching what they return: `generate`,
 which tells how many sequences a HTTP request asks for; `output_processor.add_request`, which tells the engine's ids
 of them; `engine_core.add_request_async`, which tells if the engine was not given one after all; and
@@ -25,8 +25,8 @@ from fraqtl_serve.engine import hooks
 from fraqtl_serve.engine.beams import current_search
 from fraqtl_serve.engine.held import HeldAnswers
 from fraqtl_serve.reports.report import KVReport, Ledger
+from fraqtl_vllm.accounting.engine import ASK
 from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, brought_up_to_date
-from fraqtl_vllm.engine import ASK
 
 Answers = Callable[..., AsyncGenerator[Any, None]]
 
@@ -215,7 +215,7 @@ def _is_last(output: Any) -> bool:
 
 
 def _is_of_an_abort(output: Any) -> bool:
-    """Whether this is an output that `fraqtl_vllm.scheduler` made, for the account of an aborted sequence."""
+    """Whether our scheduler made this output (`fraqtl_vllm.accounting`), for the account of an aborted sequence."""
     return not output.finished and not output.new_token_ids
 
 

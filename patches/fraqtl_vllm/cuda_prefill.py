@@ -20,7 +20,7 @@ from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.workspace import dequantize
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.passes import Chunk, Pass, plan_passes
+from fraqtl_vllm.attention.passes import Chunk, Pass, plan_passes
 
 WORKSPACE_BYTES = 128 << 20
 

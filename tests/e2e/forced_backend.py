@@ -43,8 +43,8 @@ def start_with(forced: str) -> str:
 
 
 def _force(forced: str) -> None:
-    from fraqtl_vllm.backend import FraqtlBackend
-    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.attention.backend import FraqtlBackend
+    from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
     def stock_backend(*_: Any, **__: Any) -> str:
         return STOCK

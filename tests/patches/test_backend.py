@@ -15,8 +15,9 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_vllm import config, cpu_attention
-from fraqtl_vllm.backend import FraqtlBackend
+from fraqtl_vllm import config
+from fraqtl_vllm.attention import cpu as cpu_attention
+from fraqtl_vllm.attention.backend import FraqtlBackend
 from fraqtl_vllm.calibration import hook
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.

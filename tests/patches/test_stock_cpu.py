@@ -8,8 +8,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import plugin, stock_cpu
-from fraqtl_vllm.native_cpu_platform import NativeCpu
+from fraqtl_vllm import plugin
+from fraqtl_vllm.platform import stock_cpu
+from fraqtl_vllm.platform.native_cpu_platform import NativeCpu
 
 plugin.register()
 

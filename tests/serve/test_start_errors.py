@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_serve.cli.start_errors import explain, noted_reasons, start_is_over
-from fraqtl_vllm import reasons
+from fraqtl_vllm.start import reasons
 
 
 class Picky(BaseModel):

@@ -24,7 +24,7 @@ def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[...,
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
         from fraqtl_vllm.calibration.worker import calibrate_worker
-        from fraqtl_vllm.start_check import check_worker
+        from fraqtl_vllm.start.check import check_worker
 
         check_worker(self.worker)
         calibrate_worker(self.worker)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_vllm import _vllm, compat, planner
+from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm.accounting import planner
 from fraqtl_vllm.accounting.schema import PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.plugin import BACKEND_NAME

@@ -16,8 +16,8 @@ from vllm.platforms import current_platform
 from fraqtl_vllm import compat
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.config import settings_of
-from fraqtl_vllm.cpu_layers import replace_layers
-from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+from fraqtl_vllm.platform.cpu_layers import replace_layers
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
 
 @contextmanager

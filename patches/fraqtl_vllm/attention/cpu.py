@@ -20,9 +20,9 @@ from fraqtl_kernels import cpu
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_forward_context
-from fraqtl_vllm.layer import FraqtlImpl
+from fraqtl_vllm.attention.layer import FraqtlImpl
+from fraqtl_vllm.start import progress
 
 _SHARED: set[str] = set()  # names of layers whose pages other layers read, too
 

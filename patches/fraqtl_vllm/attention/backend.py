@@ -1,6 +1,6 @@
 """The attention backend `FRAQTL`: vLLM's paged pool holds packed pages, and attention reads them.
 
-What is the same on every device stands here; the work is done by a device half, `cpu_attention.py` or
+What is the same on every device stands here; the work is done by a device half, `cpu.py` or
 `cuda_attention.py`, which extends `layer.FraqtlImpl` and builds its own metadata.
 """
 
@@ -22,12 +22,12 @@ from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.plugin import BACKEND_NAME
 
 if TYPE_CHECKING:
-    from fraqtl_vllm.layer import FraqtlImpl
+    from fraqtl_vllm.attention.layer import FraqtlImpl
 
 
 def device_half() -> ModuleType:
     """The module whose `Impl` and `MetadataBuilder` work on this process's platform."""
-    return import_module("fraqtl_vllm.cpu_attention" if current_platform.is_cpu() else "fraqtl_vllm.cuda_attention")
+    return import_module("fraqtl_vllm.attention.cpu" if current_platform.is_cpu() else "fraqtl_vllm.cuda_attention")
 
 
 class FraqtlBackend(AttentionBackend):

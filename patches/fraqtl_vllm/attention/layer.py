@@ -11,9 +11,9 @@ from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_vllm import progress
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.calibration.recorder import Recorder
+from fraqtl_vllm.start import progress
 from fraqtl_vllm.support import check_supported
 
 M = TypeVar("M", bound=AttentionMetadata)

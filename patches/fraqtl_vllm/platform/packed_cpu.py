@@ -15,7 +15,7 @@ from fraqtl_vllm.plugin import BACKEND_CLASS
 from fraqtl_vllm.support import check_supported
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-WORKER = "fraqtl_vllm.cpu_worker.FraqtlCpuWorker"
+WORKER = "fraqtl_vllm.platform.cpu_worker.FraqtlCpuWorker"
 
 
 class PackedCpu(CpuPlatform):

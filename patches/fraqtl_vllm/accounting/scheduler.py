@@ -1,9 +1,9 @@
 """vLLM's scheduler, which also says which KV blocks a request held when it ended.
 
-`--scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler` puts an account under the key
+`--scheduler-cls fraqtl_vllm.accounting.scheduler.accounting_scheduler` puts an account under the key
 "fraqtl" of the `kv_transfer_params` that vLLM carries from the engine to the API server. The
 server's plugin takes it out again, so clients never see it there. Only to an API server that asked for
-accounts is any sent (`fraqtl_vllm.engine`).
+accounts is any sent (`fraqtl_vllm.accounting.engine`).
 
 vLLM sends no output for an aborted request. Ours has one, without tokens, that carries the account;
 it is for the server's plugin alone, which keeps it from vLLM.
@@ -15,7 +15,6 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from fraqtl_vllm import engine, garbage
 from fraqtl_vllm._vllm import (
     AsyncScheduler,
     AttentionSpec,
@@ -29,8 +28,10 @@ from fraqtl_vllm._vllm import (
     Scheduler,
     VllmConfig,
 )
+from fraqtl_vllm.accounting import engine
+from fraqtl_vllm.accounting.allocations import Allocations
 from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, Sizes
-from fraqtl_vllm.allocations import Allocations
+from fraqtl_vllm.start import garbage
 
 
 def block_bytes(kv_cache_config: KVCacheConfig, world_size: int, dtype: Any = None) -> list[int]:
