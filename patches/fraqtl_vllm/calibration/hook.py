@@ -23,8 +23,8 @@ def _get_kv_cache_spec(self: Any) -> Any:
 def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[..., None]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
+        from fraqtl_vllm.attention.check import check_worker
         from fraqtl_vllm.calibration.worker import calibrate_worker
-        from fraqtl_vllm.start.check import check_worker
 
         check_worker(self.worker)
         calibrate_worker(self.worker)

@@ -1,1 +1,1 @@
-"""What a start says, checks and notes, in every process of a server."""
+"""What a start says and notes, in every process of a server."""
