@@ -98,6 +98,87 @@ def test_vllm_stands_in_one_module_of_a_package(package: str) -> None:
     assert wrong == []
 
 
+def imported_modules(package: str, *, lazy: bool) -> dict[str, set[str]]:
+    """Of every module of a package those of it that it imports. lazy: also in functions, and for types only."""
+    by_name = {}
+    for file in files(package):
+        parts = (package, *file.relative_to(SOURCES[package]).with_suffix("").parts)
+        by_name[".".join(parts).removesuffix(".__init__")] = file
+    graph = {}
+    for name, file in by_name.items():
+        named: set[str] = set()
+        for node in _at_import(ast.parse(file.read_text(encoding="utf-8")), lazy=lazy):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # What is imported from a package may be a module of it.
+                both = ((f"{node.module}.{alias.name}", f"{node.module}") for alias in node.names)
+                named |= {whole if whole in by_name else module for whole, module in both}
+        graph[name] = named & by_name.keys() - {name}
+    return graph
+
+
+def _at_import(node: ast.AST, *, lazy: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        waits = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if lazy or not (waits or for_types):
+            yield child
+            yield from _at_import(child, lazy=lazy)
+
+
+def in_a_circle(graph: dict[str, set[str]]) -> set[str]:
+    """Nodes that lead back to themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            todo += (new := graph.get(todo.pop(), set()) - seen)
+            seen |= new
+        return seen
+
+    return {node for node in graph if node in reached(node)}
+
+
+def test_circles_are_found() -> None:
+    assert in_a_circle({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
+    assert in_a_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+    source = "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    import c\n"
+    found = {
+        lazy: [n for n in _at_import(ast.parse(source), lazy=lazy) if isinstance(n, ast.Import)] for lazy in (0, 1)
+    }
+    assert [len(found[False]), len(found[True])] == [1, 3]
+    assert "fraqtl_vllm.attention.layer" in imported_modules("fraqtl_vllm", lazy=False)["fraqtl_vllm.attention.cpu"]
+    assert "fraqtl_serve.cli.chat" in imported_modules("fraqtl_serve", lazy=True)["fraqtl_serve.cli.main"]
+
+
+@pytest.mark.parametrize(
+    ("package", "lazy"),
+    [("fraqtl_kernels", True), ("fraqtl_vllm", True), ("fraqtl_serve", True), ("fraqtl_bench", False)],
+)
+def test_no_modules_need_each_other(package: str, lazy: bool) -> None:
+    assert in_a_circle(imported_modules(package, lazy=lazy)) == set()
+
+
+@pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve"])
+def test_no_folders_need_each_other(package: str) -> None:
+    """Modules beside the folders are left out: they are below all of them, or above."""
+    folders: dict[str, set[str]] = {}
+    for module, imported in imported_modules(package, lazy=True).items():
+        folder = _folder(package, module)
+        folders.setdefault(folder, set()).update({_folder(package, name) for name in imported} - {folder, ""})
+    folders.pop("")
+    assert len(folders) >= 4
+    assert in_a_circle(folders) == set()
+
+
+def _folder(package: str, module: str) -> str:
+    """The folder of a module, "" for one beside the folders."""
+    first = module.split(".")[1] if "." in module else ""
+    return first if (SOURCES[package] / first).is_dir() else ""
+
+
 ORACLE = "fraqtl_kernels.reference"
 
 

@@ -24,7 +24,7 @@ from fraqtl_serve.cli.start_errors import TRACEBACK_SWITCH, explain, noted_reaso
 from fraqtl_serve.cli.start_stop import StoppedError, stoppable_start
 from fraqtl_serve.http.body_limit import DEFAULT_BYTES
 from fraqtl_vllm.config import KEY, FraqtlConfig, new_names, read_config
-from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME
 from fraqtl_vllm.start import progress
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"

@@ -177,7 +177,7 @@ POOL_NOTE = Hook(
 
 WORKER_IS_READY = Hook(
     target="WorkerWrapperBase.initialize_from_config",
-    user="fraqtl_vllm.calibration.hook",
+    user="fraqtl_vllm.workers",
     without="keys are not calibrated, and a worker that got another backend or pool than asked for goes unnoticed",
     until="a backend is told when its worker's pool is there, before graphs are captured",
     symptoms=(
@@ -190,7 +190,7 @@ WORKER_IS_READY = Hook(
 )
 SPECS = Hook(
     target="WorkerWrapperBase.get_kv_cache_spec",
-    user="fraqtl_vllm.calibration.hook",
+    user="fraqtl_vllm.workers",
     without="the backend can't know in which format a layer's pages are: vLLM has no current configuration there",
     until="vLLM asks for specs under its configuration, or hands it to `customize_spec`",
     symptoms=(

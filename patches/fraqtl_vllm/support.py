@@ -10,7 +10,7 @@ from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
-from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME
 
 ALIBI_MODELS = ("bloom", "mpt", "baichuan")
 

@@ -15,10 +15,9 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_vllm import config
+from fraqtl_vllm import config, workers
 from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.backend import FraqtlBackend
-from fraqtl_vllm.calibration import hook
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
 BYTES = {
@@ -83,7 +82,7 @@ def test_formats_of_two_engines_in_a_process_stay_apart(order: tuple[int, int]) 
     names, content = ("k8v8", "k4v4"), (132, 68)
     layers = [make_layer(additional_config={"fraqtl": {"kv_format": name}}) for name in names]
     assert [layer.kv_format for layer in layers] == [FORMATS[name] for name in names]
-    hook.install()
+    workers.install()
     for engine in order:
         wrapper = WorkerWrapperBase()
         wrapper.vllm_config = make_config({"fraqtl": {"kv_format": names[engine]}})

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import plugin
+from fraqtl_vllm import names, plugin
 from fraqtl_vllm.platform import cpu_platform
 from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, replace_slot_mapping
 from fraqtl_vllm.platform.native_ops import draw_tokens
@@ -170,7 +170,7 @@ def test_platform_that_fits(monkeypatch: pytest.MonkeyPatch, found: list[Any], o
 
 
 def test_our_platforms_stand_in_place_of_vllms_that_exist() -> None:
-    for theirs, ours in plugin.IN_PLACE_OF.items():
+    for theirs, ours in names.IN_PLACE_OF.items():
         assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
 
 

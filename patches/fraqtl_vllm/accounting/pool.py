@@ -17,7 +17,7 @@ from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm.accounting import planner
 from fraqtl_vllm.accounting.schema import PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
-from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME
 
 METHOD = compat.POOL_METHOD.attribute
 NOTE = compat.POOL_NOTE.attribute

@@ -19,7 +19,7 @@ from fraqtl_kernels.formats import DEFAULT_FORMAT, HEAD_SIZES, KVFormat, get_for
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, get_current_vllm_config_or_none
 from fraqtl_vllm.config import settings_of
-from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME
 
 if TYPE_CHECKING:
     from fraqtl_vllm.attention.layer import FraqtlImpl

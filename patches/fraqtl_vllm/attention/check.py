@@ -13,8 +13,8 @@ import torch
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.attention.backend import FraqtlBackend
+from fraqtl_vllm.names import BACKEND_NAME
 from fraqtl_vllm.platform.stock_cpu import advice
-from fraqtl_vllm.plugin import BACKEND_NAME
 from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen
 
 logger = _vllm.init_logger("vllm.fraqtl.start")

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.names import BACKEND_NAME
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
-from fraqtl_vllm.plugin import BACKEND_NAME
 
 
 def compute_slot_mapping(

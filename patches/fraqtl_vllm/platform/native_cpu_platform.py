@@ -10,8 +10,8 @@ from typing import Any
 
 from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import ZenCpuPlatform
+from fraqtl_vllm.names import BACKEND_NAME
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
-from fraqtl_vllm.plugin import BACKEND_NAME
 from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen
 
 

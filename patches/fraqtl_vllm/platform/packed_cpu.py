@@ -11,7 +11,7 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import CpuPlatform
-from fraqtl_vllm.plugin import BACKEND_CLASS
+from fraqtl_vllm.names import BACKEND_CLASS
 from fraqtl_vllm.support import check_supported
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"

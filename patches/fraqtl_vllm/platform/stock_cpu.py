@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm, compat
-from fraqtl_vllm.plugin import BACKEND_NAME, IN_PLACE_OF
+from fraqtl_vllm.names import BACKEND_NAME, IN_PLACE_OF
 
 
 def install() -> None:
