@@ -27,7 +27,7 @@ BELOW = {
 EXTENSION_POINTS = {
     "fraqtl_vllm/attention/backend.py": {"vllm.v1.attention.backend", "vllm.platforms"},
     "fraqtl_vllm/attention/cpu.py": {"vllm.v1.attention.backend"},
-    "fraqtl_vllm/cuda_attention.py": {"vllm.v1.attention.backend", "vllm.platforms"},
+    "fraqtl_vllm/attention/cuda.py": {"vllm.v1.attention.backend", "vllm.platforms"},
     "fraqtl_vllm/platform/cpu_worker.py": {"vllm.platforms"},
     "fraqtl_vllm/attention/layer.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
@@ -146,7 +146,8 @@ def test_circles_are_found() -> None:
     assert in_a_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
     source = "import a\nif TYPE_CHECKING:\n    import b\ndef f():\n    import c\n"
     found = {
-        lazy: [n for n in _at_import(ast.parse(source), lazy=lazy) if isinstance(n, ast.Import)] for lazy in (0, 1)
+        lazy: [n for n in _at_import(ast.parse(source), lazy=lazy) if isinstance(n, ast.Import)]
+        for lazy in (False, True)
     }
     assert [len(found[False]), len(found[True])] == [1, 3]
     assert "fraqtl_vllm.attention.layer" in imported_modules("fraqtl_vllm", lazy=False)["fraqtl_vllm.attention.cpu"]
