@@ -26,7 +26,9 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
-from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
+from fraqtl_vllm import _vllm
+from fraqtl_vllm.attention import cuda as cuda_attention
+from fraqtl_vllm.attention import cuda_prefill
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
 from tests.kernels.transforms import only_center

@@ -1,7 +1,7 @@
 """The attention backend `FRAQTL`: vLLM's paged pool holds packed pages, and attention reads them.
 
 What is the same on every device stands here; the work is done by a device half, `cpu.py` or
-`cuda_attention.py`, which extends `layer.FraqtlImpl` and builds its own metadata.
+`cuda.py`, which extends `layer.FraqtlImpl` and builds its own metadata.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def device_half() -> ModuleType:
     """The module whose `Impl` and `MetadataBuilder` work on this process's platform."""
-    return import_module("fraqtl_vllm.attention.cpu" if current_platform.is_cpu() else "fraqtl_vllm.cuda_attention")
+    return import_module("fraqtl_vllm.attention.cpu" if current_platform.is_cpu() else "fraqtl_vllm.attention.cuda")
 
 
 class FraqtlBackend(AttentionBackend):

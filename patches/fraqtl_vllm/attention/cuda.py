@@ -34,8 +34,8 @@ from fraqtl_kernels.gpu.prefill import prefill
 from fraqtl_kernels.gpu.splits import DecodePlan
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
-from fraqtl_vllm import cuda_prefill
 from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config
+from fraqtl_vllm.attention import cuda_prefill
 from fraqtl_vllm.attention.layer import FraqtlImpl
 from fraqtl_vllm.attention.passes import list_chunks
 
