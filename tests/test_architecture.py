@@ -255,3 +255,33 @@ def test_no_class_is_changed_at_run_time(package: str) -> None:
     """Two engines of a process would share what one of them was told."""
     found = {f.name: changed_classes(f.read_text(encoding="utf-8")) for f in files(package)}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+COMPILED = ("triton.jit", "njit", "intrinsic", "cfunc")
+"""How decorators begin that Triton's and Numba's compilers take over. mypy is told to let such modules be."""
+
+
+def untyped(source: str) -> list[str]:
+    """Functions without the type of an argument or of what they return, but for compiled ones."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if any(ast.unparse(decorator).startswith(COMPILED) for decorator in node.decorator_list):
+            continue
+        rest = [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, *rest]
+        missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        if missing or node.returns is None:
+            found.append(node.name)
+    return found
+
+
+def test_a_function_without_types_is_seen() -> None:
+    assert untyped("def f(x): ...\ndef g() -> int: ...\ndef h(*a) -> int: ...\n@njit\ndef k(x): ...") == ["f", "h"]
+
+
+def test_launchers_have_types() -> None:
+    """Also in the modules that hold compiled functions beside them."""
+    found = {f.name: untyped(f.read_text(encoding="utf-8")) for f in files("fraqtl_kernels")}
+    assert {name: functions for name, functions in found.items() if functions} == {}
