@@ -1,4 +1,4 @@
-"""Where vLLM's workers come to be checked and to calibrate, once their KV cache is there."""
+"""What vLLM's workers do for us: say in which format pages are, be checked, calibrate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fraqtl_vllm import _vllm, compat
 
 
 def install() -> None:
-    """Let every worker be checked and calibrate once its KV cache is there. Called in its process before it is made."""
+    """Called in a worker's process, before it is made. It is checked and calibrates once its KV cache is there."""
     compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
     compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_checked_and_calibrated)
 

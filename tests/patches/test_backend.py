@@ -44,6 +44,12 @@ def test_bytes_of_a_spec(name: str, head_size: int, content: int) -> None:
     assert stock.state_content_bytes is None
 
 
+def test_an_estimate_without_a_configuration() -> None:
+    """vLLM compares pages of several dtypes so, whatever is served."""
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    assert FraqtlBackend.customize_spec(stock).state_content_bytes == 68
+
+
 def test_sliding_window_stays_in_the_spec() -> None:
     stock = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=128)
     with set_current_vllm_config(make_config()):
