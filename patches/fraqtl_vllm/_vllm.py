@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from vllm import __version__ as VLLM_VERSION
 
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_vllm import compat
 
 if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
+    from vllm.config.vllm import get_current_vllm_config_or_none
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
@@ -93,6 +95,7 @@ _HOME = {
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
     "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
     "get_current_vllm_config": "vllm.config",
+    "get_current_vllm_config_or_none": "vllm.config.vllm",
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_forward_context": "vllm.forward_context",
     "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
@@ -143,6 +146,7 @@ __all__ = [
     "generate_scheduler_kv_cache_config",
     "get_allowed_cpu_list",
     "get_current_vllm_config",
+    "get_current_vllm_config_or_none",
     "get_flash_attn_version",
     "get_forward_context",
     "get_kv_cache_capacity",
@@ -180,14 +184,11 @@ def scan_of_vllm_only() -> Iterator[None]:
     It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
     has been imported, or a client's mocks.
     """
-    dispatcher: Any = import_module("vllm.triton_utils.dispatcher")
-    everything = dispatcher.sys
     of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    dispatcher.sys = SimpleNamespace(modules=of_vllm)
-    try:
+    with compat.KERNEL_SCAN.put_for_now(
+        import_module("vllm.triton_utils.dispatcher"), SimpleNamespace(modules=of_vllm)
+    ):
         yield
-    finally:
-        dispatcher.sys = everything
 
 
 def __getattr__(name: str) -> Any:

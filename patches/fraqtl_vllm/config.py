@@ -1,11 +1,15 @@
 """This project's own settings, which travel inside vLLM's configuration.
 
 --additional-config '{"fraqtl": {"kv_format": "k4v4"}}'
+
+A process parses them once: whoever has them hands them on, whoever has only vLLM's configuration calls `settings_of`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -73,9 +77,18 @@ def read_config(additional_config: Any) -> FraqtlConfig:
     section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(section, dict):
         raise ConfigError(f'--additional-config: "{KEY}" must be an object, not {section!r}')
-    section = new_names(section)
+    return _parse(json.dumps(section, default=repr))
+
+
+def settings_of(vllm_config: Any) -> FraqtlConfig:
+    """Our part of vLLM's configuration. Raises ConfigError in one sentence."""
+    return read_config(vllm_config.additional_config)
+
+
+@cache
+def _parse(section: str) -> FraqtlConfig:
     try:
-        return FraqtlConfig(**section)
+        return FraqtlConfig(**new_names(json.loads(section)))
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
 

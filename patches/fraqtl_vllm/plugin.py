@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-BACKEND_NAME = "FRAQTL"
-BACKEND_CLASS = "fraqtl_vllm.backend.FraqtlBackend"
-
-WITHOUT_NATIVE_OPS = "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"
-IN_PLACE_OF = {
-    "vllm.platforms.cpu.CpuPlatform": "fraqtl_vllm.native_cpu_platform.NativeCpu",
-    "vllm.platforms.zen_cpu.ZenCpuPlatform": "fraqtl_vllm.native_cpu_platform.NativeZenCpu",
-}
-"""Our platforms, by those of vLLM that would log at most that they can't use our backend, and serve another cache."""
+from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME, IN_PLACE_OF, WITHOUT_NATIVE_OPS
 
 
 def register() -> None:
     """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate, and tell of their KV pool."""
     _register_backend_name()
-    from fraqtl_vllm.calibration.hook import install as install_calibration
-    from fraqtl_vllm.orphans import end_with_parent
-    from fraqtl_vllm.pool import install as install_pool
-    from fraqtl_vllm.reasons import install as install_reasons
-    from fraqtl_vllm.stock_cpu import install as install_refusal
+    from fraqtl_vllm.accounting.pool import install as install_pool
+    from fraqtl_vllm.platform.stock_cpu import install as install_refusal
+    from fraqtl_vllm.start.orphans import end_with_parent
+    from fraqtl_vllm.start.reasons import install as install_reasons
+    from fraqtl_vllm.workers import install as install_calibration
 
     install_reasons()
     install_calibration()
@@ -44,11 +36,11 @@ def platform() -> str | None:
     The engine's process unpickles its configuration, which names our backend, before general
     plugins are loaded, but after the platform is looked up: so the name is registered here too.
     """
-    from fraqtl_vllm.distribution import install_name
+    from fraqtl_vllm.platform.distribution import install_name
 
     install_name()
     _register_backend_name()
-    from fraqtl_vllm.reasons import install as install_reasons
+    from fraqtl_vllm.start.reasons import install as install_reasons
 
     install_reasons()
     from vllm.platforms import builtin_platform_plugins

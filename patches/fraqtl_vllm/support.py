@@ -9,8 +9,8 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.config import KEY, read_config
-from fraqtl_vllm.plugin import BACKEND_NAME
+from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
+from fraqtl_vllm.names import BACKEND_NAME
 
 ALIBI_MODELS = ("bloom", "mpt", "baichuan")
 
@@ -39,14 +39,15 @@ def check_backend_is_chosen(config: _vllm.VllmConfig) -> None:
         )
 
 
-def check_supported(config: _vllm.VllmConfig) -> None:
-    """Raises UnsupportedError, in one sentence, for a configuration that would not work or is untested."""
-    read_config(config.additional_config)
-    for reason in _reasons(config):
+def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
+    """Our settings. Raises UnsupportedError in one sentence for what would not work or is untested."""
+    ours = settings_of(config)
+    for reason in _reasons(config, ours):
         raise UnsupportedError(f"the packed KV cache does not support {reason}")
+    return ours
 
 
-def _reasons(config: _vllm.VllmConfig) -> Iterator[str]:
+def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     if cache.cache_dtype != "auto":
         yield (
@@ -61,7 +62,6 @@ def _reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield "context parallelism: use --tensor-parallel-size"
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
-    ours = read_config(config.additional_config)
     if ours.format.needs_calibration and (obstacle := calibration_obstacle(config)):
         yield f"KV format {ours.kv_format} with {obstacle}: its static scales can't be calibrated"
     if model is not None:

@@ -276,8 +276,8 @@ import torch
 torch.set_num_threads(1)
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.bfloat16 = torch.float16  # whose bytes the interpreter doesn't multiply as what they are
-import fraqtl_vllm.packed_cpu
-fraqtl_vllm.packed_cpu.check_supported = lambda config: None  # it refuses rivals' formats
+import fraqtl_vllm.platform.packed_cpu
+fraqtl_vllm.platform.packed_cpu.check_supported = lambda config: None  # it refuses rivals' formats
 from fraqtl_bench.kernels._vllm import prepare_backend
 from fraqtl_bench.kernels.arms import errors_of
 from fraqtl_bench.kernels.shapes import Inputs, Shape

@@ -15,12 +15,12 @@ from threading import Thread
 
 import pytest
 
-from fraqtl_serve.serve import build_parser
+from fraqtl_serve.cli.serve import build_parser
 from tests.docker.dockerfiles import CPU, GPU, ROOT, Dockerfile, exec_form, problems
 
 BOTH = pytest.mark.parametrize("path", [GPU, CPU], ids=["gpu", "cpu"])
 DOCKER_STOP_SECONDS = 10  # then `docker stop` kills
-CLOSING_SECONDS = 3  # fraqtl_serve.shutdown.CONNECTION_SECONDS at most, once requests have ended
+CLOSING_SECONDS = 3  # fraqtl_serve.http.shutdown.CONNECTION_SECONDS at most, once requests have ended
 
 
 @BOTH

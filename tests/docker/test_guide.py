@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from fraqtl_serve.serve import build_parser
+from fraqtl_serve.cli.serve import build_parser
 from tests.docker.dockerfiles import CPU, ROOT, Dockerfile
 
 GUIDES = ROOT / "docs/guides"

@@ -43,8 +43,8 @@ def start_with(forced: str) -> str:
 
 
 def _force(forced: str) -> None:
-    from fraqtl_vllm.backend import FraqtlBackend
-    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.attention.backend import FraqtlBackend
+    from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
     def stock_backend(*_: Any, **__: Any) -> str:
         return STOCK
@@ -53,7 +53,7 @@ def _force(forced: str) -> None:
         return spec
 
     if forced == "backend":
-        CpuWithoutNativeOps.get_attn_backend_cls = stock_backend
+        CpuWithoutNativeOps.get_attn_backend_cls = stock_backend  # type: ignore[method-assign]
     elif forced == "pool":
         FraqtlBackend.customize_spec = unpacked  # type: ignore[method-assign]
     else:

@@ -72,7 +72,7 @@ def dump(body: Any) -> bytes:
 
 def anything(rng: random.Random, depth: int = 0) -> Any:
     """A value of any type JSON has, and a few that it has not."""
-    simple = [
+    simple: list[Any] = [
         None, True, False, 0, -1, 1, 1.5, -0.0, 1e308, 10**30, -(2**63), 2**64, float("nan"), float("inf"),
         "", "a", "\x00", "\ud800", "é" * 300, "null", "x" * rng.randint(1, 20_000), [], {}, [[]], [None], {"": None},
     ]  # fmt: skip
@@ -153,31 +153,29 @@ def wrong_message(rng: random.Random) -> Attempt:
 
 def wrong_structure(rng: random.Random) -> Attempt:
     """Schemas, expressions and grammars that can't be compiled."""
-    wish = rng.choice(
-        [
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": anything(rng)}}},
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "schema": {"type": anything(rng)}},
-                }
-            },
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}},
-            {"response_format": {"type": anything(rng)}},
-            {"structured_outputs": {"regex": rng.choice(["(", "[z-a]", "a{9999999}", "\\", "(?<=a)b", "", "*"])}},
-            {"structured_outputs": {"grammar": rng.choice(["", "root ::=", "root ::= nothing", "::=", "\x00"])}},
-            {"structured_outputs": {"choice": anything(rng)}},
-            {"structured_outputs": {"json": anything(rng)}},
-            {"structured_outputs": {"structural_tag": anything(rng)}},
-            {"structured_outputs": {"json": {"type": "object"}, "regex": "a"}},
-            {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": anything(rng)}}],
-                "tool_choice": "required",
-            },
-            {"tools": anything(rng), "tool_choice": {"type": "function", "function": {"name": "g"}}},
-        ]
-    )
-    return Attempt("wrong structure", [request(dump({**valid(rng), **wish}))])
+    wishes: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": anything(rng)}}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"type": anything(rng)}},
+            }
+        },
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}},
+        {"response_format": {"type": anything(rng)}},
+        {"structured_outputs": {"regex": rng.choice(["(", "[z-a]", "a{9999999}", "\\", "(?<=a)b", "", "*"])}},
+        {"structured_outputs": {"grammar": rng.choice(["", "root ::=", "root ::= nothing", "::=", "\x00"])}},
+        {"structured_outputs": {"choice": anything(rng)}},
+        {"structured_outputs": {"json": anything(rng)}},
+        {"structured_outputs": {"structural_tag": anything(rng)}},
+        {"structured_outputs": {"json": {"type": "object"}, "regex": "a"}},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": anything(rng)}}],
+            "tool_choice": "required",
+        },
+        {"tools": anything(rng), "tool_choice": {"type": "function", "function": {"name": "g"}}},
+    ]
+    return Attempt("wrong structure", [request(dump({**valid(rng), **rng.choice(wishes)}))])
 
 
 def broken_json(rng: random.Random) -> Attempt:

@@ -14,7 +14,7 @@ from tests.e2e.engine import DEMO_MODEL, run
 from tests.e2e.reports import ANSWER, messages
 from tests.e2e.server import running
 
-SCHEDULER = "fraqtl_vllm.scheduler.accounting_scheduler"
+SCHEDULER = "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
 STOCK = [str(DEMO_MODEL), "--attention-backend", "FRAQTL", "--scheduler-cls", SCHEDULER, "--enforce-eager"]
 STOCK += ["--kv-cache-memory-bytes", "64M", "--served-model-name", "demo"]
 

@@ -13,7 +13,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from openai import OpenAI
 
-from fraqtl_serve.serve import DEMO_MODEL
+from fraqtl_serve.cli.serve import DEMO_MODEL
 from tests.e2e.reports import (
     ANSWER,
     BLOCK_SIZE,

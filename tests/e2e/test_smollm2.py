@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from fraqtl_serve import smollm2
+from fraqtl_serve.cli import smollm2
 from tests.e2e.server import Server, running
 
 pytestmark = pytest.mark.skipif(

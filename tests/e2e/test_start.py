@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from fraqtl_serve.banner import DEMO_QUESTION
+from fraqtl_serve.cli.banner import DEMO_QUESTION
 from tests.e2e.server import Server, group_members, remove_log, running, start, stop, wait_until_ready
 
 QUESTION = {

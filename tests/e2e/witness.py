@@ -163,10 +163,10 @@ class Witness:
 
 def witnessed_scheduler(**options: Any) -> Any:
     """Our accounting scheduler with a witness beside it."""
-    from fraqtl_vllm.scheduler import accounting_scheduler
+    from fraqtl_vllm.accounting.scheduler import accounting_scheduler
 
-    scheduler = accounting_scheduler(**options)
-    scheduler.fraqtl_witness = Witness(scheduler, Path(os.environ[FILE]))  # type: ignore[union-attr]
+    scheduler: Any = accounting_scheduler(**options)
+    scheduler.fraqtl_witness = Witness(scheduler, Path(os.environ[FILE]))
     return scheduler
 
 

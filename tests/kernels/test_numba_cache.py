@@ -74,7 +74,7 @@ def test_doctor_calls_it_a_problem(sealed: Path, tmp_path: Path) -> None:
     """In this checkout, with the kernels of the sealed copy in front."""
     others = [path for path in sys.path if path and not path.endswith("/kernels")]
     site = os.pathsep.join([str(sealed), *others])
-    code = "from fraqtl_serve.cli import main; main(['doctor'])"
+    code = "from fraqtl_serve.cli.main import main; main(['doctor'])"
     done = ask(sealed, code, PYTHONPATH=site, TMPDIR=str(tmp_path))
     assert done.returncode == 1
     assert "problem: no folder for Numba's compiled kernels can be written, so they are kept in" in done.stderr

@@ -9,12 +9,15 @@ from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+from vllm.v1.serial_utils import run_method
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_vllm import cpu_attention
-from fraqtl_vllm.backend import FraqtlBackend
+from fraqtl_vllm import config, workers
+from fraqtl_vllm.attention import cpu as cpu_attention
+from fraqtl_vllm.attention.backend import FraqtlBackend
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
 BYTES = {
@@ -27,29 +30,30 @@ BYTES = {
 SIZES = (64, 80, 96, 128, 256)
 
 
-@pytest.fixture(autouse=True)
-def own_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format is kept on the class; give it back to the other tests."""
-    monkeypatch.setattr(FraqtlBackend, "kv_format", FraqtlBackend.kv_format)
-
-
 @pytest.mark.parametrize(
     ("name", "head_size", "content"),
     [(name, size, n) for name, row in BYTES.items() for size, n in zip(SIZES, row, strict=True)],
 )
 def test_bytes_of_a_spec(name: str, head_size: int, content: int) -> None:
-    FraqtlBackend.kv_format = FORMATS[name]
     stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=head_size, dtype=torch.bfloat16)
-    spec = FraqtlBackend.customize_spec(stock)
+    with set_current_vllm_config(make_config({"fraqtl": {"kv_format": name}})):
+        spec = FraqtlBackend.customize_spec(stock)
     assert spec.page_size_bytes == 32 * 3 * content
     assert (spec.dtype, spec.state_content_bytes) == (torch.uint8, content)
     assert (spec.block_size, spec.num_kv_heads, spec.head_size) == (32, 3, head_size)
     assert stock.state_content_bytes is None
 
 
+def test_an_estimate_without_a_configuration() -> None:
+    """vLLM compares pages of several dtypes so, whatever is served."""
+    stock = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    assert FraqtlBackend.customize_spec(stock).state_content_bytes == 68
+
+
 def test_sliding_window_stays_in_the_spec() -> None:
     stock = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=128)
-    spec = FraqtlBackend.customize_spec(stock)
+    with set_current_vllm_config(make_config()):
+        spec = FraqtlBackend.customize_spec(stock)
     assert isinstance(spec, SlidingWindowSpec)
     assert (spec.sliding_window, spec.page_size_bytes) == (128, 2176)
 
@@ -68,17 +72,40 @@ def test_what_vllm_asks_the_backend() -> None:
     assert FraqtlBackend.supported_dtypes == [torch.float16, torch.bfloat16, torch.float32]
 
 
+def make_config(additional_config: Any = None) -> VllmConfig:
+    return VllmConfig(additional_config=additional_config or {}, device_config=DeviceConfig(device="cpu"))
+
+
 def make_layer(additional_config: Any = None, **options: Any) -> cpu_attention.Impl:
-    config = VllmConfig(additional_config=additional_config or {}, device_config=DeviceConfig(device="cpu"))
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(make_config(additional_config)):
         return cpu_attention.Impl(**{"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2, **options})
 
 
-def test_format_of_a_layer_is_that_of_the_specs() -> None:
-    layer = make_layer(additional_config={"fraqtl": {"kv_format": "k8v8"}})
-    assert layer.kv_format is FORMATS["k8v8"]
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_formats_of_two_engines_in_a_process_stay_apart(order: tuple[int, int]) -> None:
+    """Whoever's layers were built last: a worker is asked for specs under its own configuration."""
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
-    assert FraqtlBackend.customize_spec(spec).state_content_bytes == 132
+    names, content = ("k8v8", "k4v4"), (132, 68)
+    layers = [make_layer(additional_config={"fraqtl": {"kv_format": name}}) for name in names]
+    assert [layer.kv_format for layer in layers] == [FORMATS[name] for name in names]
+    workers.install()
+    for engine in order:
+        wrapper = WorkerWrapperBase()
+        wrapper.vllm_config = make_config({"fraqtl": {"kv_format": names[engine]}})
+        worker: Any = SimpleNamespace(get_kv_cache_spec=lambda: {"layer": FraqtlBackend.customize_spec(spec)})
+        wrapper.worker = worker
+        specs: Any = run_method(wrapper, "get_kv_cache_spec", (), {})  # as executors call it
+        assert specs["layer"].state_content_bytes == content[engine]
+
+
+def test_a_process_parses_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    parse = config.FraqtlConfig
+    monkeypatch.setattr(config, "FraqtlConfig", lambda **section: made.append(section) or parse(**section))
+    config._parse.cache_clear()
+    for _ in range(3):
+        make_layer(additional_config={"fraqtl": {"kv_format": "k8v4", "calibration": False}})
+    assert made == [{"kv_format": "k8v4", "calibration": False}]
 
 
 def test_layer_without_options() -> None:

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from fraqtl_vllm import cpu_layers
-from fraqtl_vllm.cpu_layers import _linear, has_matrix_unit, replace_layers
+from fraqtl_vllm.platform import cpu_layers
+from fraqtl_vllm.platform.cpu_layers import _linear, has_matrix_unit, replace_layers
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -16,9 +16,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import cpu_platform, plugin
-from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping
-from fraqtl_vllm.native_ops import draw_tokens
+from fraqtl_vllm import names, plugin
+from fraqtl_vllm.platform import cpu_platform
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, replace_slot_mapping
+from fraqtl_vllm.platform.native_ops import draw_tokens
 
 ours_only = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"
@@ -136,7 +137,7 @@ def test_native_ops_are_there() -> None:
 # ---- the platform
 
 
-STAND_IN = "fraqtl_vllm.cpu_platform.CpuWithoutNativeOps"
+STAND_IN = "fraqtl_vllm.platform.cpu_platform.CpuWithoutNativeOps"
 CUDA, CPU, ZEN = (
     f"vllm.platforms.{name}" for name in ("cuda.CudaPlatform", "cpu.CpuPlatform", "zen_cpu.ZenCpuPlatform")
 )
@@ -152,24 +153,24 @@ def missing() -> None:
         ([None, None], STAND_IN),
         ([CUDA, None], None),
         ([None, "vllm.platforms.rocm.RocmPlatform"], None),
-        ([None, CPU], "fraqtl_vllm.native_cpu_platform.NativeCpu"),
-        ([None, ZEN], "fraqtl_vllm.native_cpu_platform.NativeZenCpu"),
+        ([None, CPU], "fraqtl_vllm.platform.native_cpu_platform.NativeCpu"),
+        ([None, ZEN], "fraqtl_vllm.platform.native_cpu_platform.NativeZenCpu"),
         ([CUDA, CPU], None),  # vLLM refuses to choose
         ([missing, None], STAND_IN),  # a finder that fails found nothing, for vLLM, too
-        ([missing, CPU], "fraqtl_vllm.native_cpu_platform.NativeCpu"),
+        ([missing, CPU], "fraqtl_vllm.platform.native_cpu_platform.NativeCpu"),
     ],
 )
 def test_platform_that_fits(monkeypatch: pytest.MonkeyPatch, found: list[Any], ours: str | None) -> None:
     finders = {str(i): f if callable(f) else (lambda f=f: f) for i, f in enumerate(found)}
     monkeypatch.setattr(vllm.platforms, "builtin_platform_plugins", finders)
     assert plugin.platform() == ours
-    assert AttentionBackendEnum["FRAQTL"].get_path() == "fraqtl_vllm.backend.FraqtlBackend"
+    assert AttentionBackendEnum["FRAQTL"].get_path() == "fraqtl_vllm.attention.backend.FraqtlBackend"
     if ours is not None:
         resolve_obj_by_qualname(ours)
 
 
 def test_our_platforms_stand_in_place_of_vllms_that_exist() -> None:
-    for theirs, ours in plugin.IN_PLACE_OF.items():
+    for theirs, ours in names.IN_PLACE_OF.items():
         assert issubclass(resolve_obj_by_qualname(ours), resolve_obj_by_qualname(theirs))
 
 
@@ -187,7 +188,7 @@ def choose(backend: str | None, *, has_sink: bool = False) -> str:
 
 @pytest.mark.parametrize("backend", [None, "FRAQTL"])
 def test_attention_is_always_ours(backend: str | None) -> None:
-    assert choose(backend) == "fraqtl_vllm.backend.FraqtlBackend"
+    assert choose(backend) == "fraqtl_vllm.attention.backend.FraqtlBackend"
 
 
 def test_attention_that_needs_a_gpu_is_refused() -> None:
@@ -243,7 +244,7 @@ def test_a_kernel_is_replaced_beside_modules_that_vllm_stumbles_over(monkeypatch
 
     name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
     monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)  # put back afterwards
-    monkeypatch.setattr(CpuWithoutNativeOps, "_has_slot_mapping", False)
+    replace_slot_mapping.cache_clear()
     with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
         dispatcher.register_kernels({name: compute_slot_mapping})
     CpuWithoutNativeOps.register_triton_kernel_overrides()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fraqtl_vllm._vllm import CPUWorker
-from fraqtl_vllm.cpu_worker import FraqtlCpuWorker, generators_put_aside
+from fraqtl_vllm.platform.cpu_worker import FraqtlCpuWorker, generators_put_aside
 
 
 def runner_with(generators: dict[int, Any], unfinished: list[bool]) -> Any:

@@ -26,8 +26,9 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
-from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
-from fraqtl_vllm.backend import FraqtlBackend
+from fraqtl_vllm import _vllm
+from fraqtl_vllm.attention import cuda as cuda_attention
+from fraqtl_vllm.attention import cuda_prefill
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
 from tests.kernels.transforms import only_center
@@ -65,11 +66,6 @@ def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any
         return output, lse
 
     return flash
-
-
-@pytest.fixture(autouse=True)
-def own_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FraqtlBackend, "kv_format", FraqtlBackend.kv_format)
 
 
 def make_config(

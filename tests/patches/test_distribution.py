@@ -14,7 +14,7 @@ ASK = """
 import sys
 from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 sys.path = [p for p in sys.path if "site-packages" not in p]
-from fraqtl_vllm.distribution import install_name
+from fraqtl_vllm.platform.distribution import install_name
 install_name()
 install_name()
 try:
@@ -58,4 +58,4 @@ def test_no_vllm(tmp_path: Path) -> None:
 
 def test_nothing_was_added_here() -> None:
     assert not version("vllm").endswith("+cpu+cpu")
-    assert not any(type(finder).__module__ == "fraqtl_vllm.distribution" for finder in sys.meta_path)
+    assert not any(type(finder).__module__ == "fraqtl_vllm.platform.distribution" for finder in sys.meta_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-from fraqtl_vllm.engine import ASK, install
+from fraqtl_vllm.accounting.engine import ASK, install
 
 
 class Scheduler:

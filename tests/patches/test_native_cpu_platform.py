@@ -13,11 +13,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import plugin
-from fraqtl_vllm.native_cpu_platform import NativeCpu, NativeZenCpu
-from fraqtl_vllm.packed_cpu import STOCK_WORKER, WORKER, PackedCpu
+from fraqtl_vllm.platform.native_cpu_platform import NativeCpu, NativeZenCpu
+from fraqtl_vllm.platform.packed_cpu import STOCK_WORKER, WORKER, PackedCpu
 
 on_cpu_only = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM runs on another platform here")
-OURS = "fraqtl_vllm.backend.FraqtlBackend"
+OURS = "fraqtl_vllm.attention.backend.FraqtlBackend"
 STOCK = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 
 

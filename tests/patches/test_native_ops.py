@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import native_ops
-from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
+from fraqtl_vllm.platform import native_ops
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
 ours_only = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"

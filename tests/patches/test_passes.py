@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fraqtl_vllm.passes import Chunk, Pass, list_chunks, plan_passes
+from fraqtl_vllm.attention.passes import Chunk, Pass, list_chunks, plan_passes
 
 
 def check(chunks: tuple[Chunk, ...], capacity: int, window: int | None) -> list[Pass]:

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, Sliding
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_vllm import planner, pool
+from fraqtl_vllm.accounting import planner, pool
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
 MEMORY = 300 << 20

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fraqtl_vllm import pool
+from fraqtl_vllm.accounting import pool
 from tests.patches.test_scheduler import FULL
 from tests.patches.test_scheduler import pool as make_config
 

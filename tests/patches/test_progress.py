@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fraqtl_vllm import garbage, progress
+from fraqtl_vllm.start import garbage, progress
 
 
 class Terminal:

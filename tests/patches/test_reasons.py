@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ValidationError, field_validator
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import reasons
+from fraqtl_vllm.start import reasons
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from fraqtl_vllm.scheduler import _Accounting, block_bytes
+from fraqtl_vllm.accounting.scheduler import _Accounting, block_bytes
 
 PACKED: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8, "state_content_bytes": 68}
 FULL = FullAttentionSpec(block_size=16, **PACKED)

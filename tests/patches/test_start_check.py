@@ -12,8 +12,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import get_format
 from fraqtl_vllm import plugin
-from fraqtl_vllm.backend import FraqtlBackend
-from fraqtl_vllm.start_check import check_worker
+from fraqtl_vllm.attention.backend import FraqtlBackend
+from fraqtl_vllm.attention.check import check_worker
 
 plugin.register()
 

@@ -8,8 +8,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import plugin, stock_cpu
-from fraqtl_vllm.native_cpu_platform import NativeCpu
+from fraqtl_vllm import plugin
+from fraqtl_vllm.platform import stock_cpu
+from fraqtl_vllm.platform.native_cpu_platform import NativeCpu
 
 plugin.register()
 
@@ -26,7 +27,6 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> type[CpuPlatform]:
     """vLLM's class in the place of the process's platform, with its work on a configuration noted only."""
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(lambda given: given.seen.append("vLLM")))
     monkeypatch.setattr(stock_cpu, "current_platform", CpuPlatform())
-    monkeypatch.setattr(stock_cpu, "_installed", False)
     return CpuPlatform
 
 
@@ -51,7 +51,6 @@ def test_the_stock_platform_serves_its_own_as_ever(stock: Any, backend: str | No
 
 def test_our_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stock_cpu, "current_platform", NativeCpu())
-    monkeypatch.setattr(stock_cpu, "_installed", False)
     before = NativeCpu.__dict__["check_and_update_config"]
     stock_cpu.install()
-    assert NativeCpu.__dict__["check_and_update_config"] is before and not stock_cpu._installed
+    assert NativeCpu.__dict__["check_and_update_config"] is before

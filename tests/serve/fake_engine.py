@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from fraqtl_vllm.scheduler import ACCOUNT_KEY
+from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account
 
 
 def account(
@@ -20,7 +20,7 @@ def account(
     baseline_block_bytes: tuple[int, ...] = (8192,),
     shared: tuple[list[int], ...] = (),
     engine: int = 0,
-) -> dict[str, Any]:
+) -> Account:
     """What the engine says about a sequence: for every KV-cache group its blocks, and which of them were cached.
 
     The sizes are those of one layer with two heads of 64 dimensions: 2 · 16 · 68 and 2 · 16 · 256 bytes.
@@ -96,7 +96,7 @@ class FakeCore:
 
 
 class FakeEngine:
-    def __init__(self, *accounts: dict[str, Any]) -> None:
+    def __init__(self, *accounts: Account) -> None:
         self.accounts = accounts
         self._seen: Counter[str] = Counter()
         self.output_processor = FakeProcessor()
@@ -130,7 +130,7 @@ class FakeEngine:
         """Forget a sequence as vLLM does when its client has gone."""
         self.output_processor.request_states.pop(key)
 
-    def last_account(self, key: str, said: dict[str, Any]) -> None:
+    def last_account(self, key: str, said: Account) -> None:
         """What the engine says of an aborted sequence, afterwards."""
         output = EngineCoreOutput(request_id=key, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: said})
         self.output_processor.process_outputs([output])

@@ -13,13 +13,13 @@ import uvicorn
 from fastapi import FastAPI
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from fraqtl_serve.capacity import Load
-from fraqtl_serve.guard import KeyGuard
-from fraqtl_serve.history import SECONDS, History
+from fraqtl_serve.http.guard import KeyGuard
+from fraqtl_serve.http.routes import router
 from fraqtl_serve.page import router as page_router
-from fraqtl_serve.records import Records, RequestRecord
-from fraqtl_serve.report import Ledger
-from fraqtl_serve.routes import router
+from fraqtl_serve.reports.capacity import Load
+from fraqtl_serve.reports.history import SECONDS, History
+from fraqtl_serve.reports.records import Records, RequestRecord
+from fraqtl_serve.reports.report import Ledger
 from tests.serve.fake_engine import account
 from tests.serve.pools import pool
 
@@ -62,7 +62,7 @@ class PageServer:
 
     def __init__(self, monkeypatch: Any, keys: list[str], prefix: str = "") -> None:
         self.load = Load(pool_use=0.25, running=3, waiting=1)
-        monkeypatch.setattr("fraqtl_serve.routes.read_load", lambda families: self.load)
+        monkeypatch.setattr("fraqtl_serve.http.routes.read_load", lambda families: self.load)
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
         self.prefix = prefix
         self.port = 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from fraqtl_serve.capacity import Pool, make_pool
+from fraqtl_serve.reports.capacity import Pool, make_pool
+from fraqtl_vllm.accounting.schema import PoolNumbers
 
-SAID: dict[str, Any] = {
+SAID: PoolNumbers = {
     "max_model_len": 4096,
     "block_size": 16,
     "block_bytes": 2176,
@@ -21,4 +22,4 @@ SAID: dict[str, Any] = {
 
 
 def pool(dtype: str = "half", engines: int = 1, **said: Any) -> Pool:
-    return make_pool("k4v4", SAID | said, dtype, engines)
+    return make_pool("k4v4", cast(PoolNumbers, {**SAID, **said}), dtype, engines)

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fraqtl_serve.accounting import Accounting
-from fraqtl_serve.middleware import LAST_EVENT, ReportMiddleware
-from fraqtl_serve.report import Ledger
+from fraqtl_serve.engine.accounting import Accounting
+from fraqtl_serve.http.report_middleware import LAST_EVENT, ReportMiddleware
+from fraqtl_serve.reports.report import Ledger
 from tests.serve.fake_engine import FakeEngine, account
 
 CHAT = "/v1/chat/completions"

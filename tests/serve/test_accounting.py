@@ -10,10 +10,10 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from fraqtl_serve import beams
-from fraqtl_serve.accounting import Accounting, ask_for_accounts, current_ledger
-from fraqtl_serve.report import Ledger
-from fraqtl_vllm.scheduler import ACCOUNT_KEY
+from fraqtl_serve.engine import beams
+from fraqtl_serve.engine.accounting import Accounting, ask_for_accounts, current_ledger
+from fraqtl_serve.reports.report import Ledger
+from fraqtl_vllm.accounting.schema import ACCOUNT_KEY
 from tests.serve.fake_engine import FakeEngine, account
 
 ONE = SimpleNamespace(n=1)

@@ -8,8 +8,8 @@ from argparse import Namespace
 
 import pytest
 
-from fraqtl_serve import banner
-from fraqtl_serve.capacity import Capacity
+from fraqtl_serve.cli import banner
+from fraqtl_serve.reports.capacity import Capacity
 
 CAPACITY = Capacity.model_construct(
     kv_format="k4v4", pool_bytes=256 << 20, tokens=43_856, baseline_tokens=11_648, baseline_dtype="bfloat16"

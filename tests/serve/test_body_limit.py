@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from fraqtl_serve.body_limit import BodyLimit
+from fraqtl_serve.http.body_limit import BodyLimit
 from tests.serve.small_app import CHAT, Answer, make_scope, messages
 
 

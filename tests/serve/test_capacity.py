@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fraqtl_serve.capacity import Load, read_load
+from fraqtl_serve.reports.capacity import Load, read_load
 from tests.serve.pools import pool
 
 

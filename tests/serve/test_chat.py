@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fraqtl_serve.chat import printable, saving, size
-from fraqtl_serve.cli import main
+from fraqtl_serve.cli.chat import printable, saving, size
+from fraqtl_serve.cli.main import main
 from tests.serve.fake_chat_server import REPORT, serving
 from tests.terminal import CTRL_C, CTRL_D, fraqtl_serve, terminal
 

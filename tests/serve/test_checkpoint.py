@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_serve.checkpoint import check_checkpoint
+from fraqtl_serve.cli.checkpoint import check_checkpoint
 
 
 @pytest.fixture

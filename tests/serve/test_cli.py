@@ -18,11 +18,11 @@ import pytest
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve import doctor, plugin_names, serve
 from fraqtl_serve._vllm import current_platform
-from fraqtl_serve.cli import main
-from fraqtl_vllm import garbage, progress
+from fraqtl_serve.cli import doctor, plugin_names, serve
+from fraqtl_serve.cli.main import main
 from fraqtl_vllm.config import read_config
+from fraqtl_vllm.start import garbage, progress
 
 BYTES_AT_64 = {"bf16": 256, "fp16": 256, "k8v8": 132, "k8v4": 100, "k4v4": 68}
 
@@ -163,8 +163,8 @@ def looked_at(platform_class: type) -> doctor.Report:
 def test_doctor_says_which_platform_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms.cpu import CpuPlatform
 
-    from fraqtl_vllm.cpu_platform import CpuWithoutNativeOps
-    from fraqtl_vllm.native_cpu_platform import NativeCpu
+    from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
+    from fraqtl_vllm.platform.native_cpu_platform import NativeCpu
 
     monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
     stand_in, native = looked_at(CpuWithoutNativeOps), looked_at(NativeCpu)
@@ -302,7 +302,7 @@ def test_defaults(parser: argparse.ArgumentParser) -> None:
     assert (args.model, args.model_tag, args.served_model_name) == ("org/model", "org/model", None)
     assert settings(args) == {"kv_format": "k4v4"}
     assert args.attention_backend == "FRAQTL"
-    assert args.scheduler_cls == "fraqtl_vllm.scheduler.accounting_scheduler"
+    assert args.scheduler_cls == "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
     assert args.fraqtl_report is True
 
 

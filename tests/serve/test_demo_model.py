@@ -6,7 +6,7 @@ import json
 
 from safetensors import safe_open
 
-from fraqtl_serve.serve import DEMO_MODEL
+from fraqtl_serve.cli.serve import DEMO_MODEL
 
 
 def test_shape_and_size() -> None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from fraqtl_serve.errors import NEEDS_KEY, ErrorShape
+from fraqtl_serve.http.errors import NEEDS_KEY, ErrorShape
 from tests.serve.vllm_app import KEY, WITH_KEY, client_of, every_route, make_app
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"

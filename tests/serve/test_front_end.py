@@ -6,8 +6,8 @@ from argparse import Namespace
 import pytest
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_serve.front_end import check_front_end
-from fraqtl_serve.serve import build_parser, configure
+from fraqtl_serve.cli.front_end import check_front_end
+from fraqtl_serve.cli.serve import build_parser, configure
 
 NAME = "VLLM_USE_RUST_FRONTEND"
 

@@ -6,7 +6,7 @@ from itertools import combinations
 
 from prometheus_client import CollectorRegistry
 
-from fraqtl_serve.metrics import Metrics
+from fraqtl_serve.reports.metrics import Metrics
 from tests.grafana import DASHBOARD, expressions, metric_names
 from tests.serve.pools import pool
 

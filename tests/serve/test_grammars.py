@@ -7,7 +7,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from fraqtl_serve import grammars
+from fraqtl_serve.engine import grammars
 from tests.serve.fake_engine import FakeProcessor
 
 

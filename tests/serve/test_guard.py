@@ -11,9 +11,9 @@ from fastapi.testclient import TestClient
 from starlette._utils import get_route_path
 from starlette.websockets import WebSocketDisconnect
 
-from fraqtl_serve.asgi import route_path
-from fraqtl_serve.errors import NEEDS_KEY
-from fraqtl_serve.guard import KeyGuard, is_open
+from fraqtl_serve.http.asgi import route_path
+from fraqtl_serve.http.errors import NEEDS_KEY
+from fraqtl_serve.http.guard import KeyGuard, is_open
 from tests.serve.small_app import Answer, make_scope, messages
 from tests.serve.vllm_app import KEY, WITH_KEY, client_of, every_route, make_app
 

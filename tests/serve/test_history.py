@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from fraqtl_serve.history import History
+from fraqtl_serve.reports.history import History
 
 
 def test_the_oldest_samples_make_room() -> None:
@@ -19,7 +19,7 @@ def test_the_oldest_samples_make_room() -> None:
 
 def test_sampling_leaves_out_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("fraqtl_serve.history.logger.warning", lambda text, **_: warnings.append(text))
+    monkeypatch.setattr("fraqtl_serve.reports.history.logger.warning", lambda text, **_: warnings.append(text))
     reads = iter([0.5, None, OSError("gone"), OSError("gone"), 0.25])
 
     def read() -> float | None:

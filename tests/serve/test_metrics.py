@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fraqtl_serve.metrics import Metrics
-from fraqtl_serve.records import RequestRecord
-from fraqtl_serve.report import Ledger
+from fraqtl_serve.reports.metrics import Metrics
+from fraqtl_serve.reports.records import RequestRecord
+from fraqtl_serve.reports.report import Ledger
 from tests.serve.fake_engine import account
 from tests.serve.pools import pool
 
@@ -70,9 +70,9 @@ def test_pool(registry: CollectorRegistry) -> None:
 ONE_PROCESS = """
 import json, sys
 from prometheus_client import CollectorRegistry, multiprocess
-from fraqtl_serve.capacity import Pool
-from fraqtl_serve.metrics import Metrics
-from fraqtl_serve.records import RequestRecord
+from fraqtl_serve.reports.capacity import Pool
+from fraqtl_serve.reports.metrics import Metrics
+from fraqtl_serve.reports.records import RequestRecord
 pool, record = json.loads(sys.argv[1])
 metrics = Metrics()
 metrics.set_pool(Pool(**pool))

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fraqtl_serve.report import Ledger
-from fraqtl_serve.streams import ChunkDecorator
+from fraqtl_serve.http.streams import ChunkDecorator
+from fraqtl_serve.reports.report import Ledger
 from tests.serve.fake_engine import FakeEngine, account
 from tests.serve.small_app import ACCOUNTS, CHAT, Answer, ask, compact, make_app, make_scope, messages, never
 

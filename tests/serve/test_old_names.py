@@ -14,7 +14,7 @@ import torch
 from fraqtl_bench.cli import main as bench
 from fraqtl_bench.quality.server_codec import read_constants
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_serve import serve
+from fraqtl_serve.cli import serve
 from fraqtl_vllm import config
 from fraqtl_vllm.calibration import files
 

@@ -8,9 +8,9 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from fraqtl_serve.middleware import LAST_EVENT
-from fraqtl_serve.report import KVReport, Ledger
-from fraqtl_serve.streams import decorate
+from fraqtl_serve.http.report_middleware import LAST_EVENT
+from fraqtl_serve.http.streams import decorate
+from fraqtl_serve.reports.report import KVReport, Ledger
 from tests.serve.fake_engine import account
 from tests.serve.vllm_app import KEY, client_of, make_app
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fraqtl_serve.capacity import Load
+from fraqtl_serve.reports.capacity import Load
 from tests.browser import Visit, chromium, expected_figures, expected_row, plain, shown_bytes
 from tests.serve.page_server import LONG, MODEL, NASTY, POOL, PageServer, page_server, record
 

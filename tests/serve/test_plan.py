@@ -17,10 +17,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from fraqtl_kernels.errors import FraqtlError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve.cli import main
-from fraqtl_serve.model_config import read_shape
-from fraqtl_serve.plan import memory
-from fraqtl_serve.sizing import LayerKind, ModelShape, fit, plan
+from fraqtl_serve.cli.main import main
+from fraqtl_serve.cli.model_config import read_shape
+from fraqtl_serve.cli.plan import memory
+from fraqtl_serve.cli.sizing import LayerKind, ModelShape, fit, plan
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
 GIB = 1 << 30

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from fraqtl_kernels import cpu
-from fraqtl_serve import prepare
+from fraqtl_serve.cli import prepare
 
 
 def test_a_process_for_the_imports_and_one_for_each_kernel() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fraqtl_serve import quiet_log
+from fraqtl_serve.cli import quiet_log
 
 VLLM = Path(__import__("vllm").__file__).parent
 
@@ -43,7 +43,7 @@ def test_a_scheduler_of_somebody_else_is_news() -> None:
     passes = quiet_log.NoNews().filter
     message = "Using custom scheduler class %s. This scheduler interface is not public"
     assert passes(record("vllm.config.scheduler", logging.WARNING, message, "mine.Scheduler"))
-    ours = "fraqtl_vllm.scheduler.accounting_scheduler"
+    ours = "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
     assert not passes(record("vllm.config.scheduler", logging.WARNING, message, ours))
 
 

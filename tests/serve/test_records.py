@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fraqtl_serve.records import Records, RequestRecord, record_of
-from fraqtl_serve.report import Ledger
+from fraqtl_serve.reports.records import Records, RequestRecord, record_of
+from fraqtl_serve.reports.report import Ledger
 from tests.serve.fake_engine import account
 
 

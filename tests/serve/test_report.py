@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from fraqtl_serve.report import KVReport, KVUsage, Ledger
+from fraqtl_serve.reports.report import KVReport, KVUsage, Ledger
 from tests.serve.fake_engine import account
 
 FIELDS = {

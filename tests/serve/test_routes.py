@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from fraqtl_serve.capacity import Load
-from fraqtl_serve.history import SECONDS, History
-from fraqtl_serve.records import Records, RequestRecord
-from fraqtl_serve.report import KVReport, Ledger
-from fraqtl_serve.routes import router
+from fraqtl_serve.http.routes import router
+from fraqtl_serve.reports.capacity import Load
+from fraqtl_serve.reports.history import SECONDS, History
+from fraqtl_serve.reports.records import Records, RequestRecord
+from fraqtl_serve.reports.report import KVReport, Ledger
 from tests.serve.fake_engine import account
 from tests.serve.pools import pool
 
@@ -62,7 +62,7 @@ def error(response: Any) -> dict[str, Any]:
 
 def test_capacity(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     load = Load(pool_use=0.5, running=2, waiting=0)
-    monkeypatch.setattr("fraqtl_serve.routes.read_load", lambda families: load)
+    monkeypatch.setattr("fraqtl_serve.http.routes.read_load", lambda families: load)
     assert client.get(PATHS[0]).json() == POOL.capacity(load).model_dump()
 
 

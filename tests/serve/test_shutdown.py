@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
-from fraqtl_serve import shutdown
+from fraqtl_serve.http import shutdown
 from tests.serve.fake_engine import FakeEngine
 
 

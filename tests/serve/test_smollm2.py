@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_serve import serve, smollm2
-from fraqtl_serve.gguf_checkpoint import write_checkpoint
+from fraqtl_serve.cli import serve, smollm2
+from fraqtl_serve.cli.gguf_checkpoint import write_checkpoint
 from tests.serve.tiny_gguf import make_package, write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_converted_once(site: Path, tmp_path: Path) -> None:
 
 @needs_gguf
 def test_two_starts_at_once(site: Path, tmp_path: Path) -> None:
-    code = "from fraqtl_serve import smollm2; print(smollm2._from_package())"
+    code = "from fraqtl_serve.cli import smollm2; print(smollm2._from_package())"
     paths = [str(site), *(str(ROOT / part) for part in (".", "kernels", "patches")), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     both = [

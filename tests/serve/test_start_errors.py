@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_serve.start_errors import explain, noted_reasons, start_is_over
-from fraqtl_vllm import reasons
+from fraqtl_serve.cli.start_errors import explain, noted_reasons, start_is_over
+from fraqtl_vllm.start import reasons
 
 
 class Picky(BaseModel):

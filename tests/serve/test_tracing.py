@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from fraqtl_serve import tracing
-from fraqtl_serve.report import KVReport, Ledger
+from fraqtl_serve.engine import tracing
+from fraqtl_serve.reports.report import KVReport, Ledger
 from tests.serve.fake_engine import account
 
 REPORTS: dict[str, KVReport | None] = {

@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from websockets.sync.client import connect
 
-from fraqtl_serve.upgrades import DeclinedUpgrades, DecliningProtocol
+from fraqtl_serve.http.upgrades import DeclinedUpgrades, DecliningProtocol
 from tests.serve.raw_http import H2C, Answer, Connection, chunked
 
 BODY = b'{"model": "m"}'

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, model_validator
 
-from fraqtl_serve.validation import ValidationErrorMiddleware
+from fraqtl_serve.http.validation import ValidationErrorMiddleware
 from tests.serve.vllm_app import client_of, make_app
 
 

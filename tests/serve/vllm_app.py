@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from starlette.routing import Mount
 from vllm.entrypoints.launchers.app import build_app
 
-from fraqtl_serve.serve import build_parser
+from fraqtl_serve.cli.serve import build_parser
 
 KEY = "sesame"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}

@@ -26,7 +26,7 @@ import torch
 
 from fraqtl_bench import results
 from fraqtl_bench.server import STOCK_SERVER, Server, remove_log, running, start, stop
-from fraqtl_vllm import native_ops
+from fraqtl_vllm.platform import native_ops
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "fraqtl_serve" / "demo_model"

@@ -9,12 +9,13 @@ import torch
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
-from fraqtl_vllm import _vllm, progress
+from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.recorder import Recorder
-from fraqtl_vllm.config import FraqtlConfig, read_config
+from fraqtl_vllm.config import FraqtlConfig, settings_of
+from fraqtl_vllm.start import progress
 from fraqtl_vllm.support import calibration_obstacle
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
@@ -25,7 +26,7 @@ Constants = dict[str, LayerConstants]
 def calibrate_worker(worker: Any) -> None:
     """Give the worker's layers their constants, from disk or from the built-in prompt. Raises UnsupportedError."""
     config = worker.vllm_config
-    ours = read_config(config.additional_config)
+    ours = settings_of(config)
     layers = packed_layers(config)
     if not layers or not ours.format.is_calibrated:
         return

@@ -108,6 +108,7 @@ def biased(batch: PagedBatch) -> PagedBatch:
     kv_heads, size = batch.key.shape[2:]
     constants, key_factor, value_factor = random_constants(kv_heads, size)
     assert constants.key.transform is not None and constants.value.transform is not None
+    assert constants.key.outlier_center is not None
     is_outlier = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]
     center = torch.where(is_outlier, constants.key.outlier_center, constants.key.transform.center)
     key = (batch.key * key_factor + center).to(batch.key.dtype)

@@ -1,0 +1,1 @@
+"""The command `fraqtl-serve`, and what happens before a server is up."""

@@ -1,0 +1,181 @@
+"""How many tokens and users fit into a given KV memory: the sums behind `fraqtl-serve plan`.
+
+Bytes come from the formats' own descriptors, everything else from the planner that vLLM starts with
+(`fraqtl_vllm.accounting.planner`): which layers form groups, what a block takes, how many blocks a sequence needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.formats import FORMATS, KVFormat, check_head_size
+
+BLOCK_SIZE = 16
+BASELINE = "bf16"
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers that store keys and values alike."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    window: int = 0
+    """Tokens that the layer sees, 0 for all."""
+
+    def check(self, model: str) -> None:
+        check_head_size(self.head_size)
+        for name in ("layers", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{model}: {name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides the size of its KV cache. A layer that reads the cache of another doesn't count."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    context: int
+    """The longest sequence, in tokens."""
+    window: int = 0
+    """Tokens that a layer with a sliding window sees."""
+    windowed_layers: int = 0
+    others: tuple[LayerKind, ...] = ()
+    """Layers beside these with another number of KV heads or another head size."""
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ConfigError(f"{self.name}: context must be at least 1, not {self.context}")
+        if not 0 <= self.windowed_layers <= self.layers or (self.windowed_layers and self.window < 1):
+            raise ConfigError(f"{self.name}: {self.windowed_layers} of {self.layers} layers with a window is no model")
+        LayerKind(self.layers, self.kv_heads, self.head_size).check(self.name)
+        for other in self.others:
+            other.check(self.name)
+
+    def kinds(self) -> list[LayerKind]:
+        """All layers, by what they store."""
+        windowed = self.windowed_layers
+        own = [(self.layers - windowed, 0), (windowed, self.window)]
+        return [LayerKind(n, self.kv_heads, self.head_size, window) for n, window in own if n] + list(self.others)
+
+    def numbers(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        others = [vars(other) for other in self.others]
+        return {name: value for name, value in vars(self).items() if name != "others"} | (
+            {"others": others} if others else {}
+        )
+
+    def check_ranks(self, ranks: int) -> None:
+        for kind in self.kinds():
+            if ranks < 1 or (kind.kv_heads % ranks and ranks % kind.kv_heads):
+                raise ConfigError(
+                    f"{kind.kv_heads} KV heads can't be shared by {ranks} ranks: choose a divisor of them"
+                )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a pool of one format holds."""
+
+    name: str
+    block_bytes: int
+    """Of one block: all layers of a group, one rank."""
+    blocks: int
+    tokens: int
+    """In sequences of the planned context."""
+    concurrency: float
+
+    @property
+    def users(self) -> int:
+        return int(self.concurrency)
+
+
+def fit(
+    shape: ModelShape,
+    kv_format: KVFormat,
+    memory: int,
+    *,
+    context: int,
+    ranks: int = 1,
+    batched_tokens: int = 8192,
+    async_scheduling: bool = True,
+) -> Fit:
+    """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
+
+    batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
+    async_scheduling: whether two steps may be on their way, vLLM's default on GPUs.
+    """
+    from fraqtl_vllm.accounting import planner
+
+    config = _config()
+    config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
+    config.scheduler_config.max_num_batched_tokens = batched_tokens
+    config.scheduler_config.async_scheduling = async_scheduling
+    pool = planner.plan(config, [_specs(shape, kv_format, ranks)], [memory])
+    return Fit(kv_format.name, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency)
+
+
+@cache
+def _config() -> Any:
+    """A configuration of vLLM without a model, as far as its planner reads it."""
+    try:
+        from fraqtl_vllm import _vllm
+
+        config: Any = _vllm.VllmConfig()
+    except ImportError as error:
+        raise ConfigError(f"vLLM's own planner counts what fits, and it can't be imported: {error}") from error
+    config.cache_config.kv_cache_layout = "LBHNC"
+    return config
+
+
+def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int) -> dict[str, Any]:
+    """The layers of one rank, as our backend describes them to vLLM."""
+    import torch
+
+    from fraqtl_vllm import _vllm
+
+    specs: dict[str, Any] = {}
+    for kind in shape.kinds():
+        of: dict[str, Any] = {"block_size": BLOCK_SIZE, "num_kv_heads": max(1, kind.kv_heads // ranks)}
+        of |= {"head_size": kind.head_size, "dtype": torch.uint8}
+        of["state_content_bytes"] = kv_format.bytes_per_token(kind.head_size)
+        spec = (
+            _vllm.SlidingWindowSpec(sliding_window=kind.window, **of) if kind.window else _vllm.FullAttentionSpec(**of)
+        )
+        specs |= {f"layers.{len(specs) + i}": spec for i in range(kind.layers)}
+    return specs
+
+
+def plan(shape: ModelShape, memory: int, *, context: int, ranks: int = 1, **options: Any) -> dict[str, Any]:
+    """Every format's fit (`options`: see there), and the model and memory it is for; plain numbers, ready for JSON."""
+    shape.check_ranks(ranks)
+    if context < 1:
+        raise ConfigError(f"the context must be at least 1 token, not {context}")
+    fits = {name: fit(shape, f, memory, context=context, ranks=ranks, **options) for name, f in FORMATS.items()}
+    baseline = fits[BASELINE]
+    return {
+        "model": shape.numbers(),
+        "kv_memory": memory,
+        "ranks": ranks,
+        "context": context,
+        "block_size": BLOCK_SIZE,
+        "formats": [
+            {
+                "name": one.name,
+                "block_bytes": one.block_bytes,
+                "blocks": one.blocks,
+                "tokens": one.tokens,
+                "users": one.users,
+                "tokens_vs_baseline": round(one.tokens / baseline.tokens, 2) if baseline.tokens else None,
+            }
+            for one in fits.values()
+        ],
+    }

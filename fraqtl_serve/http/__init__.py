@@ -1,0 +1,1 @@
+"""The web application: middleware around vLLM's, routes beside its own."""

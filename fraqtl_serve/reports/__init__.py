@@ -1,0 +1,1 @@
+"""What is told of KV memory: in responses, in lists, in metrics."""

@@ -1,0 +1,1 @@
+"""The attention backend: what vLLM asks of it, and one layer's work on each device."""

@@ -1,0 +1,65 @@
+"""vLLM's CPU worker, with layers of `cpu_layers.py`, and which survives a seed.
+
+A request with a `seed` has a generator of its own. Where a step ends before its prompt does, vLLM draws a
+token for it all the same, throws it away and turns the generator back, which the CPU's generators can't:
+the exception ends the engine. Here they are put aside for such a step, so nothing needs turning back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from fraqtl_vllm import compat
+from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.config import settings_of
+from fraqtl_vllm.platform.cpu_layers import replace_layers
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
+
+
+@contextmanager
+def generators_put_aside(runner: Any) -> Iterator[None]:
+    """Without the generators of the requests in a runner's batch whose prompts go on after this step."""
+    generators = runner.input_batch.generators  # the sampler reads this very dictionary, by row of the batch
+    unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+    aside = {row: generators.pop(row) for row in unfinished.tolist() if row in generators}
+    try:
+        yield
+    finally:
+        generators.update(aside)
+
+
+class FraqtlCpuWorker(CPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_model(*args, **kwargs)
+        self._replace_layers()
+        return loaded
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._replace_layers()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._replace_layers()
+
+    def _replace_layers(self) -> None:
+        """After every change of weights, of which layers of ours may have copies."""
+        if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
+            replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner: Any = self.model_runner
+
+        def careful(sample_tokens: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def careful_sample_tokens(grammar_output: Any) -> Any:
+                with generators_put_aside(runner):
+                    return sample_tokens(grammar_output)
+
+            return careful_sample_tokens
+
+        compat.SAMPLING.wrap(runner, careful)

@@ -1,0 +1,1 @@
+"""What a start says and notes, in every process of a server."""

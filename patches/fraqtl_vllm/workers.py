@@ -1,0 +1,32 @@
+"""What vLLM's workers do for us: say in which format pages are, be checked, calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fraqtl_vllm import _vllm, compat
+
+
+def install() -> None:
+    """Called in a worker's process, before it is made. It is checked and calibrates once its KV cache is there."""
+    compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
+    compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_checked_and_calibrated)
+
+
+def _get_kv_cache_spec(self: Any) -> Any:
+    """The worker's own, under its configuration."""
+    with _vllm.set_current_vllm_config(self.vllm_config):
+        return self.worker.get_kv_cache_spec()
+
+
+def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[..., None]:
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        from fraqtl_vllm.attention.check import check_worker
+        from fraqtl_vllm.calibration.worker import calibrate_worker
+
+        check_worker(self.worker)
+        calibrate_worker(self.worker)
+
+    return initialize_from_config
