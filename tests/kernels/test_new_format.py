@@ -8,7 +8,7 @@ import torch
 from fraqtl_kernels import reference
 from fraqtl_kernels.cpu import plan_attention
 from fraqtl_kernels.formats import FORMATS, INT4_KEY, INT8, KVFormat
-from fraqtl_serve.cli import main
+from fraqtl_serve.cli.main import main
 from fraqtl_vllm.config import FraqtlConfig
 from tests.kernels.conftest import make_batch, make_pool, relative_error
 from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
