@@ -38,9 +38,9 @@ from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.models import Subject, load
 from fraqtl_bench.quality.watch import Seen, watching
 from fraqtl_bench.server import running
+from fraqtl_kernels.calibration.importance import attend
+from fraqtl_kernels.calibration.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_kernels.importance import attend
-from fraqtl_kernels.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
 
 EXACT = "fp16"
 PLACES = ("near", "far")

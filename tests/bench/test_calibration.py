@@ -11,7 +11,7 @@ import torch
 
 from fraqtl_bench import calibration
 from fraqtl_bench.cli import main
-from fraqtl_kernels.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
+from fraqtl_kernels.calibration.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
 from tests.bench.quality_models import demo
 
 

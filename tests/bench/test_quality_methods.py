@@ -16,7 +16,7 @@ from fraqtl_bench.quality.grids import Float16, Symmetric, pack_bits, packed_bit
 from fraqtl_bench.quality.methods import Method, parse, rank_at, standard_names
 from fraqtl_bench.quality.server_codec import read_constants
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.pages import PageLayout

@@ -28,7 +28,7 @@ from fraqtl_bench.quantizer.variants import (
     value_variants,
 )
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import solve_transform
+from fraqtl_kernels.calibration.solve import solve_transform
 from fraqtl_kernels.formats import get_format
 from fraqtl_kernels.rotation import hadamard
 

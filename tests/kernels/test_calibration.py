@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fraqtl_kernels import calibration, reference
-from fraqtl_kernels.calibration import (
+from fraqtl_kernels import reference
+from fraqtl_kernels.calibration import solve as calibration
+from fraqtl_kernels.calibration.importance import Importance
+from fraqtl_kernels.calibration.solve import (
     LEAST_SHRINKAGE,
     calibrate,
     far_from_the_median,
@@ -19,7 +21,6 @@ from fraqtl_kernels.calibration import (
 )
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.importance import Importance
 from tests.kernels.transforms import random_constants
 
 K4V4 = FORMATS["k4v4"]

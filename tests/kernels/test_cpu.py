@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fraqtl_kernels import cpu, reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu import prefill
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES

@@ -13,7 +13,7 @@ from numba import get_num_threads
 from torch import Tensor
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.cpu import operands
 from fraqtl_kernels.cpu.kernels.products import multiply, panels

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.importance import ROWS, attend
+from fraqtl_kernels.calibration.importance import ROWS, attend
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (None, 50.0)])

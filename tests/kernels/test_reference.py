@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.importance import attend
+from fraqtl_kernels.calibration.prompt import CHUNKS, SEQUENCES, positions, token_rows
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.importance import attend
-from fraqtl_kernels.prompt import CHUNKS, SEQUENCES, positions, token_rows
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import files, prompt
 from fraqtl_vllm.calibration.projection import projections

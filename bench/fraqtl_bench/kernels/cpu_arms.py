@@ -11,7 +11,7 @@ from torch import Tensor
 from fraqtl_bench.kernels.arms import Arm, Prepared
 from fraqtl_bench.kernels.shapes import Inputs
 from fraqtl_kernels import cpu, reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout

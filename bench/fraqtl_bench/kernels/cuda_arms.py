@@ -10,7 +10,7 @@ import torch
 from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError
 from fraqtl_bench.kernels.cpu_arms import stored_values
 from fraqtl_bench.kernels.shapes import Inputs
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
 

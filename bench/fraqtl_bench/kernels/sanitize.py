@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import decode, plan_decode

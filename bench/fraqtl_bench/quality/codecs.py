@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fraqtl_bench.quality.bases import basis_bits, fit_basis, matrix
 from fraqtl_bench.quality.grids import FP16_BITS, Grid, Kept
+from fraqtl_kernels.calibration.importance import Importance
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.importance import Importance
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fraqtl_bench.quality.codecs import Codec, LayerSample
 from fraqtl_bench.quality.grids import Kept
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import TENSOR_NAMES, LayerConstants
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat

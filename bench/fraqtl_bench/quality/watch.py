@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fraqtl_bench.projection import output_projection
 from fraqtl_bench.quality.codecs import LayerSample
-from fraqtl_kernels.importance import attend
+from fraqtl_kernels.calibration.importance import attend
 
 _NAME = "fraqtl_watch"
 

@@ -15,9 +15,9 @@ from fraqtl_bench.demo_model.corpus import FACTS, standard_library_prose
 from fraqtl_bench.projection import output_projection
 from fraqtl_bench.quantizer.cases import QUERIES, TOKENS, Case, Head, Sample, causal
 from fraqtl_bench.recall import make_text
+from fraqtl_kernels.calibration.importance import Importance, attend
+from fraqtl_kernels.calibration.prompt import positions, texts_in_tokens, token_rows
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.importance import Importance, attend
-from fraqtl_kernels.prompt import positions, texts_in_tokens, token_rows
 
 Layers = list[tuple[Tensor, Tensor, Tensor]]
 Projections = list[Tensor | None]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.importance import Importance
+from fraqtl_kernels.calibration.importance import Importance
 
 CALIBRATION_TOKENS = 512
 TOKENS = 1024
@@ -35,7 +35,8 @@ BIAS = 20.0
 class Sample:
     """Keys and values (T, D) after RoPE, queries (n, D) and which keys each sees (n, T).
 
-    query_weight: (n,), value_weight: (T,), value_direction: (D, D), see `fraqtl_kernels.importance`; None: all alike.
+    query_weight: (n,), value_weight: (T,), value_direction: (D, D), see
+    `fraqtl_kernels.calibration.importance`; None: all alike.
     """
 
     key: Tensor
@@ -48,7 +49,7 @@ class Sample:
 
     @property
     def by_head(self) -> tuple[Tensor, Tensor, Tensor, Importance | None]:
-        """Key, query, value and importance as `fraqtl_kernels.calibration.calibrate` takes them, for one head."""
+        """Key, query, value and importance as `fraqtl_kernels.calibration.solve.calibrate` takes them, for one head."""
         importance = None
         if self.query_weight is not None and self.value_weight is not None:
             direction = None if self.value_direction is None else self.value_direction[None]

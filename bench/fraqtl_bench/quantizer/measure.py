@@ -15,7 +15,7 @@ from fraqtl_bench.quantizer.cases import SINKS, Case, Head, Sample, attended_key
 from fraqtl_bench.quantizer.steps import STEPS, Step
 from fraqtl_bench.quantizer.stored import through_pages
 from fraqtl_bench.quantizer.variants import PLAIN, Constants, Variant, key_variants, store, value_variants
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.formats import KVFormat, get_format
 
 SHIPPED = "k4v4"

@@ -20,10 +20,10 @@ from fraqtl_bench.quantizer.cases import TOKENS
 from fraqtl_bench.quantizer.steps import STEPS
 from fraqtl_bench.quantizer.stored import BLOCK_SIZE, Stored, through_pages
 from fraqtl_bench.quantizer.variants import PLAIN, Constants, Variant, store
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.importance import Importance
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.residual import reads_residual
 
 TEXTS = 96

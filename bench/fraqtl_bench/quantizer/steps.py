@@ -2,7 +2,7 @@
 
 - `matrix`: z = (x - c) B with the best B for plain rounding: B B^T is the geometric mean of G and S^-1, so that in the
   basis in which both are diagonal, a direction of deviation s (in units of what errors cost) is divided by sqrt(s);
-- `feedback`: the basis of `fraqtl_kernels.calibration`, whose second half is rounded before the first;
+- `feedback`: the basis of `fraqtl_kernels.calibration.solve`, whose second half is rounded before the first;
 - `k4v4`, the shipped one, also tries `SCALE_CHOICES`.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import Solver, calibrate, solve_transform
+from fraqtl_kernels.calibration.importance import Importance
+from fraqtl_kernels.calibration.solve import Solver, calibrate, solve_transform
 from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
 from fraqtl_kernels.formats import get_format
-from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.rotation import hadamard
 
 
@@ -42,7 +42,7 @@ class Step:
     def calibrate(
         self, key: Tensor, query: Tensor, value: Tensor, importance: Importance | None = None
     ) -> LayerConstants:
-        """As `fraqtl_kernels.calibration.calibrate` for k4v4."""
+        """As `fraqtl_kernels.calibration.solve.calibrate` for k4v4."""
         return calibrate(get_format("k4v4"), key, query, value, importance, solve=self.solve)
 
     def store(self, key: Tensor, value: Tensor, constants: LayerConstants) -> tuple[Tensor, Tensor]:

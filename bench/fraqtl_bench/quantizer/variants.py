@@ -23,7 +23,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.calibration import far_from_the_median
+from fraqtl_kernels.calibration.solve import far_from_the_median
 from fraqtl_kernels.formats import SCALE_BYTES, SCALE_DTYPE
 from fraqtl_kernels.rotation import hadamard
 

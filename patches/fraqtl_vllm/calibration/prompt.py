@@ -1,4 +1,4 @@
-"""The built-in prompt (`fraqtl_kernels.prompt`) in the tokens of the model that vLLM has loaded."""
+"""The built-in prompt (`fraqtl_kernels.calibration.prompt`) in the tokens of the model that vLLM has loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
+from fraqtl_kernels.calibration.prompt import SEQUENCES, positions, texts_in_tokens, token_rows
 from fraqtl_vllm import _vllm
 
 

@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.importance import attend
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import KVFormat
-from fraqtl_kernels.importance import attend
 
 
 class Recorder:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat

@@ -32,9 +32,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fraqtl_kernels.calibration.importance import Importance
 from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
 from fraqtl_kernels.formats import KVFormat, VectorFormat
-from fraqtl_kernels.importance import Importance
 from fraqtl_kernels.rotation import hadamard
 
 OUTLIER_DISTANCE = 3.0  # times the median distance from the median key: no ordinary key is as far
