@@ -53,7 +53,7 @@ def names_a_registry(image: str) -> bool:
     return bool(slash) and ("." in first or ":" in first or first == "localhost")
 
 
-def problems(text: str) -> list[str]:
+def problems(text: str) -> list[str]:  # noqa: C901 (one rule after another)
     """What breaks our rules, as one sentence each."""
     file = Dockerfile(text)
     found = []

@@ -38,7 +38,7 @@ class FakeServer:
     hung_up: threading.Event = field(default_factory=threading.Event)
 
 
-def handler_of(server: FakeServer) -> type[BaseHTTPRequestHandler]:
+def handler_of(server: FakeServer) -> type[BaseHTTPRequestHandler]:  # noqa: C901 (a class for each conversation)
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":

@@ -29,7 +29,7 @@ from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 
 
-def compute_slot_mapping(
+def compute_slot_mapping(  # noqa: PLR0917 (vLLM's order)
     num_tokens: int,
     max_num_tokens: int,
     query_start_loc: Tensor,
