@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.cpu.kernels.prefill import ROWS_TOGETHER, attend_tile, begin, dequantize_tile, finish
+from fraqtl_kernels.cpu.kernels.prefill import ROWS_TOGETHER, Carried, attend_tile, begin, dequantize_tile, finish
 from fraqtl_kernels.cpu.kernels.products import PANEL
 from fraqtl_kernels.cpu.layers.bits import DTYPES, bits_of
 from fraqtl_kernels.cpu.operands import LayerOperands
@@ -48,11 +48,9 @@ def prefill(
     token, first, count = int(bucket.tokens[0, 0]), int(bucket.positions[0, 0]), bucket.positions.shape[1]
     source, target = _plain(query[token : token + count]), _plain(output[token : token + count])
     batch = _Batch.of(query.shape[1], heads, count, first)
-    rows, parts = batch.rows, heads * batch.blocks
-    q, acc = np.zeros((rows, size), np.float32), np.zeros((rows, size), np.float32)
-    score_bias, l_i, m_i = np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.full(rows, -np.inf, np.float32)
+    carried, parts = Carried.of(batch.rows, size), heads * batch.blocks
     reading = operands.to_basis, np.float32(softmax.scale)
-    share(lambda a, b: begin(a, b, *_memory(source), batch, reading, q, score_bias), parts)
+    share(lambda a, b: begin(a, b, *_memory(source), batch, reading, carried.q, carried.score_bias), parts)
 
     pages = Pool.of(pool, layout, with_residual=False), block_table[int(bucket.rows[0])].int().contiguous().numpy()
     near = tuple(_around(residuals, stream, token, count) for stream in ("key", "value"))
@@ -60,9 +58,9 @@ def prefill(
     for tile, keys, values in _tiles(heads, size, first, count, softmax.window):
         read = partial(_run, dequantize_tile, *pages, tile, operands.outlier_shift, keys, values)
         share(read, heads * -(-(tile[1] - tile[0]) // PANEL))
-        share(partial(_run, attend_tile, tile, batch, keys, values, q, score_bias, near, rule, m_i, l_i, acc), parts)
+        share(partial(_run, attend_tile, tile, batch, keys, values, carried, near, rule), parts)
 
-    share(lambda a, b: finish(a, b, *_memory(target), batch, operands.from_basis, l_i, acc), parts)
+    share(lambda a, b: finish(a, b, *_memory(target), batch, operands.from_basis, carried.l_i, carried.acc), parts)
     if target.data_ptr() != output[token : token + count].data_ptr():
         output[token : token + count] = target.to(output.dtype)
 

@@ -10,6 +10,8 @@ are joined in pieces that begin at fixed positions, and each number is one chain
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -33,6 +35,26 @@ from fraqtl_kernels.cpu.layers.bits import from_float, to_float
 
 ROWS_TOGETHER = 2 * ROWS
 SLACK = WIDTH  # numbers behind a row of scores that may be read and overwritten
+
+
+class Carried(NamedTuple):
+    """Rows of queries, and their online softmax from tile to tile.
+
+    q, acc: (heads · blocks · rows, D) float32. score_bias, m_i, l_i: (heads · blocks · rows,).
+    """
+
+    q: Any
+    score_bias: Any
+    m_i: Any
+    l_i: Any
+    acc: Any
+
+    @classmethod
+    def of(cls, rows: int, size: int) -> Carried:
+        """Before the first tile."""
+        bias, total = (np.zeros(rows, np.float32) for _ in range(2))
+        q, acc = (np.zeros((rows, size), np.float32) for _ in range(2))
+        return cls(q, bias, np.full(rows, -np.inf, np.float32), total, acc)
 
 
 @njit(cache=True, nogil=True)
@@ -233,12 +255,12 @@ def _softmax_row(scores, at, piece, span, position, token, head, row, q, bias, r
 
 
 @njit(cache=True, nogil=True)
-def attend_tile(first, after, tile, batch, keys, values, q, score_bias, residual, rule, m_i, l_i, acc):
+def attend_tile(first, after, tile, batch, keys, values, carried, residual, rule):
     """Parts first .. after - 1 over a tile of keys.
 
-    tile, keys, values: of `dequantize_tile`. m_i, l_i: (heads · blocks · rows,), acc: (heads · blocks · rows, D), the
-    online softmax, carried from tile to tile.
+    tile, keys, values: of `dequantize_tile`. residual, rule: as for `_softmax_row`.
     """
+    q, score_bias, m_i, l_i, acc = carried
     tile_first, tile_after = tile
     heads, group, tokens, blocks, block_tokens, block_rows, first_position = batch
     window = rule[2]
