@@ -229,13 +229,17 @@ def launch_attention(
 
 
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
-    """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
+    """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`).
+
+    Block numbers and codes are two levels of loads, which share the stages: 4 give one buffer of codes, 5 give two, 7
+    give three.
+    """
     if rows <= 16 and layout.format.is_quantized:
         # A cap that two programs leave room for; without one ptxas spills for the sake of a third.
         tile = 128 if layout.head_size <= 128 else 64
         if layout.format.v.groups > 1:  # a sum of weights for each group
             tile = 32 if layout.head_size <= 64 else 64
-        return Tuning(tile, warps=4, stages=4, registers=255)
+        return Tuning(tile, warps=4, stages=5, registers=255)
     tile = 64 if layout.head_size <= 128 and rows <= 32 else 32
     if rows > 16 and layout.head_size <= 64:
         tile = 32

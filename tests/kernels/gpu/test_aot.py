@@ -1,4 +1,5 @@
-"""Kernels compiled for GPUs that aren't here: nothing spills, the unpack is inline PTX, no product is TF32.
+"""Kernels compiled for GPUs that aren't here: nothing spills, the unpack is inline PTX, no product is TF32, and
+decoding loads a tile while it works on the one before.
 
 FRAQTL_AOT=all compiles every variant; without it those of decoding and writing with the default format at head
 size 128, and the committed table is checked for the rest. Both for all three architectures.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,8 @@ def check(usages: list[dict[str, Any]], variants: list[aot.Variant]) -> None:
             assert usage["spills"] == 0, usage
         unpacks = variant.kernel in READING and not f"{variant.format}-{variant.dtype}".startswith(WITHOUT_UNPACK)
         assert usage["unpack"] == unpacks, usage
+        if variant.kernel == "decode" and variant.head_size in aot.MAIN_HEAD_SIZES:
+            assert usage["wait"] > 0 and usage["buffers"] >= 2, usage
 
 
 def test_the_committed_table() -> None:
@@ -47,14 +51,38 @@ def test_the_readable_table_is_the_same() -> None:
     assert RESULTS.with_suffix(".md").read_text() == f"Triton {record['triton']}\n\n{aot.table(usages)}"
 
 
-def test_compile_now(tmp_path: Path) -> None:
-    """In a process of its own: this one has the interpreter switched on."""
-    quick = os.environ.get("FRAQTL_AOT") != "all"
+def run_python(*arguments: str) -> str:
+    """What a process prints that compiles: this one has the interpreter switched on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, "-m", "fraqtl_kernels.gpu.aot", "--out", str(tmp_path), *(["--quick"] if quick else [])]
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_compile_now(tmp_path: Path) -> None:
+    quick = os.environ.get("FRAQTL_AOT") != "all"
+    run_python("-m", "fraqtl_kernels.gpu.aot", "--out", str(tmp_path), *(["--quick"] if quick else []))
     check(json.loads((tmp_path / "registers.json").read_text())["usages"], list(aot.variants(quick)))
+
+
+COMPILE_WITH_STAGES = """
+import sys
+from fraqtl_kernels.gpu import aot
+from fraqtl_kernels.gpu.config import Tuning
+variant = aot.Variant("decode", "k4v4", "bf16", 128, tuning=Tuning(128, 4, int(sys.argv[1]), 255))
+print(aot.compile_variant(variant, 90)[0].asm["ttgir"])
+print(aot.measure(variant, 90).buffers)
+"""
+
+
+@pytest.mark.parametrize(("stages", "buffers"), [(4, 1), (5, 2), (7, 3)])
+def test_a_tile_is_loaded_while_another_is_worked_on(stages: int, buffers: int) -> None:
+    """Triton's own intermediate code says the same as the machine code: the loop waits with copies still in flight."""
+    code, counted = run_python("-c", COMPILE_WITH_STAGES, str(stages)).rsplit("\n", 2)[:2]
+    start = code.index("scf.for", code.index("ttg.async_commit_group"))  # the loop behind the first copies
+    waits = [int(n) for n in re.findall(r"ttg.async_wait .*num = (\d+)", code[start : code.index("scf.yield", start)])]
+    assert len(waits) == 1 and int(counted) == buffers
+    assert (waits[0] > 0) == (buffers > 1)
 
 
 @pytest.mark.parametrize("quick", [False, True])
