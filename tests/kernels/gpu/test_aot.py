@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 from fraqtl_kernels.gpu import aot
+from tests.kernels.gpu.conftest import interpreter_only
+
+pytestmark = interpreter_only  # minutes of compiling for other GPUs
 
 RESULTS = Path(__file__).parents[3] / "bench" / "results" / "aot" / "registers.json"
 READING = ("decode", "prefill")  # kernels that unpack codes into products
