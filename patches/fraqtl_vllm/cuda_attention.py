@@ -183,6 +183,14 @@ class Impl(FraqtlImpl[Metadata]):
         super().use_constants(constants)
         self.operands = LayerOperands.of(self.kv_format, self.head_size, self.dtype, self.device, constants)
 
+    @property
+    def _prefill_layer(self) -> cuda_prefill.Layer:
+        return cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands)
+
+    def warm_up(self, kv_cache: Tensor) -> None:
+        if not self.packed and kv_cache.numel():
+            cuda_prefill.warm_up(self._prefill_layer, kv_cache, self.layout(kv_cache))
+
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
@@ -212,7 +220,7 @@ class Impl(FraqtlImpl[Metadata]):
             self._prefill_packed(query, kv_cache, layout, batch, output)
         else:
             cuda_prefill.attend(
-                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands),
+                self._prefill_layer,
                 query,
                 key,
                 value,

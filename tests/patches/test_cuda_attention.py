@@ -228,6 +228,27 @@ def test_lse_agrees_with_a_key_center(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(attend(layer, batch, key, value), wanted) > 0.1
 
 
+def test_what_a_cached_prefix_needs_is_compiled_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch like those of serving, which reads the pool and changes nothing in it."""
+    layer = make_layer(monkeypatch)
+    batch, key, value = mixed_batch()
+    before, launches = batch.pool.clone(), []
+    dequantize = cuda_prefill.dequantize
+
+    def spy(*arguments: Any) -> None:
+        pool, layout, *_, operands = arguments
+        launches.append((pool.stride(), layout, arguments[-3].stride(), arguments[-3].dtype, operands))
+        dequantize(*arguments)
+
+    monkeypatch.setattr(cuda_prefill, "dequantize", spy)
+    layer.warm_up(batch.pool)
+    assert len(launches) == 1 and torch.equal(batch.pool, before)
+    attend(layer, batch, key, value)
+    assert len(launches) > 1 and all(launch == launches[0] for launch in launches)
+    make_layer(monkeypatch, settings={"prefill_keys": "packed"}).warm_up(batch.pool)  # has no workspace
+    layer.warm_up(torch.empty(0))  # nor a cache here
+
+
 def test_write_goes_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(monkeypatch)
     batch, _, _ = mixed_batch()

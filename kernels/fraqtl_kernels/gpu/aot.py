@@ -17,8 +17,10 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -217,19 +219,26 @@ def compile_variant(variant: Variant, architecture: int) -> tuple[Any, int]:
     width = layout.format.bytes_per_token(variant.head_size)
     pool = torch.zeros(TOKENS // variant.block_size, KV_HEADS, variant.block_size, width, dtype=torch.uint8)
     operands = LayerOperands.of(layout.format, variant.head_size, DTYPES[variant.dtype], "cpu", _constants(variant))
-    compiled: list[tuple[Any, int]] = []
+    with compiled_only(architecture) as launched:
+        launch(variant, pool, layout, operands)
+    ((compiled, tile),) = launched[kernel]
+    return compiled, tile
+
+
+@contextmanager
+def compiled_only(architecture: int) -> Iterator[dict[JITFunction, list[tuple[Any, int]]]]:
+    """Kernels are compiled for sm_<architecture> and not launched. Yields what was compiled by kernel, as
+    `compile_variant` returns it."""
+    launched: dict[JITFunction, list[tuple[Any, int]]] = defaultdict(list)
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **options: Any) -> None:
-        if self is kernel:
-            tile = options["SHAPE"].TILE if self is attend_kernel else 0
-            compiled.append((run(self, *args, **options | {"warmup": True}), tile))
+        tile = options["SHAPE"].TILE if self is attend_kernel else 0
+        launched[self].append((run(self, *args, **options | {"warmup": True}), tile))
 
     driver.set_active(NoGpu(architecture))
     with patch.object(JITFunction, "run", compile_only):
-        launch(variant, pool, layout, operands)
-    (only,) = compiled
-    return only
+        yield launched
 
 
 def measure(variant: Variant, architecture: int) -> Usage:

@@ -33,7 +33,11 @@ from fraqtl_kernels.pages import PageLayout
 MAX_QUERIES = 8
 
 
-@triton.jit(do_not_specialize=["requests", "programs", "window"])
+# Prompts behind decodes are slices of the batch's tensors: where they begin must not decide what is compiled.
+@triton.jit(
+    do_not_specialize=["requests", "programs", "window"],
+    do_not_specialize_on_alignment=["block_table", "query_start", "seq_lens"],
+)
 def attend_kernel(
     query,  # (tokens, query heads, D)
     query_stride_token,

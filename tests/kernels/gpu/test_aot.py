@@ -88,6 +88,35 @@ def test_a_tile_is_loaded_while_another_is_worked_on(stages: int, buffers: int) 
     assert (waits[0] > 0) == (buffers > 1)
 
 
+COUNT_SPECIALIZATIONS = """
+import torch
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.gpu import aot
+from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.prefill import prefill
+from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
+from fraqtl_kernels.pages import PageLayout
+layout = PageLayout(FORMATS["k4v4"], 64, 16)
+operands = LayerOperands.of(layout.format, 64, torch.float16, "cpu")
+pool = torch.zeros(4, 2, 16, layout.format.bytes_per_token(64), dtype=torch.uint8)
+key, value = torch.zeros(2, 64, 2, 64, dtype=torch.float16)
+with aot.compiled_only(90) as launched:
+    for rows in range(3):
+        for columns in (1, 16, 17):
+            table = torch.zeros(4, columns, dtype=torch.int32)[rows:]
+            dequantize(pool, layout, table, table[0], table[0], 20, key, value, operands)
+    for rows in range(3):
+        integers = torch.zeros(5, 16, dtype=torch.int32)
+        batch = integers[rows:], integers.view(-1)[rows:], integers.view(-1)[rows : rows + 2]
+        prefill(key, pool, layout, *batch, 1, key, operands, scale=1.0)
+print(*(len({compiled.hash for compiled, _ in found}) for found in launched.values()))
+"""
+
+
+def test_slices_of_a_batch_need_no_compiling_of_their_own() -> None:
+    assert run_python("-c", COUNT_SPECIALIZATIONS).split() == ["1", "1"]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_variants_have_names_of_their_own(quick: bool) -> None:
     names = [v.name for v in aot.variants(quick)]
