@@ -28,12 +28,18 @@ DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread."""
+    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread.
+
+    Of decoding only: programs_per_sm, how many are wanted on each multiprocessor at once; min_tiles, the fewest tiles
+    that are worth a program of their own.
+    """
 
     tile: int
     warps: int
     stages: int
     registers: int | None = None
+    programs_per_sm: int = 2
+    min_tiles: int = 2
 
     @property
     def options(self) -> dict[str, int]:
@@ -85,7 +91,7 @@ class AttentionShape:
     """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time.
 
     HAS_RESIDUAL: whether the newest tokens are read with their residuals. Pages hold what the one query of a decode
-    step needs for that.
+    step needs for that. MIN_TILES: the fewest tiles of a split.
     """
 
     QUERIES: int
@@ -93,6 +99,7 @@ class AttentionShape:
     TILE: int
     STAGES: int
     HAS_RESIDUAL: bool = False
+    MIN_TILES: int = 1
 
     @property
     def ROWS(self) -> int:  # noqa: N802

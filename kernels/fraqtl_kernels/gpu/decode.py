@@ -26,7 +26,7 @@ from fraqtl_kernels.gpu.combine import OPTIONS as COMBINE_OPTIONS
 from fraqtl_kernels.gpu.combine import combine_kernel
 from fraqtl_kernels.gpu.config import AttentionShape, Tuning, check_contiguous, page_shape, rows_for
 from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
+from fraqtl_kernels.gpu.splits import DecodePlan, choose_splits, count_pieces, oldest_visible, piece_start
 from fraqtl_kernels.gpu.tiles import store_parts
 from fraqtl_kernels.pages import PageLayout
 
@@ -91,11 +91,13 @@ def attend_kernel(
     first = oldest // TILE * TILE
     if partial is not None:
         kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
-        chunk = chunk_tokens(first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, TILE)
-        first += split_idx * chunk
-        last = tl.minimum(first + chunk, length)
-        if first >= length:
+        pieces, own = count_pieces(
+            first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, SHAPE
+        )
+        if split_idx >= pieces:
             return
+        last = tl.minimum(first + piece_start(split_idx + 1, pieces, own) * TILE, length)
+        first += piece_start(split_idx, pieces, own) * TILE
     if soft_cap is None:
         scale *= LOG2E
     token = (start + done).to(tl.int64)
@@ -269,8 +271,8 @@ def plan_decode(
     if query_heads % kv_heads:
         raise UnsupportedError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
     tuning = tuning or decode_tuning(layout, rows_for(queries * query_heads // kv_heads))
-    splits = choose_splits(requests, kv_heads, max_seq_len, tuning.tile, num_sms)
-    programs = PROGRAMS_PER_SM * num_sms
+    splits = choose_splits(requests, kv_heads, max_seq_len, tuning, num_sms)
+    programs = tuning.programs_per_sm * num_sms
     return DecodePlan(requests, queries, query_heads, kv_heads, splits, programs, tuning)
 
 

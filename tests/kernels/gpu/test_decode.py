@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.config import AttentionShape, Tuning
 from fraqtl_kernels.gpu.decode import decode, plan_decode
-from fraqtl_kernels.gpu.splits import choose_splits
+from fraqtl_kernels.gpu.splits import choose_splits, count_pieces, piece_start
 from fraqtl_kernels.pages import PageLayout
 from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error, random_cases, run_decode
+from tests.kernels.gpu.conftest import DEVICE
 
 SWEEP = int(os.environ.get("FRAQTL_SWEEP", "100"))
 
@@ -96,13 +100,51 @@ def test_blocks_that_a_window_has_freed_are_not_read(name: str, splits: int) -> 
 
 
 def test_splits_follow_requests_and_context() -> None:
-    assert choose_splits(1, 8, 131072, 128, 132) == 66
-    assert choose_splits(64, 8, 32768, 128, 132) == 1
-    assert choose_splits(1, 8, 100, 128, 132) == 1
+    tuning = Tuning(128, 4, 5)
+    assert choose_splits(1, 8, 131072, tuning, 132) == 66
+    assert choose_splits(1, 8, 131072, replace(tuning, programs_per_sm=3), 132) == 99
+    assert choose_splits(1, 8, 1024, tuning, 132) == 4
+    assert choose_splits(1, 8, 1024, replace(tuning, min_tiles=4), 132) == 2
+    assert choose_splits(64, 8, 32768, tuning, 132) == 1
+    assert choose_splits(1, 8, 100, tuning, 132) == 1
     layout = PageLayout(FORMATS["k4v4"], 128, 16)
     plan = plan_decode(layout, requests=8, queries=2, query_heads=32, kv_heads=8, max_seq_len=4096, num_sms=132)
     assert plan.splits == 8 and plan.shape.ROWS == 16
     assert plan.scratch_floats(128) == 8 * 32 * 2 * 8 * 129
+
+
+@triton.jit
+def _cut(lengths, found, requests, programs, splits, SHAPE: tl.constexpr):  # noqa: N803
+    request = tl.program_id(0)
+    length = tl.load(lengths + request)
+    pieces, own = count_pieces(length * 0, length, lengths, lengths, requests, 8, splits, programs, None, SHAPE)
+    tl.store(found + request * (splits + 1), pieces)
+    for index in range(pieces):
+        tl.store(found + request * (splits + 1) + 1 + index, piece_start(index + 1, pieces, own))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pieces"),
+    [
+        ((8192,) * 32, [[64]] * 32),  # not 63 tiles and a stray one
+        ((32768,) * 8, [[64] * 4] * 8),
+        ((32768,), [[7, 8, 8, 8] * 8 + [8]]),
+        ((128 * 5,), [[2, 3]]),  # at least MIN_TILES
+        ((1, 0, 129), [[1], [0], [2]]),
+        ((131072, 1024), [[31] * 32 + [32], [8]]),
+    ],
+    ids=("32 x 8k", "8 x 32k", "1 x 32k", "five tiles", "few tokens", "uneven"),
+)
+def test_pieces_of_a_request_are_equal(lengths: tuple[int, ...], pieces: list[list[int]]) -> None:
+    """8 KV heads on 132 multiprocessors with two programs each: as many pieces as there is room for."""
+    splits = 66
+    found = torch.zeros(len(lengths), splits + 1, dtype=torch.int32, device=DEVICE)
+    shape = AttentionShape(1, 4, 128, 5, MIN_TILES=2)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    _cut[(len(lengths),)](seq_lens, found, len(lengths), 264, splits, shape)
+    for row, wanted in zip(found.tolist(), pieces, strict=True):
+        ends = row[1 : 1 + row[0]]
+        assert sorted(b - a for a, b in pairwise([0, *ends])) == sorted(wanted)
 
 
 def test_refusals() -> None:
