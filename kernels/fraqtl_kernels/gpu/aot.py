@@ -4,7 +4,8 @@
 
 For sm_80, sm_90 and sm_100: registers a thread, bytes spilled to local memory, shared memory, and what the machine
 code of the inner loop holds, as `cuobjdump` and `nvdisasm` inside the Triton wheel report them. Writes
-registers.json and registers.md. Triton's interpreter must be off. What Triton has in its cache isn't compiled again.
+registers.json, registers.md and roofline.md. Triton's interpreter must be off. What Triton has in its cache isn't
+compiled again.
 
 The launchers themselves are called, with small tensors in main memory, and what they would launch is compiled: so
 the table holds their launch shapes, alignments and constants.
@@ -40,6 +41,7 @@ from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
+from fraqtl_kernels.gpu.transposed import attend_columns_kernel, prepare_kernel, transposed_tuning
 from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
 from fraqtl_kernels.gpu.write import write, write_kernel
 from fraqtl_kernels.pages import PageLayout
@@ -50,13 +52,32 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the inline unpack: 16-bit floats whose last place is 1, as the PTX's logic operations or permutations take them
 MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x43004300", "0x64646464")
 KV_HEADS, GROUP, REQUESTS, TOKENS = 8, 4, 2, 256
+ONE_BUFFER = Tuning(tile=128, warps=4, stages=4, registers=255)  # what decoding had: kept as the control
 OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the vendor states: memory bandwidth in bytes a second, multiprocessors of four schedulers, clock in Hz."""
+
+    name: str
+    bandwidth: float
+    sms: int = 132
+    clock: float = 1.755e9
+
+    def instructions(self, width: int) -> float:
+        """Warp instructions that can be issued in the time in which `width` bytes are read."""
+        return self.sms * 4 * self.clock * width / self.bandwidth
+
+
+GPUS = (Gpu("H100", 3.35e12), Gpu("H200", 4.8e12))
 
 
 @dataclass(frozen=True)
 class Variant:
     """One kernel as it is launched: 8 KV heads of 4 query heads. options: "plain" without constants of calibration,
-    "direct" without splits, "masked" with a window, a soft-cap and sink logits. tuning: None for the launcher's own.
+    "direct" without splits, "masked" with a window, a soft-cap and sink logits, "half" with fp16 inside. tuning: None
+    for the launcher's own.
     """
 
     kernel: str
@@ -120,7 +141,7 @@ class Loop:
 def variants(quick: bool = False) -> Iterator[Variant]:
     """Every variant that is compiled; `quick`: what decoding with the default format takes at head size 128."""
     for dtype in DTYPES:
-        for kernel, size in product(("decode", "write"), (128,) if quick else HEAD_SIZES):
+        for kernel, size in product(("decode", "transposed", "write"), (128,) if quick else HEAD_SIZES):
             yield Variant(kernel, "k4v4", dtype, size)
         if quick:
             continue
@@ -132,8 +153,20 @@ def variants(quick: bool = False) -> Iterator[Variant]:
             yield Variant("decode", "k4v4", dtype, size, queries=8)
             yield Variant("decode", "k4v4", dtype, size, block_size=64)
             yield Variant("decode", dtype, dtype, size)
-            for kernel, name in product(("decode", "write"), OTHER_FORMATS):
+            for kernel, name in product(("decode", "transposed", "write"), OTHER_FORMATS):
                 yield Variant(kernel, name, dtype, size)
+            yield Variant("prepare", "k4v4", dtype, size)
+            yield Variant("transposed", dtype, dtype, size)
+    if quick:
+        return
+    yield Variant("decode", "k4v4", "bf16", 128, options=("one-buffer",), tuning=ONE_BUFFER)
+    for size in MAIN_HEAD_SIZES:
+        for name in ("k4v4", *OTHER_FORMATS):
+            yield Variant("transposed", name, "bf16", size, options=("half",))
+        for option in ("plain", "masked"):
+            yield Variant("transposed", "k4v4", "bf16", size, options=(option, "half"))
+        for queries in (2, 4, 8):
+            yield Variant("transposed", "k4v4", "bf16", size, queries=queries, options=("half",))
 
 
 def _constants(variant: Variant) -> LayerConstants:
@@ -161,6 +194,9 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
     if variant.kernel == "prefill":
         prefill(*batch, variant.queries, torch.empty_like(query), operands, ptx=True, **scoring)
         return
+    tuning = variant.tuning
+    if variant.kernel in ("transposed", "prepare"):
+        tuning = tuning or transposed_tuning(layout, variant.queries * GROUP, half="half" in variant.options)
     plan = plan_decode(
         layout,
         requests=REQUESTS,
@@ -169,7 +205,7 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
         kv_heads=KV_HEADS,
         max_seq_len=1 if "direct" in variant.options else 1 << 20,
         num_sms=132,
-        tuning=variant.tuning,
+        tuning=tuning,
     )
     scratch = torch.empty(plan.scratch_floats(variant.head_size))
     decode(*batch, torch.empty_like(query), plan, operands, scratch, ptx=True, **scoring)
@@ -188,6 +224,8 @@ def _workspace(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
 
 KERNELS: dict[str, tuple[JITFunction, Callable[[Variant, torch.Tensor, PageLayout, LayerOperands], None]]] = {
     "decode": (attend_kernel, _attention),
+    "transposed": (attend_columns_kernel, _attention),
+    "prepare": (prepare_kernel, _attention),
     "combine": (combine_kernel, _attention),
     "prefill": (attend_kernel, _attention),
     "write": (write_kernel, _write),
@@ -233,7 +271,7 @@ def compiled_only(architecture: int) -> Iterator[dict[JITFunction, list[tuple[An
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **options: Any) -> None:
-        tile = options["SHAPE"].TILE if self is attend_kernel else 0
+        tile = options["SHAPE"].TILE if self in (attend_kernel, attend_columns_kernel) else 0
         launched[self].append((run(self, *args, **options | {"warmup": True}), tile))
 
     driver.set_active(NoGpu(architecture))
@@ -311,6 +349,26 @@ def table(usages: list[Usage]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def roofline(usages: list[Usage]) -> str:
+    """A Markdown table: what the memory of a GPU allows for a key of one KV head, and what the decode loops take."""
+    compiled = {usage.variant: usage for usage in usages if usage.architecture == 90}
+    columns = ("format", "D", "bytes a key", "less than bf16", *(f"{gpu.name} allows" for gpu in GPUS))
+    head = (*columns, "queries as rows", "as columns", f"share of the {GPUS[-1].name}'s issue slots")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for size, name in product(MAIN_HEAD_SIZES, ("bf16", "k4v4", *OTHER_FORMATS)):
+        width = FORMATS[name].bytes_per_token(size)
+        end = f"{name}-bf16-D{size}-N16-Q1"
+        rows, transposed = (
+            compiled[f"decode-{end}"].per_token,
+            compiled[f"transposed-{end}" + ("" if name == "bf16" else "-half")].per_token,
+        )
+        allowed = [gpu.instructions(width) for gpu in GPUS]
+        numbers = (*allowed, rows, transposed)
+        cells = (name, str(size), str(width), f"{FORMATS[name].ratio(size):.2f}x", *(f"{n:.1f}" for n in numbers))
+        lines.append(f"| {' | '.join(cells)} | {100 * transposed / allowed[-1]:.0f} % |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/aot"))
@@ -325,6 +383,8 @@ def main() -> None:
     record = {"triton": triton.__version__, "usages": [asdict(u) for u in usages]}
     (arguments.out / "registers.json").write_text(json.dumps(record, indent=1) + "\n")
     (arguments.out / "registers.md").write_text(f"Triton {triton.__version__}\n\n{table(usages)}")
+    if not arguments.quick and 90 in arguments.architectures:
+        (arguments.out / "roofline.md").write_text(roofline(usages))
     print(table(usages))
 
 

@@ -14,14 +14,31 @@ with a stray tile, which would cost a program's start and a turn at the memory. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fraqtl_kernels.gpu.config import AttentionShape, Tuning
 
 SLACK = 2  # grid programs per wanted program, so that uneven lengths still split evenly
 MAX_SPLITS = 128
+TERMS = tl.constexpr(3)  # of a prepared query: zero points · sum(q), q·center, q·shift
+
+
+class ScratchViews(NamedTuple):
+    """What the launches of a decode step leave one another, flat, in this order for the alignment.
+
+    partial: outputs by split and query row. prepared: queries of the transposed form, 16 bits a number. terms: TERMS
+    for each of them. lse: log-sums by split and query row.
+    """
+
+    partial: Tensor
+    prepared: Tensor
+    terms: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,14 +65,34 @@ class DecodePlan:
     def shape(self) -> AttentionShape:
         tuning = self.tuning
         return AttentionShape(
-            self.queries, self.group, tuning.tile, tuning.stages, self.queries == 1, MIN_TILES=tuning.min_tiles
+            self.queries,
+            self.group,
+            tuning.tile,
+            tuning.stages,
+            HAS_RESIDUAL=self.queries == 1,
+            MIN_TILES=tuning.min_tiles,
+            TRANSPOSED=tuning.transposed,
         )
 
     def scratch_floats(self, head_size: int) -> int:
-        """fp32 numbers of scratch that `decode` needs: a partial output and a log-sum per split and query row."""
-        if self.splits == 1:
-            return 0
-        return self.requests * self.query_heads * self.queries * self.splits * (head_size + 1)
+        """fp32 numbers of scratch that `decode` needs: see `ScratchViews`."""
+        return sum(self._scratch_parts(head_size))
+
+    def _scratch_parts(self, head_size: int) -> tuple[int, int, int, int]:
+        """fp32 numbers of each of `ScratchViews`."""
+        transposed = self.tuning.transposed
+        rows = self.requests * self.query_heads * self.queries * self.splits if self.splits > 1 or transposed else 0
+        columns = self.requests * self.kv_heads * self.shape.COLUMNS if transposed else 0
+        return rows * head_size, columns * head_size // 2, columns * TERMS.value, rows
+
+    def scratch_views(self, scratch: Tensor | None, head_size: int) -> ScratchViews | None:
+        """The caller's scratch, cut; None if none is needed. Raises ValueError if it is too small."""
+        parts = self._scratch_parts(head_size)
+        if not sum(parts):
+            return None
+        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < sum(parts):
+            raise ValueError(f"decode needs {sum(parts)} fp32 numbers of scratch for {self.splits} splits")
+        return ScratchViews(*scratch.view(-1)[: sum(parts)].split(parts))
 
 
 def choose_splits(requests: int, kv_heads: int, max_seq_len: int, tuning: Tuning, num_sms: int) -> int:
