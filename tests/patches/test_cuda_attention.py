@@ -30,7 +30,7 @@ from fraqtl_vllm import _vllm, cuda_attention, cuda_prefill
 from fraqtl_vllm.backend import FraqtlBackend
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
-from tests.kernels.transforms import only_center
+from tests.kernels.transforms import only_center, random_constants
 from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -247,6 +247,27 @@ def test_what_a_cached_prefix_needs_is_compiled_before_the_first(monkeypatch: py
     assert len(launches) > 1 and all(launch == launches[0] for launch in launches)
     make_layer(monkeypatch, settings={"prefill_keys": "packed"}).warm_up(batch.pool)  # has no workspace
     layer.warm_up(torch.empty(0))  # nor a cache here
+
+
+def test_the_matrices_of_calibration_are_counted_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer holds their bytes from the start and gives them up when they come, or when serving begins without."""
+    layer = make_layer(monkeypatch)
+    assert layer.reserved is not None
+    transform, _, _ = random_constants(KV_HEADS, SIZE)
+    held = layer.reserved.numel()
+    layer.use_constants(transform)
+    matrices = {
+        x.data_ptr(): x
+        for stream in (layer.operands.key, layer.operands.value)
+        for part in (stream, stream.in_bytes, stream.in_words)
+        for x in vars(part).values()
+        if isinstance(x, Tensor) and x.dim() == 3
+    }
+    assert layer.reserved is None
+    assert held == sum(x.numel() * x.element_size() for x in matrices.values())
+    uncalibrated = make_layer(monkeypatch)
+    uncalibrated.warm_up(torch.empty(0))
+    assert uncalibrated.reserved is None
 
 
 def test_write_goes_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:

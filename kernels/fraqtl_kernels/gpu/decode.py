@@ -304,9 +304,9 @@ def decode(
     requests = seq_lens.shape[0]
     if requests > plan.requests:
         raise ValueError(f"{requests} requests in a batch planned for {plan.requests}")
+    views = plan.scratch_views(scratch, layout.head_size)
     check_contiguous(query=query, output=output)
     operands.check(layout.format)
-    views = plan.scratch_views(scratch, layout.head_size)
     batch = (query, pool, layout, block_table, query_start, seq_lens)
     if plan.tuning.transposed and views is not None:
         launch_transposed(*batch, plan, operands, views, ptx, scoring)

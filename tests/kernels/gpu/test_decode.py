@@ -63,15 +63,16 @@ def test_formats_and_dtypes(name: str, dtype: torch.dtype, form: Tuning) -> None
     assert decode_error(case) <= tolerance(case)
 
 
-@pytest.mark.parametrize("queries", range(2, 9))
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("queries", [2, 3, 5, 8])
+@pytest.mark.parametrize("group", [1, 4, 7])
 def test_query_tokens_of_a_speculation(queries: int, group: int) -> None:
     """Columns are filled up to a power of two; requests have fewer query tokens than the batch allows for."""
     case = Case(group=group, kv_heads=1, seq_lens=(9, 40, 70), queries=(queries, 1, queries), window=50, tuning=COLUMNS)
     assert decode_error(case) <= TOLERANCE[case.dtype]
 
 
-@FORMS
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [ROWS, COLUMNS], ids=["rows", "columns"])
 def test_errors_do_not_grow_with_the_context(form: Tuning) -> None:
     """64k tokens, many splits: sums stay in fp32."""
     case = Case(seq_lens=(65536,), queries=(1,), kv_heads=1, block_size=128, splits=8, tuning=replace(form, tile=1024))
@@ -87,7 +88,7 @@ def test_splits_that_one_pass_does_not_need(form: Tuning) -> None:
 EVERY_OFFSET = (1, 2, 3, 4, 16, 17, *range(21, 35))  # in blocks of 16, the first, the second or the third
 
 
-@pytest.mark.parametrize("form", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize(("form", "dtype"), [(ROWS, torch.float16), (ROWS, torch.bfloat16), (COLUMNS, torch.float16)])
 @pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.has_residual])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_residual_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype, form: Tuning) -> None:
