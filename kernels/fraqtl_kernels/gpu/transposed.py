@@ -398,7 +398,7 @@ def transposed_tuning(layout: PageLayout, columns: int, *, half: bool = False) -
     One warp a program, where its registers hold the output, needs no barrier that waits. Eight such programs fill the
     registers of a multiprocessor.
     """
-    large = layout.head_size > 128 or (layout.format.k.bits == 8 and layout.format.v.bits == 8)
+    large = layout.head_size > 128 or min(layout.format.k.bits, layout.format.v.bits) >= 8
     warps = 1 if columns <= 8 else 2 if columns <= 16 else 4
     tile = 64 if not large or warps > 1 else 32
     return Tuning(tile, warps, 5, 255, 8 // warps, min_tiles=256 // tile, transposed=True, half=half)
