@@ -392,15 +392,18 @@ def attend_columns_kernel(
     tl.store(lse + slot, m_i + tl.log2(l_i), mask=used)
 
 
+PREPARE_OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills two registers for sm_80
+
+
 def transposed_tuning(layout: PageLayout, columns: int, *, half: bool = False) -> Tuning:
     """Launch shape of this form by head size and columns: no variant of head size 64 or 128 spills (see `aot.py`).
 
-    One warp a program, where its registers hold the output, needs no barrier that waits. Eight such programs fill the
-    registers of a multiprocessor.
+    One warp a program, where its registers hold the output, needs no barrier that waits. Eight warps fill the registers
+    of a multiprocessor.
     """
     large = layout.head_size > 128 or min(layout.format.k.bits, layout.format.v.bits) >= 8
-    warps = 1 if columns <= 8 else 2 if columns <= 16 else 4
-    tile = 64 if not large or warps > 1 else 32
+    warps = 1 if columns <= 8 else 2 if columns <= 32 else 4
+    tile = 32 if large or columns > 16 else 64
     return Tuning(tile, warps, 5, 255, 8 // warps, min_tiles=256 // tile, transposed=True, half=half)
 
 
@@ -441,7 +444,7 @@ def launch_transposed(
         BASE_2=soft_cap is None,
         PAGE=page,
         SHAPE=shape,
-        num_warps=4,
+        **PREPARE_OPTIONS,
     )
     attend_columns_kernel[(requests, kv_heads, plan.splits)](
         prepared,
