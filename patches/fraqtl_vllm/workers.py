@@ -1,4 +1,4 @@
-"""What vLLM's workers do for us: say in which format pages are, be checked, calibrate."""
+"""What vLLM's workers do for us: say in which format pages are, be checked, calibrate, warm up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fraqtl_vllm import _vllm, compat
 
 
 def install() -> None:
-    """Called in a worker's process, before it is made. It is checked and calibrates once its KV cache is there."""
+    """Called in a worker's process, before it is made: it is checked, calibrates and warms up when its cache is there."""
     compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
-    compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_checked_and_calibrated)
+    compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_made_ready)
 
 
 def _get_kv_cache_spec(self: Any) -> Any:
@@ -20,13 +20,15 @@ def _get_kv_cache_spec(self: Any) -> Any:
         return self.worker.get_kv_cache_spec()
 
 
-def _then_checked_and_calibrated(original: Callable[..., None]) -> Callable[..., None]:
+def _then_made_ready(original: Callable[..., None]) -> Callable[..., None]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
         from fraqtl_vllm.attention.check import check_worker
-        from fraqtl_vllm.calibration.worker import calibrate_worker
+        from fraqtl_vllm.calibration.worker import calibrate_worker, packed_layers
 
         check_worker(self.worker)
         calibrate_worker(self.worker)
+        for layer in packed_layers(self.worker.vllm_config).values():
+            layer.impl.warm_up(layer.kv_cache)
 
     return initialize_from_config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ import pytest
 import torch
 import vllm
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
 from vllm.config import DeviceConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -26,12 +29,14 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
+from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.decode import plan_decode
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.attention import cuda as cuda_attention
 from fraqtl_vllm.attention import cuda_prefill
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
-from tests.kernels.transforms import only_center
+from tests.kernels.transforms import only_center, random_constants
 from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -224,6 +229,48 @@ def test_lse_agrees_with_a_key_center(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(attend(layer, batch, key, value), wanted) > 0.1
 
 
+def test_what_a_cached_prefix_needs_is_compiled_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch like those of serving, which reads the pool and changes nothing in it."""
+    layer = make_layer(monkeypatch)
+    batch, key, value = mixed_batch()
+    before, launches = batch.pool.clone(), []
+    dequantize = cuda_prefill.dequantize
+
+    def spy(*arguments: Any) -> None:
+        pool, layout, *_, operands = arguments
+        launches.append((pool.stride(), layout, arguments[-3].stride(), arguments[-3].dtype, operands))
+        dequantize(*arguments)
+
+    monkeypatch.setattr(cuda_prefill, "dequantize", spy)
+    layer.warm_up(batch.pool)
+    assert len(launches) == 1 and torch.equal(batch.pool, before)
+    attend(layer, batch, key, value)
+    assert len(launches) > 1 and all(launch == launches[0] for launch in launches)
+    make_layer(monkeypatch, settings={"prefill_keys": "packed"}).warm_up(batch.pool)  # has no workspace
+    layer.warm_up(torch.empty(0))  # nor a cache here
+
+
+def test_the_matrices_of_calibration_are_counted_before_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer holds their bytes from the start and gives them up when they come, or when serving begins without."""
+    layer = make_layer(monkeypatch)
+    assert layer.reserved is not None
+    transform, _, _ = random_constants(KV_HEADS, SIZE)
+    held = layer.reserved.numel()
+    layer.use_constants(transform)
+    matrices = {
+        x.data_ptr(): x
+        for stream in (layer.operands.key, layer.operands.value)
+        for part in (stream, stream.in_bytes, stream.in_words)
+        for x in vars(part).values()
+        if isinstance(x, Tensor) and x.dim() == 3
+    }
+    assert layer.reserved is None
+    assert held == sum(x.numel() * x.element_size() for x in matrices.values())
+    uncalibrated = make_layer(monkeypatch)
+    uncalibrated.warm_up(torch.empty(0))
+    assert uncalibrated.reserved is None
+
+
 def test_write_goes_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer(monkeypatch)
     batch, _, _ = mixed_batch()
@@ -260,6 +307,57 @@ def test_a_captured_launch_serves_smaller_batches(monkeypatch: pytest.MonkeyPatc
     batch.block_table = said.block_table_tensor
     assert relative_error(output[: 2 * queries], expected(batch, layer, raw=False)) < 1e-2
     assert output[2 * queries :].isnan().all()
+
+
+class NothingButViews(TorchDispatchMode):
+    """Fails on an operation of torch that waits for the device, allocates or launches: what may be left is a view."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        assert returns and all(r.alias_info and not r.alias_info.is_write for r in returns), (
+            f"{func} in a captured step"
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(layer: cuda_attention.Impl, batch: PagedBatch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a decode step launches, writes included: grids and arguments, tensors by address and strides."""
+    launched: list[Any] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        said = [(x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in args]
+        launched.append((self.fn.__name__, grid, said, options))
+
+    metadata = make_builder().build_for_cudagraph_capture(common(batch))
+    key = torch.zeros(len(batch.query), KV_HEADS, SIZE, dtype=torch.bfloat16)
+    slots, output = torch.zeros(len(batch.query), dtype=torch.int64), torch.empty_like(batch.query)
+    with monkeypatch.context() as patch, NothingButViews():
+        patch.setattr(InterpretedFunction, "run", record)
+        layer.do_kv_cache_update(None, key, key, batch.pool, slots)
+        layer.forward(None, batch.query, key, key, batch.pool, metadata, output)
+    return launched
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_a_captured_step_is_nothing_but_launches(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    """No waiting, no allocation, and the same launches whatever the lengths on the device are."""
+    tuning = Tuning(16, 1, 5, transposed=transposed)
+    monkeypatch.setattr(cuda_attention, "plan_decode", partial(plan_decode, tuning=tuning))
+    layer = make_layer(monkeypatch)
+    batch = make_batch(
+        "k4v4", kv_heads=KV_HEADS, group=2, seq_lens=(130, 77, 16), queries=(1, 1, 1), dtype=torch.bfloat16
+    )
+    layer.plan(batch.layout, 3, 1)  # the first step of a size, before its capture
+    first = launches_of_a_step(layer, batch, monkeypatch)
+    names = [name for name, *_ in first]
+    attention = ["prepare_kernel", "attend_columns_kernel"] if transposed else ["attend_kernel"]
+    assert names == ["write_kernel", *attention, "combine_kernel"]
+    batch.seq_lens.copy_(torch.tensor([1, 0, 130]))
+    again = launches_of_a_step(layer, batch, monkeypatch)
+    without_addresses = [[(name, grid, options) for name, grid, _, options in steps] for steps in (first, again)]
+    assert without_addresses[0] == without_addresses[1]
+    with pytest.raises(AssertionError, match="in a captured step"), NothingButViews():
+        batch.seq_lens.max().item()
 
 
 def test_what_the_builder_promises() -> None:

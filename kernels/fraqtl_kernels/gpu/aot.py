@@ -2,9 +2,10 @@
 
     python -m fraqtl_kernels.gpu.aot [--out bench/results/aot] [--quick] [--architectures 80 90 100] [--jobs 1]
 
-For sm_80, sm_90 and sm_100: registers a thread, bytes spilled to local memory, shared memory, and the
-instructions of the inner loop, as the `cuobjdump` inside the Triton wheel reports them. Writes
-registers.json and registers.md. Triton's interpreter must be off. What Triton has in its cache isn't compiled again.
+For sm_80, sm_90 and sm_100: registers a thread, bytes spilled to local memory, shared memory, and what the machine
+code of the inner loop holds, as `cuobjdump` and `nvdisasm` inside the Triton wheel report them. Writes
+registers.json, registers.md and roofline.md. Triton's interpreter must be off. What Triton has in its cache isn't
+compiled again.
 
 The launchers themselves are called, with small tensors in main memory, and what they would launch is compiled: so
 the table holds their launch shapes, alignments and constants.
@@ -17,6 +18,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -34,9 +36,11 @@ from triton.runtime.jit import JITFunction
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu.combine import combine_kernel
+from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
+from fraqtl_kernels.gpu.transposed import attend_columns_kernel, prepare_kernel, transposed_tuning
 from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
 from fraqtl_kernels.gpu.write import write, write_kernel
 from fraqtl_kernels.pages import PageLayout
@@ -47,13 +51,32 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the inline unpack: 16-bit floats whose last place is 1, as the PTX's logic operations or permutations take them
 MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x43004300", "0x64646464")
 KV_HEADS, GROUP, REQUESTS, TOKENS = 8, 4, 2, 256
+ONE_BUFFER = Tuning(tile=128, warps=4, stages=4, registers=255)  # what decoding had: kept as the control
 OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the vendor states: memory bandwidth in bytes a second, multiprocessors of four schedulers, clock in Hz."""
+
+    name: str
+    bandwidth: float
+    sms: int = 132
+    clock: float = 1.755e9
+
+    def instructions(self, width: int) -> float:
+        """Warp instructions that can be issued in the time in which `width` bytes are read."""
+        return self.sms * 4 * self.clock * width / self.bandwidth
+
+
+GPUS = (Gpu("H100", 3.35e12), Gpu("H200", 4.8e12))
 
 
 @dataclass(frozen=True)
 class Variant:
     """One kernel as it is launched: 8 KV heads of 4 query heads. options: "plain" without constants of calibration,
-    "direct" without splits, "masked" with a window, a soft-cap and sink logits.
+    "direct" without splits, "masked" with a window, a soft-cap and sink logits, "half" with fp16 inside. tuning: None
+    for the launcher's own.
     """
 
     kernel: str
@@ -63,6 +86,7 @@ class Variant:
     block_size: int = 16
     queries: int = 1
     options: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
     @property
     def name(self) -> str:
@@ -74,8 +98,8 @@ class Variant:
 class Usage:
     """What a compiled variant uses.
 
-    spills: bytes of local memory a thread. loop: instructions of the inner loop (0: fully unrolled or none).
-    unpack: the PTX holds the inline unpack. tf32: it holds a TF32 product.
+    spills: bytes of local memory a thread. tile: keys of an iteration of the inner loop, 0 for kernels without
+    tiles. unpack: the PTX holds the inline unpack. tf32: it holds a TF32 product. The rest as in `Loop`.
     """
 
     variant: str
@@ -84,15 +108,39 @@ class Usage:
     spills: int
     shared: int
     warps: int
+    tile: int
     loop: int
+    barriers: int
+    wait: int
+    buffers: int
     unpack: bool
     tf32: bool
+
+    @property
+    def per_token(self) -> float:
+        """Warp instructions of the inner loop for one key of one KV head, all warps of a program together."""
+        return self.loop * self.warps / self.tile if self.tile else 0.0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The machine code of an inner loop, for one tile of keys.
+
+    loop: instructions (0: fully unrolled or no loop). barriers: how often the warps of a program wait for one another.
+    wait: groups of asynchronous copies still in flight when an iteration starts on its own tile. buffers: tiles that
+    shared memory holds for that; with one, every iteration waits for the copies that the one before has just started.
+    """
+
+    loop: int = 0
+    barriers: int = 0
+    wait: int = 0
+    buffers: int = 0
 
 
 def variants(quick: bool = False) -> Iterator[Variant]:
     """Every variant that is compiled; `quick`: what decoding with the default format takes at head size 128."""
     for dtype in DTYPES:
-        for kernel, size in product(("decode", "write"), (128,) if quick else HEAD_SIZES):
+        for kernel, size in product(("decode", "transposed", "write"), (128,) if quick else HEAD_SIZES):
             yield Variant(kernel, "k4v4", dtype, size)
         if quick:
             continue
@@ -104,8 +152,20 @@ def variants(quick: bool = False) -> Iterator[Variant]:
             yield Variant("decode", "k4v4", dtype, size, queries=8)
             yield Variant("decode", "k4v4", dtype, size, block_size=64)
             yield Variant("decode", dtype, dtype, size)
-            for kernel, name in product(("decode", "write"), OTHER_FORMATS):
+            for kernel, name in product(("decode", "transposed", "write"), OTHER_FORMATS):
                 yield Variant(kernel, name, dtype, size)
+            yield Variant("prepare", "k4v4", dtype, size)
+            yield Variant("transposed", dtype, dtype, size)
+    if quick:
+        return
+    yield Variant("decode", "k4v4", "bf16", 128, options=("one-buffer",), tuning=ONE_BUFFER)
+    for size in MAIN_HEAD_SIZES:
+        for name in ("k4v4", *OTHER_FORMATS):
+            yield Variant("transposed", name, "bf16", size, options=("half",))
+        for option in ("plain", "masked"):
+            yield Variant("transposed", "k4v4", "bf16", size, options=(option, "half"))
+        for queries in (2, 4, 8):
+            yield Variant("transposed", "k4v4", "bf16", size, queries=queries, options=("half",))
 
 
 def _constants(variant: Variant) -> LayerConstants:
@@ -133,6 +193,9 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
     if variant.kernel == "prefill":
         prefill(*batch, variant.queries, torch.empty_like(query), operands, ptx=True, **scoring)
         return
+    tuning = variant.tuning
+    if variant.kernel in ("transposed", "prepare"):
+        tuning = tuning or transposed_tuning(layout, variant.queries * GROUP, half="half" in variant.options)
     plan = plan_decode(
         layout,
         requests=REQUESTS,
@@ -141,6 +204,7 @@ def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
         kv_heads=KV_HEADS,
         max_seq_len=1 if "direct" in variant.options else 1 << 20,
         num_sms=132,
+        tuning=tuning,
     )
     scratch = torch.empty(plan.scratch_floats(variant.head_size))
     decode(*batch, torch.empty_like(query), plan, operands, scratch, ptx=True, **scoring)
@@ -159,6 +223,8 @@ def _workspace(variant: Variant, pool: torch.Tensor, layout: PageLayout, operand
 
 KERNELS: dict[str, tuple[JITFunction, Callable[[Variant, torch.Tensor, PageLayout, LayerOperands], None]]] = {
     "decode": (attend_kernel, _attention),
+    "transposed": (attend_columns_kernel, _attention),
+    "prepare": (prepare_kernel, _attention),
     "combine": (combine_kernel, _attention),
     "prefill": (attend_kernel, _attention),
     "write": (write_kernel, _write),
@@ -182,25 +248,34 @@ class NoGpu:
         return 0
 
 
-def compile_variant(variant: Variant, architecture: int) -> Any:
-    """What the launcher would launch, compiled for sm_<architecture>; its `asm` holds ptx and cubin."""
+def compile_variant(variant: Variant, architecture: int) -> tuple[Any, int]:
+    """What the launcher would launch, compiled for sm_<architecture>, whose `asm` holds ttgir, ptx and cubin; and the
+    keys of a tile, 0 for kernels without tiles."""
     kernel, launch = KERNELS[variant.kernel]
     layout = PageLayout(FORMATS[variant.format], variant.head_size, variant.block_size)
     width = layout.format.bytes_per_token(variant.head_size)
     pool = torch.zeros(TOKENS // variant.block_size, KV_HEADS, variant.block_size, width, dtype=torch.uint8)
     operands = LayerOperands.of(layout.format, variant.head_size, DTYPES[variant.dtype], "cpu", _constants(variant))
-    compiled: list[Any] = []
+    with compiled_only(architecture) as launched:
+        launch(variant, pool, layout, operands)
+    ((compiled, tile),) = launched[kernel]
+    return compiled, tile
+
+
+@contextmanager
+def compiled_only(architecture: int) -> Iterator[dict[JITFunction, list[tuple[Any, int]]]]:
+    """Kernels are compiled for sm_<architecture> and not launched. Yields what was compiled by kernel, as
+    `compile_variant` returns it."""
+    launched: dict[JITFunction, list[tuple[Any, int]]] = defaultdict(list)
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **options: Any) -> None:
-        if self is kernel:
-            compiled.append(run(self, *args, **options | {"warmup": True}))
+        tile = options["SHAPE"].TILE if self in (attend_kernel, attend_columns_kernel) else 0
+        launched[self].append((run(self, *args, **options | {"warmup": True}), tile))
 
     driver.set_active(NoGpu(architecture))
     with _run_replaced(compile_only):
-        launch(variant, pool, layout, operands)
-    (only,) = compiled
-    return only
+        yield launched
 
 
 @contextmanager
@@ -216,7 +291,7 @@ def _run_replaced(run: Callable[..., None]) -> Iterator[None]:
 
 def measure(variant: Variant, architecture: int) -> Usage:
     """Compile and read the resource usage."""
-    compiled = compile_variant(variant, architecture)
+    compiled, tile = compile_variant(variant, architecture)
     report = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
     registers, stack, local = (int(re.findall(rf"{key}:(\d+)", report)[-1]) for key in ("REG", "STACK", "LOCAL"))
     return Usage(
@@ -226,7 +301,8 @@ def measure(variant: Variant, architecture: int) -> Usage:
         spills=max(stack, local),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        loop=_loop_length(_tool("nvdisasm", compiled.asm["cubin"], "-c")),
+        tile=tile,
+        **asdict(inner_loop(_tool("nvdisasm", compiled.asm["cubin"], "-c"))),
         unpack=any(magic in compiled.asm["ptx"] for magic in MAGIC_NUMBERS),
         tf32=".tf32" in compiled.asm["ptx"],
     )
@@ -241,31 +317,65 @@ def _tool(name: str, cubin: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _loop_length(sass: str) -> int:
-    """Instructions of the shortest loop that holds a tensor-core product; 0 without one."""
+def inner_loop(sass: str) -> Loop:
+    """The shortest loop that holds a tensor-core product."""
     lines = sass.splitlines()
     labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    lengths = []
+    loops = []
     for end, line in enumerate(lines):
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         body = lines[labels[jump.group(1)] : end] if jump and labels.get(jump.group(1), end) < end else []
         if any("MMA" in text for text in body):
-            lengths.append(sum(bool(re.search(r"/\*[0-9a-f]{4,}\*/", text)) for text in body))
-    return min(lengths, default=0)
+            loops.append(_read_loop(body))
+    return min(loops, key=lambda loop: loop.loop, default=Loop())
+
+
+def _read_loop(body: list[str]) -> Loop:
+    """What one loop holds. Copies are closed off in groups (LDGDEPBAR); DEPBAR.LE waits until at most N are open."""
+    groups = sum("LDGDEPBAR" in line for line in body)
+    waits = [int(m.group(1), 16) for line in body if (m := re.search(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", line))]
+    wait = min(waits, default=0)
+    return Loop(
+        loop=sum(bool(re.search(r"/\*[0-9a-f]{4,}\*/", line)) for line in body),
+        barriers=sum("BAR.SYNC" in line for line in body),
+        wait=wait,
+        buffers=1 + wait // groups if groups else 0,
+    )
 
 
 def table(usages: list[Usage]) -> str:
-    """A Markdown table: one row a variant, registers / spilled bytes / shared bytes for every architecture."""
+    """A Markdown table: one row a variant, and for every architecture registers, spilled bytes, shared bytes, tiles in
+    flight and warp instructions a key."""
     rows: dict[str, dict[int, Usage]] = {}
     for usage in usages:
         rows.setdefault(usage.variant, {})[usage.architecture] = usage
     architectures = sorted({u.architecture for u in usages})
-    head = " | ".join(f"sm_{a}: registers, spills, shared" for a in architectures)
+    head = " | ".join(f"sm_{a}: registers, spills, shared, buffers, instructions a key" for a in architectures)
     lines = [f"| variant | warps | {head} |", "|---|---|" + "---|" * len(architectures)]
     for name, by_arch in rows.items():
         in_order = (by_arch[a] for a in architectures)
-        cells = (f"{u.registers}, {u.spills}, {u.shared}" for u in in_order)
+        cells = (f"{u.registers}, {u.spills}, {u.shared}, {u.buffers}, {u.per_token:.1f}" for u in in_order)
         lines.append(f"| {name} | {next(iter(by_arch.values())).warps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def roofline(usages: list[Usage]) -> str:
+    """A Markdown table: what the memory of a GPU allows for a key of one KV head, and what the decode loops take."""
+    compiled = {usage.variant: usage for usage in usages if usage.architecture == 90}
+    columns = ("format", "D", "bytes a key", "less than bf16", *(f"{gpu.name} allows" for gpu in GPUS))
+    head = (*columns, "queries as rows", "as columns", f"share of the {GPUS[-1].name}'s issue slots")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for size, name in product(MAIN_HEAD_SIZES, ("bf16", "k4v4", *OTHER_FORMATS)):
+        width = FORMATS[name].bytes_per_token(size)
+        end = f"{name}-bf16-D{size}-N16-Q1"
+        rows, transposed = (
+            compiled[f"decode-{end}"].per_token,
+            compiled[f"transposed-{end}" + ("" if name == "bf16" else "-half")].per_token,
+        )
+        allowed = [gpu.instructions(width) for gpu in GPUS]
+        numbers = (*allowed, rows, transposed)
+        cells = (name, str(size), str(width), f"{FORMATS[name].ratio(size):.2f}x", *(f"{n:.1f}" for n in numbers))
+        lines.append(f"| {' | '.join(cells)} | {100 * transposed / allowed[-1]:.0f} % |")
     return "\n".join(lines) + "\n"
 
 
@@ -283,6 +393,8 @@ def main() -> None:
     record = {"triton": triton.__version__, "usages": [asdict(u) for u in usages]}
     (arguments.out / "registers.json").write_text(json.dumps(record, indent=1) + "\n")
     (arguments.out / "registers.md").write_text(f"Triton {triton.__version__}\n\n{table(usages)}")
+    if not arguments.quick and 90 in arguments.architectures:
+        (arguments.out / "roofline.md").write_text(roofline(usages))
     print(table(usages))
 
 

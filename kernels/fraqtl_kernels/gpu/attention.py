@@ -73,12 +73,12 @@ def load_query(
     scale,
     factor,
     VECTOR: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Parts of the rotated, scaled query in its own dtype; z_k · sum(q), q·center and q·shift of every row in fp32.
+    """Parts of the rotated, scaled query in DTYPE; z_k · sum(q), q·center and q·shift of every row in fp32.
 
     scale: softmax scale (and log2(e) without soft-cap). The rest as for `decode.attend_kernel`.
     """
-    DTYPE: tl.constexpr = rows.dtype.element_ty
     PARTS: tl.constexpr = VECTOR.PARTS
     raw = load_parts(rows, used, VECTOR)
     if VECTOR.ROTATED:
@@ -129,6 +129,12 @@ def load_tile_scales(pool_head, block, stride_block, start, last, oldest, PAGE: 
 
 
 @triton.jit
+def cap_scores(scores, soft_cap):
+    """cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)."""
+    return soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
+
+
+@triton.jit
 def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """Products with dequantized keys as scores in units of log2: centers added, capped."""
     if HAS_CENTER:
@@ -137,8 +143,7 @@ def finish_scores(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER: tl
         is_outlier = tl.where(k_scale.to(tl.int16, bitcast=True) < 0, 1.0, 0.0)
         scores += is_outlier[None, :] * q_shift[:, None]
     if soft_cap is not None:
-        # cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)
-        scores = soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
+        scores = cap_scores(scores, soft_cap)
     return scores
 
 
@@ -191,6 +196,19 @@ def residual_tokens_before(position, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def residual_slots(position, BLOCK_SIZE: tl.constexpr):
+    """Of a tile that holds the newest tokens of the block of `position`: (its numbers, those tokens but one, which
+    numbers are tokens, their slots, which have a residual, the slots of those)."""
+    index = tl.arange(0, _RESIDUAL_TILE)
+    before = residual_tokens_before(position, BLOCK_SIZE)
+    known = index <= before
+    slot = tl.where(known, position % BLOCK_SIZE - before + index, 0)
+    has_residual = known & (slot + _DISTANCE < BLOCK_SIZE)
+    residual_slot = tl.where(has_residual, slot + _DISTANCE, 0)
+    return index, before, known, slot, has_residual, residual_slot
+
+
+@triton.jit
 def attend_residual_tokens(
     q_parts,
     q_zero,
@@ -219,12 +237,7 @@ def attend_residual_tokens(
     PARTS: tl.constexpr = V.PARTS
     WIDTH: tl.constexpr = V.WIDTH
     page = pool_head + tl.load(table_row + position // PAGE.BLOCK_SIZE).to(tl.int64) * stride_block
-    index = tl.arange(0, _RESIDUAL_TILE)
-    before = residual_tokens_before(position, PAGE.BLOCK_SIZE)
-    known = index <= before
-    slot = tl.where(known, position % PAGE.BLOCK_SIZE - before + index, 0)
-    has_residual = known & (slot + _DISTANCE < PAGE.BLOCK_SIZE)
-    residual_slot = tl.where(has_residual, slot + _DISTANCE, 0)
+    index, before, known, slot, has_residual, residual_slot = residual_slots(position, PAGE.BLOCK_SIZE)
     k_scale = load_scales(page, slot, known, K)[0]
     k_parts = load_codes(page + K.CODES + slot * K.ROW_BYTES, known, DTYPE, K, False, PAGE.PTX)
     scores = score_codes(q_parts, q_zero, k_parts, k_scale, K, HAS_SHIFT)

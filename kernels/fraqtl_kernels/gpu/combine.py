@@ -2,7 +2,7 @@
 
     out = (Σ_s 2^(l_s - m) · out_s) / (Σ_s 2^(l_s - m) [+ exp(sink logit) · 2^-m]),   m = max_s l_s
 
-over the splits that have a chunk, then back into the model's basis and the output dtype. One program
+over the splits that have a piece, then back into the model's basis and the output dtype. One program
 per (request, KV head) takes all its query rows.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fraqtl_kernels.gpu.attention import add_sink_logits, query_rows, store_output
-from fraqtl_kernels.gpu.splits import chunk_tokens, oldest_visible
+from fraqtl_kernels.gpu.splits import count_pieces, oldest_visible
 from fraqtl_kernels.gpu.tiles import load_parts
 
 OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills a few for sm_100
@@ -54,7 +54,7 @@ def combine_kernel(
     WIDTH: tl.constexpr = V.WIDTH
     STORED: tl.constexpr = SHAPE.GROUP * SHAPE.QUERIES
     first = oldest_visible(length, count, window) // TILE * TILE
-    chunk = chunk_tokens(first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, TILE)
+    pieces, _ = count_pieces(first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, SHAPE)
     row = tl.arange(0, ROWS)
     used = row < count * SHAPE.GROUP
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
@@ -63,7 +63,7 @@ def combine_kernel(
     for _ in tl.static_range(PARTS):
         out = out + (tl.zeros([ROWS, WIDTH], tl.float32),)
     split_start = ((request * kv_heads + head) * splits).to(tl.int64) * STORED + row
-    for split in tl.range(0, tl.cdiv(length - first, chunk), num_stages=3):
+    for split in tl.range(0, pieces, num_stages=3):
         slot = split_start + split * STORED
         split_lse = tl.load(lse + slot, mask=used, other=float("-inf"))
         parts = load_parts(partial + slot[:, None] * PAGE.HEAD, used[:, None], V)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Required, TypedDict
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from fraqtl_kernels.gpu.unpack import zero_points
 from fraqtl_kernels.pages import PageLayout
 
 MIN_ROWS = 16  # the smallest M of a tensor-core product
+MIN_COLUMNS = 8  # and the smallest N
 MIN_WIDTH = 16  # columns of a part, the smallest K of a tensor-core product
 MIN_VALUE_WIDTH = 32  # of values: with 16, four warps share two tiles of a product and ptxas spills
 DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
@@ -28,17 +30,35 @@ DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread."""
+    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread.
+
+    Of decoding only: programs_per_sm, how many are wanted on each multiprocessor at once; min_tiles, the fewest tiles
+    that are worth a program of their own; transposed, whether keys are the rows of products and queries the columns
+    (`transposed.py`); half, whether that form computes in fp16 also for bf16 models.
+    """
 
     tile: int
     warps: int
     stages: int
     registers: int | None = None
+    programs_per_sm: int = 2
+    min_tiles: int = 2
+    transposed: bool = False
+    half: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         """Launch options of Triton."""
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
+
+
+class Scoring(TypedDict, total=False):
+    """How scores become weights. sink_logits: (query heads,), the logarithms of extra terms of the softmax sums."""
+
+    scale: Required[float]
+    window: int | None
+    soft_cap: float | None
+    sink_logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ class AttentionShape:
     """A program of attention: QUERIES query tokens of GROUP heads over TILE keys at a time.
 
     HAS_RESIDUAL: whether the newest tokens are read with their residuals. Pages hold what the one query of a decode
-    step needs for that.
+    step needs for that. MIN_TILES: the fewest tiles of a split. TRANSPOSED: queries are columns, not rows.
     """
 
     QUERIES: int
@@ -93,15 +113,22 @@ class AttentionShape:
     TILE: int
     STAGES: int
     HAS_RESIDUAL: bool = False
+    MIN_TILES: int = 1
+    TRANSPOSED: bool = False
 
     @property
     def ROWS(self) -> int:  # noqa: N802
         return rows_for(self.QUERIES * self.GROUP)
 
     @property
+    def COLUMNS(self) -> int:  # noqa: N802
+        """Of a transposed program: a power of two, at least the N of a tensor-core product."""
+        return max(MIN_COLUMNS, triton.next_power_of_2(self.QUERIES * self.GROUP))
+
+    @property
     def WORDS(self) -> bool:  # noqa: N802
         """Whether codes are read as words. With more rows Triton gives parts of 32 columns to all warps alike."""
-        return self.ROWS <= MIN_ROWS
+        return self.TRANSPOSED or self.ROWS <= MIN_ROWS
 
     @property
     def DEFERRED(self) -> bool:  # noqa: N802

@@ -13,9 +13,8 @@ kernel without splits.
 
 from __future__ import annotations
 
-from typing import Required, TypedDict, Unpack
+from typing import Unpack
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,16 +23,21 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.gpu.attention import LOG2E, add_sink_logits, attend_tiles, load_query, query_rows, store_output
 from fraqtl_kernels.gpu.combine import OPTIONS as COMBINE_OPTIONS
 from fraqtl_kernels.gpu.combine import combine_kernel
-from fraqtl_kernels.gpu.config import AttentionShape, Tuning, check_contiguous, page_shape, rows_for
+from fraqtl_kernels.gpu.config import AttentionShape, Scoring, Tuning, check_contiguous, page_shape, rows_for
 from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
+from fraqtl_kernels.gpu.splits import DecodePlan, choose_splits, count_pieces, oldest_visible, piece_start
 from fraqtl_kernels.gpu.tiles import store_parts
+from fraqtl_kernels.gpu.transposed import launch_transposed
 from fraqtl_kernels.pages import PageLayout
 
 MAX_QUERIES = 8
 
 
-@triton.jit(do_not_specialize=["requests", "programs", "window"])
+# Prompts behind decodes are slices of the batch's tensors: where they begin must not decide what is compiled.
+@triton.jit(
+    do_not_specialize=["requests", "programs", "window"],
+    do_not_specialize_on_alignment=["block_table", "query_start", "seq_lens"],
+)
 def attend_kernel(
     query,  # (tokens, query heads, D)
     query_stride_token,
@@ -87,18 +91,31 @@ def attend_kernel(
     first = oldest // TILE * TILE
     if partial is not None:
         kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
-        chunk = chunk_tokens(first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, TILE)
-        first += split_idx * chunk
-        last = tl.minimum(first + chunk, length)
-        if first >= length:
+        pieces, own = count_pieces(
+            first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, SHAPE
+        )
+        if split_idx >= pieces:
             return
+        last = tl.minimum(first + piece_start(split_idx + 1, pieces, own) * TILE, length)
+        first += piece_start(split_idx, pieces, own) * TILE
     if soft_cap is None:
         scale *= LOG2E
     token = (start + done).to(tl.int64)
     at = query + token * query_stride_token + head * SHAPE.GROUP * query_stride_head
     rows, used = query_rows(at, query_stride_token, query_stride_head, count, SHAPE)
     q_parts, q_zero, q_constant, q_shift = load_query(
-        rows, used, head, basis_query, basis_query_stride_head, key_scale, center, outlier_shift, scale, key_factor, K
+        rows,
+        used,
+        head,
+        basis_query,
+        basis_query_stride_head,
+        key_scale,
+        center,
+        outlier_shift,
+        scale,
+        key_factor,
+        K,
+        query.dtype.element_ty,
     )
     row = tl.arange(0, ROWS)
     position = length - whole + done + tl.minimum(row // SHAPE.GROUP, count - 1)
@@ -153,15 +170,6 @@ def attend_kernel(
         used = row < count * SHAPE.GROUP
         store_parts(partial + slot[:, None] * PAGE.HEAD, normalized, used[:, None], tl.float32, V)
         tl.store(lse + slot, m_i + tl.log2(l_i), mask=used)
-
-
-class Scoring(TypedDict, total=False):
-    """How scores become weights. sink_logits: (query heads,), the logarithms of extra terms of the softmax sums."""
-
-    scale: Required[float]
-    window: int | None
-    soft_cap: float | None
-    sink_logits: Tensor | None
 
 
 def launch_attention(
@@ -229,13 +237,17 @@ def launch_attention(
 
 
 def decode_tuning(layout: PageLayout, rows: int) -> Tuning:
-    """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`)."""
+    """Launch shape by head size and rows: chosen so that no variant of head size 64 or 128 spills (see `aot.py`).
+
+    Block numbers and codes are two levels of loads, which share the stages: 4 give one buffer of codes, 5 give two, 7
+    give three.
+    """
     if rows <= 16 and layout.format.is_quantized:
         # A cap that two programs leave room for; without one ptxas spills for the sake of a third.
         tile = 128 if layout.head_size <= 128 else 64
         if layout.format.v.groups > 1:  # a sum of weights for each group
             tile = 32 if layout.head_size <= 64 else 64
-        return Tuning(tile, warps=4, stages=4, registers=255)
+        return Tuning(tile, warps=4, stages=5, registers=255)
     tile = 64 if layout.head_size <= 128 and rows <= 32 else 32
     if rows > 16 and layout.head_size <= 64:
         tile = 32
@@ -261,8 +273,8 @@ def plan_decode(
     if query_heads % kv_heads:
         raise UnsupportedError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
     tuning = tuning or decode_tuning(layout, rows_for(queries * query_heads // kv_heads))
-    splits = choose_splits(requests, kv_heads, max_seq_len, tuning.tile, num_sms)
-    programs = PROGRAMS_PER_SM * num_sms
+    splits = choose_splits(requests, kv_heads, max_seq_len, tuning, num_sms)
+    programs = tuning.programs_per_sm * num_sms
     return DecodePlan(requests, queries, query_heads, kv_heads, splits, programs, tuning)
 
 
@@ -287,33 +299,27 @@ def decode(
     `PageLayout.planes`. block_table: (requests, blocks) int32. query_start: (requests + 1,) and
     seq_lens: (requests,) int, a request with no query token is skipped. scratch: at least
     `plan.scratch_floats(D)` fp32, contents ignored. ptx: inline-PTX unpack
-    (default: wherever there is a GPU). scoring: see `Scoring`. One or two launches, no synchronisation.
+    (default: wherever there is a GPU). scoring: see `Scoring`. One to three launches, no synchronisation.
     """
     requests = seq_lens.shape[0]
     if requests > plan.requests:
         raise ValueError(f"{requests} requests in a batch planned for {plan.requests}")
-    split = split_scratch(scratch, plan, layout.head_size) if plan.splits > 1 else None
-    launch_attention(
-        query,
-        pool,
-        layout,
-        block_table,
-        query_start,
-        seq_lens,
-        output,
-        operands,
-        plan.shape,
-        plan.tuning,
-        plan.splits,
-        split,
-        plan.programs,
-        ptx,
-        scoring,
-    )
-    if split is None:
+    views = plan.scratch_views(scratch, layout.head_size)
+    check_contiguous(query=query, output=output)
+    operands.check(layout.format)
+    batch = (query, pool, layout, block_table, query_start, seq_lens)
+    if plan.tuning.transposed and views is not None:
+        launch_transposed(*batch, plan, operands, views, ptx, scoring)
+    else:
+        split = None if views is None else (views.partial, views.lse)
+        launch_attention(
+            *batch, output, operands, plan.shape, plan.tuning, plan.splits, split, plan.programs, ptx, scoring
+        )
+    if views is None:
         return
     combine_kernel[(requests, plan.kv_heads)](
-        *split,
+        views.partial,
+        views.lse,
         query_start,
         seq_lens,
         output,
@@ -333,13 +339,3 @@ def decode(
         SHAPE=plan.shape,
         **COMBINE_OPTIONS,
     )
-
-
-def split_scratch(scratch: Tensor | None, plan: DecodePlan, head_size: int) -> tuple[Tensor, Tensor]:
-    """Partial outputs and log-sums as flat views of the caller's scratch. Raises ValueError if it is too small."""
-    needed = plan.scratch_floats(head_size)
-    if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < needed:
-        raise ValueError(f"decode needs {needed} fp32 numbers of scratch for {plan.splits} splits")
-    rows = needed // (head_size + 1)
-    flat = scratch.view(-1)
-    return flat[: rows * head_size], flat[rows * head_size : needed]

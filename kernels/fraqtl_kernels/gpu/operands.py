@@ -84,6 +84,14 @@ class StreamOperands:
         return self.in_words if words else self.in_bytes
 
 
+def calibrated_bytes(format: KVFormat, head_size: int, kv_heads: int) -> int:
+    """Device memory of the matrices that calibration gives a layer: what must be kept free for them."""
+    square = head_size * head_size
+    words = sum(2 * readable_in_words(v) for v in (format.k, format.v) if v.calibrated)
+    calibrated = format.k.calibrated + format.v.calibrated
+    return 2 * kv_heads * ((3 * calibrated + words) * square + calibrated * square // 4)
+
+
 @dataclass(frozen=True)
 class LayerOperands:
     """Operands of one layer (layers without constants may share them)."""

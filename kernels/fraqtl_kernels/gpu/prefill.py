@@ -12,8 +12,8 @@ from typing import Unpack
 import triton
 from torch import Tensor
 
-from fraqtl_kernels.gpu.config import AttentionShape, Tuning
-from fraqtl_kernels.gpu.decode import Scoring, launch_attention
+from fraqtl_kernels.gpu.config import AttentionShape, Scoring, Tuning
+from fraqtl_kernels.gpu.decode import launch_attention
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.pages import PageLayout
 

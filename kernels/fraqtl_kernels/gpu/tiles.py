@@ -94,29 +94,44 @@ def rotate_parts(parts, basis, factor, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_codes(row, token_mask, DTYPE: tl.constexpr, VECTOR: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr):
+def load_codes(
+    row,
+    token_mask,
+    DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    PTX: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
     """One tile of stored vectors as (TILE, WIDTH) parts in DTYPE, plus the bias of `unpack.zero_points`.
 
     row: (TILE,) pointers to the first byte of each vector. token_mask: (TILE,) for raw vectors, which hold
-    anything (NaN too) where nothing was written. SYMMETRIC: as in `unpack_nibbles`.
+    anything (NaN too) where nothing was written. SYMMETRIC: as in `unpack_nibbles`. TRANSPOSED: as (WIDTH, TILE) parts,
+    loaded so: a transpose of what was loaded keeps Triton from unpacking where the product wants its operand.
     """
-    column, real = part_columns(VECTOR)
+    WIDTH: tl.constexpr = VECTOR.WIDTH
+    column = tl.arange(0, WIDTH)[:, None] if TRANSPOSED else tl.arange(0, WIDTH)[None, :]
+    row = row[None, :] if TRANSPOSED else row[:, None]
+    real = column < VECTOR.COLUMNS
     if VECTOR.BITS == 16:
         RAW: tl.constexpr = VECTOR.RAW
-        low, high = load_parts(row.to(tl.pointer_type(RAW))[:, None], token_mask[:, None], VECTOR)
+        at = row.to(tl.pointer_type(RAW)) + column
+        known = real & (token_mask[None, :] if TRANSPOSED else token_mask[:, None])
+        low = tl.load(at, mask=known, other=0.0)
+        high = tl.load(at + VECTOR.COLUMNS, mask=known, other=0.0)
         if RAW == DTYPE:
             return low, high
         else:
             return round16(low.to(tl.float32), DTYPE), round16(high.to(tl.float32), DTYPE)
     elif VECTOR.WORDS:
-        words = load_packed(row.to(tl.pointer_type(tl.uint16))[:, None] + column, real, VECTOR)
+        words = load_packed(row.to(tl.pointer_type(tl.uint16)) + column, real, VECTOR)
         return unpack_words(words, DTYPE, SYMMETRIC, PTX)
     elif VECTOR.BITS == 8:
-        low = load_packed(row[:, None] + column, real, VECTOR)
-        high = load_packed(row[:, None] + VECTOR.COLUMNS + column, real, VECTOR)
+        low = load_packed(row + column, real, VECTOR)
+        high = load_packed(row + VECTOR.COLUMNS + column, real, VECTOR)
         return unpack_bytes(low, DTYPE, PTX), unpack_bytes(high, DTYPE, PTX)
     else:
-        codes = load_packed(row[:, None] + column, real, VECTOR)
+        codes = load_packed(row + column, real, VECTOR)
         if VECTOR.BITS == 4:
             return unpack_nibbles(codes, DTYPE, SYMMETRIC, PTX)
         else:

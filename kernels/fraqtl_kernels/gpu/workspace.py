@@ -75,7 +75,8 @@ def restore_vectors(
     store_parts(target[:, None], restored, known[:, None], DTYPE, VECTOR)
 
 
-@triton.jit
+# The rows of a pass are a slice of the batch's block table: where they begin must not decide what is compiled.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table", "first", "target_start"])
 def workspace_kernel(
     pool,
     pool_stride_block,

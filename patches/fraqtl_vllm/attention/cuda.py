@@ -29,7 +29,7 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.gpu.config import has_kernels
 from fraqtl_kernels.gpu.decode import MAX_QUERIES, decode, plan_decode
-from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.operands import LayerOperands, calibrated_bytes
 from fraqtl_kernels.gpu.prefill import prefill
 from fraqtl_kernels.gpu.splits import DecodePlan
 from fraqtl_kernels.gpu.write import write
@@ -155,6 +155,9 @@ class Impl(FraqtlImpl[Metadata]):
         self.scratch = self._allocate_scratch(config)
         check_format(self.kv_format)
         self.use_constants(self._before_calibration())
+        # What calibration will need, held while vLLM sizes the pool, which comes first.
+        reserved = calibrated_bytes(self.kv_format, self.head_size, self.num_kv_heads)
+        self.reserved: Tensor | None = torch.empty(reserved, dtype=torch.uint8, device=self.device)
         # A layer that reads another one's cache is given no keys that are in it.
         self.packed = packed or self.kv_sharing_target_layer_name is not None
         if not self.packed:
@@ -179,8 +182,18 @@ class Impl(FraqtlImpl[Metadata]):
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
-        super().use_constants(constants)
+        super().use_constants(constants.to(torch.device("cpu")))
+        self.reserved = None
         self.operands = LayerOperands.of(self.kv_format, self.head_size, self.dtype, self.device, constants)
+
+    @property
+    def _prefill_layer(self) -> cuda_prefill.Layer:
+        return cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands)
+
+    def warm_up(self, kv_cache: Tensor) -> None:
+        self.reserved = None  # also without calibration
+        if not self.packed and kv_cache.numel():
+            cuda_prefill.warm_up(self._prefill_layer, kv_cache, self.layout(kv_cache))
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -211,7 +224,7 @@ class Impl(FraqtlImpl[Metadata]):
             self._prefill_packed(query, kv_cache, layout, batch, output)
         else:
             cuda_prefill.attend(
-                cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands),
+                self._prefill_layer,
                 query,
                 key,
                 value,

@@ -157,6 +157,15 @@ class Layer:
     operands: LayerOperands
 
 
+def warm_up(layer: Layer, pool: Tensor, layout: PageLayout) -> None:
+    """Compile what brings back a cached prefix, on one token of whatever the first block holds. None of vLLM's trial
+    runs has a prefix; without this the first one of a server would wait for the compiler."""
+    integers = torch.tensor([[0, 1]], dtype=torch.int32, device=pool.device)
+    first, start = integers[0, :1], integers[0]
+    key, value = layer.workspace.key[:1], layer.workspace.value[:1]
+    dequantize(pool, layout, integers, first, start, 1, key, value, layer.operands)
+
+
 def attend(
     layer: Layer,
     query: Tensor,

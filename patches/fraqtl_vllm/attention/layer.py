@@ -66,6 +66,9 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         """What calibration found for this layer, once, before the first page is written."""
         self.constants = constants
 
+    def warm_up(self, kv_cache: Tensor) -> None:
+        """Compile what serving will need, once the cache is there, before CUDA graphs and the first request."""
+
     def attend_without_cache(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """A run before there is a batch: vLLM's profiling, where the output doesn't matter, or calibration."""
         if self.recorder is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 from torch import Tensor
@@ -17,12 +17,18 @@ class Recorder:
     """One calibration run. `constants` has an entry for every layer that has keys of its own, by name."""
 
     def __init__(
-        self, format: KVFormat, sequences: int, projections: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        format: KVFormat,
+        sequences: int,
+        projections: Mapping[str, Tensor] = MappingProxyType({}),
+        shared: Collection[str | None] = (),
     ) -> None:
-        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there."""
+        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there. shared: layers whose
+        keys others use: only theirs are kept, since the pool has left little memory."""
         self.format = format
         self.sequences = sequences
         self.projections = projections
+        self.shared = shared
         self.constants: dict[str, LayerConstants] = {}
         self.on_layer: Callable[[int], None] = lambda layers: None  # hears how many layers have been recorded
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
@@ -58,6 +64,7 @@ class Recorder:
         )
         if shared_layer is None:
             self.constants[layer] = calibrate(self.format, key, query, value, importance)
-            self._keys[layer] = key, value
+            if layer in self.shared:
+                self._keys[layer] = key, value
             self.on_layer(len(self.constants))
         return out

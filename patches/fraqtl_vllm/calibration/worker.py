@@ -79,8 +79,9 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
     layers = packed_layers(config)
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         grams = projections(model, layers, config.model_config.dtype)
-    recorder = Recorder(ours.format, prompt.sequences, grams)
-    recorded = sum(layer.impl.kv_sharing_target_layer_name is None for layer in layers.values())
+    targets = [layer.impl.kv_sharing_target_layer_name for layer in layers.values()]
+    recorder = Recorder(ours.format, prompt.sequences, grams, targets)
+    recorded = targets.count(None)
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:

@@ -62,7 +62,7 @@ class Case:
         return (biased(batch) if self.calibrated and calibrated else batch), sink_logits
 
 
-def random_cases(count: int, *, max_query_len: int, tiles: tuple[int, ...], seed: int = 3) -> list[Case]:
+def random_cases(count: int, *, max_query_len: int, tunings: Iterable[Tuning | None], seed: int = 3) -> list[Case]:
     """Cases that together meet every value of every axis, and with 100 of them every length of 1 .. 300."""
     rng = random.Random(seed)
     decks: dict[str, list[Any]] = {}
@@ -93,7 +93,7 @@ def random_cases(count: int, *, max_query_len: int, tiles: tuple[int, ...], seed
                 calibrated=draw("constants", (False, True)),
                 padding=draw("padding", (0, 48, 1024)),
                 splits=draw("splits", (1, 2, 3, 5)),
-                tuning=draw("tile", (None, *(Tuning(tile, 4, 1) for tile in tiles))),
+                tuning=draw("tile", tunings),
                 seed=number,
             )
         )

@@ -10,6 +10,9 @@ import torch
 
 DEVICE = os.environ.get("FRAQTL_TEST_DEVICE", "cpu")
 
+# Of what says nothing about a GPU that is there, or can't be said there.
+interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="only in Triton's interpreter, or for GPUs not here")
+
 try:
     import triton  # noqa: F401
 except ImportError:  # every test of the folder needs it

@@ -17,15 +17,17 @@ import pytest
 import fraqtl_kernels.gpu
 from fraqtl_kernels.gpu.config import Tuning
 from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error
+from tests.kernels.gpu.conftest import interpreter_only
 
 SOURCES = Path(fraqtl_kernels.gpu.__file__).parent
 CASE = Case(seq_lens=(33, 140), queries=(1, 3), splits=4, calibrated=True, tuning=Tuning(16, 4, 1))  # several chunks
+PORTABLE = "nibbles are swapped"  # where there is no inline PTX, which a GPU runs
 MUTATIONS = {
     "the scale of V is ignored": ("attention.py", "weights * scales[group].to(tl.float32)[None, :]", "weights * 1.0"),
     "the scale of K is ignored": ("attention.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
     "the mask is off by one": ("attention.py", "< bound[:, None]", "< bound[:, None] - 1"),
     "the mask is off by one the other way": ("attention.py", "< bound[:, None]", "<= bound[:, None]"),
-    "nibbles are swapped": ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
+    PORTABLE: ("unpack.py", "(words & 15, (words >> 4) & 15,", "((words >> 4) & 15, words & 15,"),
     "words are read in the order of bytes": ("config.py", "half.permute(2, 0, 1)", "half"),
     "the zero point of V is left in": ("attention.py", "out[part] - V.ZEROS[0] * weight_sum[:, None]", "out[part]"),
     "outlier keys are not told apart": (
@@ -60,6 +62,32 @@ OF_RESIDUALS = {
 }
 
 
+TRANSPOSED = Tuning(16, 4, 1, transposed=True)
+OF_COLUMNS = {
+    "the scale of V is ignored": ("transposed.py", "weights * v_scales[0].to(tl.float32)[:, None]", "weights * 1.0"),
+    "the scale of K is ignored": ("transposed.py", "(tl.abs(k_scale) if HAS_SHIFT else k_scale)", "(k_scale * 0 + 1)"),
+    "the mask is off by one": ("transposed.py", "token[:, None] <= position", "token[:, None] < position"),
+    "the mask is off by one the other way": ("transposed.py", "<= position[None, :]", "<= position[None, :] + 1"),
+    "the zero point of K is left in": ("transposed.py", "scores -= q_zero[None, :]", "scores -= 0.0"),
+    "the zero point of V is left in": ("transposed.py", "- V.ZEROS[0] * weight_sum[None, :]", "- 0.0"),
+    "outlier keys are not told apart": ("transposed.py", "is_outlier[:, None] * q_shift[None, :]", "0.0"),
+    "outputs keep their old maximum": ("transposed.py", "out[part] * alpha[None, :]", "out[part]"),
+    "sums keep their old maximum": ("transposed.py", "l_i * alpha[None, :] + weights", "l_i + weights"),
+    "pieces overlap": ("transposed.py", "first += piece_start(split_idx, pieces, own) * TILE", "first += 0"),
+    "queries are scaled to the wrong base": ("transposed.py", "scale *= LOG2E", "scale *= 1.0"),
+    "every query token is the first": ("transposed.py", "tl.minimum(column // SHAPE.GROUP, count - 1)", "column * 0"),
+}
+RESIDUALS_OF_COLUMNS = {
+    "residuals of K are left out": ("transposed.py", "scores += score_columns(", "score_columns("),
+    "residuals of V are left out": ("transposed.py", "    if V.HAS_RESIDUAL:\n", "    if False:\n"),
+    "tokens with a residual are attended twice": (
+        "transposed.py",
+        "tl.minimum(last, length - 1 - residual_tokens_before(length - 1, PAGE.BLOCK_SIZE))",
+        "tl.minimum(last, length)",
+    ),
+}
+
+
 @pytest.fixture
 def mutant(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The decode module of a mutated copy of the package."""
@@ -82,7 +110,11 @@ def test_without_a_mutation_the_case_passes() -> None:
     assert decode_error(CASE) <= TOLERANCE[CASE.dtype]
 
 
-@pytest.mark.parametrize("mutant", MUTATIONS.values(), ids=MUTATIONS, indirect=True)
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, id=name, marks=[interpreter_only] * (name == PORTABLE)) for name, m in MUTATIONS.items()],
+    indirect=True,
+)
 def test_a_mutation_is_seen(mutant: ModuleType) -> None:
     error = decode_error(CASE, mutant)
     print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
@@ -98,6 +130,20 @@ def test_a_mutation_of_residuals_is_seen(mutant: ModuleType) -> None:
     error = decode_error(DECODING, mutant)
     print(f"relative error {error:.3f} against a tolerance of {TOLERANCE[CASE.dtype]}")
     assert not error <= 5 * TOLERANCE[CASE.dtype]
+
+
+@pytest.mark.parametrize("mutant", OF_COLUMNS.values(), ids=OF_COLUMNS, indirect=True)
+def test_a_mutation_of_the_transposed_form_is_seen(mutant: ModuleType) -> None:
+    case = replace(CASE, tuning=TRANSPOSED)
+    assert decode_error(case) <= TOLERANCE[case.dtype]
+    assert not decode_error(case, mutant) <= 5 * TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("mutant", RESIDUALS_OF_COLUMNS.values(), ids=RESIDUALS_OF_COLUMNS, indirect=True)
+def test_a_mutation_of_residuals_in_the_transposed_form_is_seen(mutant: ModuleType) -> None:
+    case = replace(DECODING, tuning=TRANSPOSED)
+    assert decode_error(case) <= TOLERANCE[case.dtype]
+    assert not decode_error(case, mutant) <= 5 * TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("mutant", [("combine.py", "of_keys / l_i", "l_i / l_i")], indirect=True)

@@ -44,7 +44,9 @@ def prefill_error(case: Case) -> float:
 
 
 @pytest.mark.parametrize(
-    "case", random_cases(SWEEP, max_query_len=40, tiles=(32, 64)), ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}"
+    "case",
+    random_cases(SWEEP, max_query_len=40, tunings=(None, Tuning(32, 4, 1), Tuning(64, 4, 1))),
+    ids=lambda c: f"{c.seed}-{c.format}-{c.head_size}",
 )
 def test_sweep(case: Case) -> None:
     assert prefill_error(case) <= TOLERANCE[case.dtype]

@@ -114,43 +114,60 @@ def test_ptx_bytes() -> None:
 
 
 @triton.jit
-def _unpack_all(codes, low, high, whole, pairs, DTYPE: tl.constexpr):  # noqa: N803
-    at = tl.arange(0, 256)
+def _unpack(
+    codes,
+    found,  # (parts, COUNT)
+    COUNT: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+    SYMMETRIC: tl.constexpr,  # noqa: N803
+    PTX: tl.constexpr,  # noqa: N803
+):
+    at = tl.arange(0, COUNT)
     code = tl.load(codes + at)
-    a, b = unpack.unpack_nibbles(code, DTYPE, True, False)
-    tl.store(low + at, a)
-    tl.store(high + at, b)
-    tl.store(whole + at, unpack.unpack_bytes(code, DTYPE, False))
-    parts = unpack.unpack_pairs(code, DTYPE, False)
-    for part in tl.static_range(4):
-        tl.store(pairs + part * 256 + at, parts[part])
+    if KIND == "nibbles":
+        parts = unpack.unpack_nibbles(code, DTYPE, SYMMETRIC, PTX)
+    elif KIND == "words":
+        parts = unpack.unpack_words(code, DTYPE, SYMMETRIC, PTX)
+    elif KIND == "pairs":
+        parts = unpack.unpack_pairs(code, DTYPE, PTX)
+    else:
+        parts = (unpack.unpack_bytes(code, DTYPE, PTX),)
+    for part in tl.static_range(len(parts)):
+        tl.store(found + part * COUNT + at, parts[part])
 
 
-@triton.jit
-def _unpack_words(words, found, DTYPE: tl.constexpr):  # noqa: N803
-    at = tl.arange(0, 256)
-    parts = unpack.unpack_words(tl.load(words + at), DTYPE, True, False)
-    for part in tl.static_range(4):
-        tl.store(found + part * 256 + at, parts[part])
+KINDS = {"nibbles": 4, "words": 4, "pairs": 2, "bytes": 8}  # and the bits of a code
+WAYS = (False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="inline PTX needs a GPU")))
 
 
-def test_portable_words(dtype: torch.dtype) -> None:
-    words = torch.randint(1 << 16, (256,), dtype=torch.int32, device=DEVICE)
-    found = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
-    _unpack_words[(1,)](words.to(torch.uint16), found, tl.float16 if dtype == FP16 else tl.bfloat16)
-    assert torch.equal(found.int(), torch.stack([(words >> shift) & 15 for shift in (0, 4, 8, 12)]))
+def every_register() -> torch.Tensor:
+    """(8192,) bytes, four to a register: every byte in every place, between two sorts of neighbors."""
+    places, byte = torch.meshgrid(torch.arange(4), torch.arange(256), indexing="ij")
+    registers = torch.stack([(byte * factor + 91 * place) % 256 for place, factor in enumerate((31, 7, 113, 57))], -1)
+    registers = torch.stack([registers, 255 - registers])
+    registers.scatter_(-1, places.expand(2, 4, 256)[..., None], byte.expand(2, 4, 256)[..., None])
+    return registers.flatten().to(torch.uint8)
 
 
-def test_portable(dtype: torch.dtype) -> None:
-    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
-    low, high, whole = (torch.full((256,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(3))
-    pairs = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
-    _unpack_all[(1,)](codes, low, high, whole, pairs, tl.float16 if dtype == FP16 else tl.bfloat16)
-    in_pairs = ((2, pairs[part], (codes >> (2 * part)) & 3) for part in range(4))
-    for bits, unpacked, exact in ((4, low, codes & 15), (4, high, codes >> 4), (8, whole, codes), *in_pairs):
-        vector = VectorFormat(bits)
-        zero = unpack.zero_points(vector, dtype, symmetric=True, ptx=False)[0]
-        assert torch.equal(unpacked.double() - zero, exact.double() - vector.midpoint)
+@pytest.mark.parametrize("ptx", WAYS, ids=lambda ptx: "ptx" if ptx else "portable")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_in_every_place(kind: str, symmetric: bool, ptx: bool, dtype: torch.dtype) -> None:
+    """On a GPU this runs what the tests above execute step by step."""
+    bits, codes = KINDS[kind], every_register()
+    numbers = codes.int()
+    if kind == "words":
+        codes, numbers = codes.view(torch.uint16), codes.view(torch.uint16).int()
+    parts = (16 if kind == "words" else 8) // bits
+    found = torch.full((parts, len(codes)), torch.nan, dtype=dtype, device=DEVICE)
+    tl_dtype = tl.float16 if dtype == FP16 else tl.bfloat16
+    _unpack[(1,)](codes.to(DEVICE), found, len(codes), kind, tl_dtype, symmetric, ptx)
+    vector = VectorFormat(bits)
+    zeros = unpack.zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=kind == "words")
+    for part in range(parts):
+        exact = ((numbers >> (bits * part)) & vector.levels) - vector.midpoint
+        assert torch.equal(found[part].cpu().double() - zeros[part], exact.double())
 
 
 def test_raw_vectors_have_no_zero_point() -> None:
