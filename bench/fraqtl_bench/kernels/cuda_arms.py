@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError
-from fraqtl_bench.kernels.cpu_arms import stored_values
-from fraqtl_bench.kernels.shapes import Inputs
-from fraqtl_kernels.calibration import calibrate
+from fraqtl_bench.kernels.packed import sample_constants, stored_values
+from fraqtl_bench.kernels.shapes import Inputs, Shape
+from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
-
-SAMPLE = 512  # tokens that calibration sees
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,9 @@ class PackedOnGpu:
     def name(self) -> str:
         return self.format.name
 
+    def constants(self, shape: Shape) -> LayerConstants:
+        return sample_constants(self.format, shape.head_size, shape.kv_heads, shape.query_heads)
+
     def prepare(self, inputs: Inputs) -> Prepared:
         from fraqtl_kernels.gpu.config import has_kernels
         from fraqtl_kernels.gpu.decode import decode, plan_decode
@@ -40,8 +41,7 @@ class PackedOnGpu:
         layout = PageLayout(self.format, shape.head_size, inputs.block_size)
         width = self.format.bytes_per_token(shape.head_size)
         pool = torch.zeros(inputs.blocks, shape.kv_heads, inputs.block_size, width, dtype=torch.uint8, device=device)
-        key, query, value = (x[:SAMPLE].cpu() for x in (inputs.key[0], inputs.query, inputs.value[0]))
-        constants = calibrate(self.format, key, query, value)  # on the CPU, where stored values are read back
+        constants = self.constants(shape)
         operands = LayerOperands.of(self.format, shape.head_size, inputs.query.dtype, device, constants)
         slots = [inputs.slots(r) for r in range(shape.batch)]
 

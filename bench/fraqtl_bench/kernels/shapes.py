@@ -87,6 +87,10 @@ class Inputs:
     def scale(self) -> float:
         return float(self.shape.head_size**-0.5)
 
+    def truth(self) -> Tensor:
+        """(query heads, D) float64: attention of the first request, exact."""
+        return exact_attention(self.query[0], self.key[0], self.value[0], self.scale)
+
     @property
     def blocks(self) -> int:
         return self.order.numel()
