@@ -103,14 +103,14 @@ def _measure_shape(
         for name, sets in ready.items():
             timed[name].append(timer.time(sets[i % len(sets)]))
     for name, calls in timed.items():
-        found[name] |= _summary(timer.seconds(calls), found[name]["bytes"], ceiling) | {"input_sets": len(ready[name])}
+        found[name] |= summarize(timer.seconds(calls), found[name]["bytes"], ceiling) | {"input_sets": len(ready[name])}
         if args.write:
             found[name]["ns_per_vector"] = found[name]["median_ms"] * 1e6 / shape.vectors
     _compare(found, WRITE_BASELINES if args.write else BF16_BASELINES)
     return found
 
 
-def _summary(seconds: list[float], size: int, ceiling: float) -> dict[str, Any]:
+def summarize(seconds: list[float], size: int, ceiling: float) -> dict[str, Any]:
     median = statistics.median(seconds)
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
     return {
