@@ -28,6 +28,7 @@ from fraqtl_kernels.gpu.config import AttentionShape, Tuning, check_contiguous, 
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.splits import PROGRAMS_PER_SM, DecodePlan, choose_splits, chunk_tokens, oldest_visible
 from fraqtl_kernels.gpu.tiles import store_parts
+from fraqtl_kernels.gpu.tuned import tuned
 from fraqtl_kernels.pages import PageLayout
 
 MAX_QUERIES = 8
@@ -260,7 +261,8 @@ def plan_decode(
         raise UnsupportedError(f"decode takes 1 to {MAX_QUERIES} query tokens a request, not {queries}")
     if query_heads % kv_heads:
         raise UnsupportedError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
-    tuning = tuning or decode_tuning(layout, rows_for(queries * query_heads // kv_heads))
+    rows = rows_for(queries * query_heads // kv_heads)
+    tuning = tuning or tuned(layout, rows, requests * kv_heads) or decode_tuning(layout, rows)
     splits = choose_splits(requests, kv_heads, max_seq_len, tuning.tile, num_sms)
     programs = PROGRAMS_PER_SM * num_sms
     return DecodePlan(requests, queries, query_heads, kv_heads, splits, programs, tuning)

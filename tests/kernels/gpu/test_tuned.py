@@ -12,6 +12,7 @@ from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu import tuned
 from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.decode import plan_decode
 from fraqtl_kernels.pages import PageLayout
 
 LAYOUT = PageLayout(FORMATS["k4v4"], 128, 16)
@@ -82,3 +83,11 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
 def test_the_table_that_is_shipped_can_be_read() -> None:
     tuned.table.cache_clear()
     assert isinstance(tuned.table(None), dict)
+
+
+def test_the_launcher_takes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, write(tmp_path, [entry(None, 256), entry(16, 32)]))
+    monkeypatch.setattr(tuned, "current_gpu", lambda: "some GPU")
+    batch = {"queries": 1, "query_heads": 32, "kv_heads": 8, "max_seq_len": 1 << 17, "num_sms": 132}
+    tiles = [plan_decode(LAYOUT, requests=n, **batch).tuning.tile for n in (1, 2, 3)]
+    assert tiles == [32, 32, 256]
