@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     turns = [[name] for name in args.formats] if args.one_at_a_time else [args.formats]
     for names in turns:
         with ExitStack() as servers, Progress() as progress:
-            arms = [_start(name, servers, args) for name in names]
+            arms = [start(name, servers, args) for name in names]
             for context in progress.track(args.contexts, description="contexts"):
                 seconds[str(context)] |= measure(arms, context, args)
         _save(seconds, args)
@@ -121,7 +121,7 @@ def _save(seconds: dict[str, dict[str, list[float]]], args: argparse.Namespace) 
         results.save(args.out, {"decode_step": measured, "one_at_a_time": args.one_at_a_time, **settings})
 
 
-def _start(name: str, servers: ExitStack, args: argparse.Namespace) -> Arm:
+def start(name: str, servers: ExitStack, args: argparse.Namespace) -> Arm:
     options = [*args.model, "--max-model-len", str(max(args.contexts) + args.tokens + 16), *args.server_args]
     if name == STOCK:
         server = servers.enter_context(running(*options, module=STOCK_SERVER, environment={"VLLM_PLUGINS": ""}))

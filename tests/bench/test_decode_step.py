@@ -81,7 +81,7 @@ def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         servers.callback(lambda: events.append(("stop", name)))
         return Arm(name, Server("", None, None), "m")  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode_step, "_start", start)
+    monkeypatch.setattr(decode_step, "start", start)
     monkeypatch.setattr(Arm, "round", lambda self, *_: {"bf16": 2.0, "k4v4": 1.0}[self.name])
     main(["decode-step", "--one-at-a-time", "--contexts", "33", "--rounds", "2", "--out", str(out)])
     assert events == [("start", "bf16", []), ("stop", "bf16"), ("start", "k4v4", ["bf16"]), ("stop", "k4v4")]

@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("kernels", help="time the attention kernels", description=__doc__)
+    add_arguments(commands.add_parser("kernels", help="time the attention kernels", description=__doc__))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--grid",

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fraqtl_bench.gpu.lines import read_lines, usable
 from fraqtl_bench.kernels.shapes import Shape
 from fraqtl_bench.tune.variants import FIRST, Variant
 from fraqtl_kernels.errors import ConfigError, UnsupportedError, one_of
@@ -44,7 +45,7 @@ BASELINES = (("fa3-bf16", 16), ("fa3-bf16", 256), ("bf16", 16))
 def run(args: argparse.Namespace) -> None:
     from fraqtl_bench.tune import table
 
-    lines = table.read_lines(args.lines) if args.lines else _measure(args)
+    lines = read_lines(args.lines) if args.lines else _measure(args)
     machine = next((line for line in lines if line["kind"] == "machine"), None)
     if machine is None:
         raise ConfigError(f"{args.lines}: no line says which machine it is from")
@@ -89,7 +90,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         shapes = args.shapes or [Shape.parse(text) for text in SHAPES]
         subjects = [*_baselines(args), *(args.variants or [Variant.parse(text) for text in FIRST])]
         list(sweep(bench, shapes, subjects))
-        winner = table.best(table.usable(lines))
+        winner = table.best(usable(lines))
         if winner is not None:
             print(f"best so far: {winner}", flush=True)
             list(sweep(bench, shapes[:SECOND_SHAPES], list(second(Variant.parse(winner)))))
