@@ -35,6 +35,7 @@ from fraqtl_bench.gpu.schedule import ROOT
 
 PIECE = 26  # MiB, so that two pieces travel with a tree in a transfer of 64
 LARGEST = 64
+LOCKS = ("test.txt", "cuda.txt")
 TOOL_PACKAGES = (
     *("pytest", "pytest-xdist", "pytest-timeout", "execnet", "pluggy", "iniconfig", "packaging", "pygments"),
     *("rich", "markdown-it-py", "mdurl", "httpx", "httpcore", "h11", "anyio", "idna", "certifi"),
@@ -87,19 +88,20 @@ def pack_folder(archive: Path, root: Path) -> Path:
     return pack(archive, root, [p.relative_to(root) for p in root.rglob("*") if p.is_file()])
 
 
-def pins(names: Iterable[str], lock: Path) -> list[str]:
-    """`name==version` of packages in a lock file."""
+def pins(names: Iterable[str], folder: Path = ROOT / "docker" / "lock") -> list[str]:
+    """`name==version` of packages, by the project's lock files."""
 
     def plain(name: str) -> str:
         return re.sub(r"[-_.]+", "-", re.sub(r"\[.*\]", "", name)).lower()
 
     versions = {}
-    for line in lock.read_text().splitlines():
-        if "==" in line:
-            name, version = line.split("==")
-            versions[plain(name)] = version
+    for lock in LOCKS:
+        for line in (folder / lock).read_text().splitlines():
+            if "==" in line:
+                name, version = line.split("==")
+                versions[plain(name)] = version
     if missing := [name for name in names if plain(name) not in versions]:
-        sys.exit(f"{lock.name} has no {', '.join(missing)}")
+        sys.exit(f"{folder} has no {', '.join(missing)}")
     return [f"{name}=={versions[plain(name)]}" for name in names]
 
 
@@ -138,7 +140,7 @@ def make_wheel(out: Path, scratch: Path) -> list[Path]:
 
 def make_tools(out: Path, scratch: Path) -> list[Path]:
     folder = scratch / TOOLS
-    install(folder, pins(TOOL_PACKAGES, ROOT / "docker/lock/test.txt"))
+    install(folder, pins(TOOL_PACKAGES))
     return [pack_folder(out / f"{TOOLS}.tar.xz", folder)]
 
 
@@ -159,7 +161,7 @@ def make_vllm(out: Path, scratch: Path, wanted: Sequence[str]) -> list[Path]:
     else:
         listed = (ROOT / "bench/gpu_packages.txt").read_text().splitlines()
         names = [line for line in listed if line and not line.startswith("#")]
-    install(site, pins(names, ROOT / "docker/lock/cuda.txt"))
+    install(site, pins(names))
     parts: dict[str, list[Path]] = {name: [] for name in VLLM_PARTS}
     for path in (p.relative_to(site) for p in site.rglob("*") if p.is_file()):
         if not matches(path, DROPPED):
