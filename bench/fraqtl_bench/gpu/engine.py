@@ -41,7 +41,6 @@ class Plan:
     demo_server: tuple[str, ...]
     prefix: tuple[str, ...]
     limits: Mapping[str, float]
-    environment: dict[str, str]
 
 
 def plan_for(rehearse: bool, work: Path) -> Plan:
@@ -56,7 +55,6 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
             demo_server=(),
             prefix=("--context", "100"),
             limits=dict.fromkeys(("imports", "texts", "k4v4", "stock", "prefix"), 120),
-            environment={"CUDA_VISIBLE_DEVICES": ""},
         )
     graphs = ("--compilation-config", json.dumps(GRAPHS))
     return Plan(
@@ -69,13 +67,12 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
         demo_server=("--gpu-memory-utilization", "0.3", *graphs),
         prefix=("--context", "2000"),
         limits={"imports": 25, "texts": 60, "k4v4": 90, "stock": 80, "prefix": 60},
-        environment={},
     )
 
 
 def steps(plan: Plan, work: Path) -> list[Step]:
     def step(name: str, *command: str, must_pass: bool = False) -> Step:
-        return Step(name, plan.limits[name], command, must_pass, plan.environment)
+        return Step(name, plan.limits[name], command, must_pass)
 
     def out(name: str) -> tuple[str, str]:
         return "--out", str(work / f"{name}.json")
