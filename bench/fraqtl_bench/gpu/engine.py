@@ -50,7 +50,7 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
             points=("1x40", "2x40"),
             latency=("--tokens", "4", "--rounds", "1"),
             model=(),
-            texts=("--contexts", "256", "--questions", "2"),
+            texts=("--contexts", "256", "--questions", "2", "--compare", CPU_TEXTS),
             server=(),
             demo_server=(),
             prefix=("--context", "100"),
