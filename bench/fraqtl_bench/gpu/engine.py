@@ -93,7 +93,8 @@ def steps(plan: Plan, work: Path) -> list[Step]:
 
 
 IMPORTS = """
-import torch, triton, vllm, fraqtl_serve, fraqtl_vllm
+import torch, triton, vllm, fraqtl_serve, fraqtl_vllm, fraqtl_bench.cli
+import vllm.v1.engine.async_llm, vllm.entrypoints.openai.api_server
 from importlib.metadata import entry_points
 from vllm.platforms import current_platform
 names = [e.name for e in entry_points(group="vllm.general_plugins")]
