@@ -66,7 +66,7 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
         server=("--load-format", "dummy", "--gpu-memory-utilization", "0.6", *graphs),
         demo_server=("--gpu-memory-utilization", "0.3", *graphs),
         prefix=("--context", "2000"),
-        limits={"imports": 25, "texts": 60, "k4v4": 90, "stock": 80, "prefix": 60},
+        limits={"imports": 45, "texts": 60, "k4v4": 90, "stock": 80, "prefix": 60},
     )
 
 
