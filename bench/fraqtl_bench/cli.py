@@ -8,10 +8,22 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from fraqtl_bench import calibration, decode_step, kernels, load, overhead, quality, quantizer, recall, texts, totals
+from fraqtl_bench import (
+    calibration,
+    decode_step,
+    kernels,
+    load,
+    overhead,
+    quality,
+    quantizer,
+    recall,
+    texts,
+    totals,
+    tune,
+)
 from fraqtl_kernels.errors import FraqtlError
 
-COMMANDS = (calibration, decode_step, kernels, load, overhead, quantizer, recall, quality, texts, totals)
+COMMANDS = (calibration, decode_step, kernels, load, overhead, quantizer, recall, quality, texts, totals, tune)
 OLD_NAMES = {"quantiser": "quantizer"}  # of commands, for one more version
 
 

@@ -5,7 +5,8 @@ prompts with a fixed number of tokens, and the engine's own histogram of inter-t
 took, prefill and HTTP left out. Prompts are in the prefix cache by then, so nothing but decode steps is timed. What
 counts is the median of the rounds, and of the ratios to the first format within a round.
 
-`stock` instead of a format is vLLM without this project.
+`stock` instead of a format is vLLM without this project. `--one-at-a-time` starts each server when the one before
+has ended, for GPUs that don't hold two models; the result is then written after each.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Arm:
         return (after["sum"] - before["sum"]) / (after["count"] - before["count"])
 
 
-def measure(arms: list[Arm], context: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Latencies at one context: per arm, and as ratios to the first arm in the same round."""
+def measure(arms: list[Arm], context: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per token at one context: per arm, one number a round."""
     rng = random.Random(f"{args.seed}-{context}")
     prompts = [rng.choices(VOCABULARY, k=context) for _ in range(args.batch)]
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
@@ -71,7 +72,7 @@ def measure(arms: list[Arm], context: int, args: argparse.Namespace) -> dict[str
         for turn in range(args.rounds):
             for arm in arms if turn % 2 == 0 else reversed(arms):
                 seconds[arm.name].append(arm.round(client, pool, prompts, args.tokens))
-    return summarize(seconds)
+    return seconds
 
 
 def summarize(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -95,25 +96,32 @@ def run(args: argparse.Namespace) -> None:
             raise one_of("KV format", name, (STOCK, *FORMATS))
     if STOCK in args.formats and not args.model:
         raise ConfigError("stock vLLM doesn't know the demo model: give one with --model")
-    measured: dict[str, Any] = {}
-    with ExitStack() as servers, Progress() as progress:
-        arms = [_start(name, servers, args) for name in args.formats]
-        for context in progress.track(args.contexts, description="contexts"):
-            measured[str(context)] = measure(arms, context, args)
+    seconds: dict[str, dict[str, list[float]]] = {str(context): {} for context in args.contexts}
+    turns = [[name] for name in args.formats] if args.one_at_a_time else [args.formats]
+    for names in turns:
+        with ExitStack() as servers, Progress() as progress:
+            arms = [start(name, servers, args) for name in names]
+            for context in progress.track(args.contexts, description="contexts"):
+                seconds[str(context)] |= measure(arms, context, args)
+        _save(seconds, args)
     table = Table(title=f"engine's time per token, batch {args.batch}: ms (ratio to {args.formats[0]})")
     table.add_column("context", justify="right")
     for name in args.formats:
         table.add_column(name, justify="right")
-    for context, found in measured.items():
-        cells = (f"{e['itl_ms']['median']:.3f} ({e['ratio']['median']:.3f}x)" for e in found.values())
-        table.add_row(context, *cells)
+    for context, values in seconds.items():
+        entries = summarize(values).values()
+        table.add_row(context, *(f"{e['itl_ms']['median']:.3f} ({e['ratio']['median']:.3f}x)" for e in entries))
     Console().print(table)
+
+
+def _save(seconds: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> None:
     if args.out:
         settings = {"batch": args.batch, "tokens": args.tokens, "rounds": args.rounds}
-        results.save(args.out, {"decode_step": measured, **settings})
+        measured = {context: summarize(values) for context, values in seconds.items()}
+        results.save(args.out, {"decode_step": measured, "one_at_a_time": args.one_at_a_time, **settings})
 
 
-def _start(name: str, servers: ExitStack, args: argparse.Namespace) -> Arm:
+def start(name: str, servers: ExitStack, args: argparse.Namespace) -> Arm:
     options = [*args.model, "--max-model-len", str(max(args.contexts) + args.tokens + 16), *args.server_args]
     if name == STOCK:
         server = servers.enter_context(running(*options, module=STOCK_SERVER, environment={"VLLM_PLUGINS": ""}))
@@ -131,6 +139,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="requests at once (default: 1)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens a request and round (default: 64)")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--one-at-a-time", action="store_true", help="never two servers at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest goes to the servers")
     parser.add_argument("--out", type=Path, help="write the result as JSON")

@@ -55,10 +55,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def save(path: Path, results: dict[str, Any]) -> None:
+def save(path: Path, results: dict[str, Any], quiet: bool = False) -> None:
     """Write provenance and `results` as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({**provenance(), **results}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
-    print(f"written to {path}")
+    if not quiet:
+        print(f"written to {path}")

@@ -71,6 +71,20 @@ def compare(saved: list[Answer], found: list[Answer], margin: float) -> dict[str
     return {"same": same, "differ_by_rounding": rounding, "differ": others}
 
 
+def saved_answers(content: dict[str, Any], contexts: list[int], questions: int) -> list[Answer]:
+    """Those of a saved run to the first questions of each of some contexts.
+
+    Raises ConfigError if it wasn't asked as many, or about another context.
+    """
+    each = len(content["answers"]) // len(content["contexts"])
+    if unknown := [context for context in contexts if context not in content["contexts"]]:
+        raise ConfigError(f"the file has answers at {content['contexts']} tokens, not at {unknown}")
+    if questions > each:
+        raise ConfigError(f"the file has {each} answers a context: ask no more than that")
+    starts = [content["contexts"].index(context) * each for context in contexts]
+    return [Answer(**entry) for start in starts for entry in content["answers"][start : start + questions]]
+
+
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
@@ -83,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
                 answers.append(ask(client, server.url, model["id"], question.prompt, question.answer, args.tokens))
     found: dict[str, Any] = {"contexts": args.contexts, "right": sum(a.right for a in answers)}
     if args.compare:
-        saved = [Answer(**entry) for entry in json.loads(args.compare.read_text())["answers"]]
+        saved = saved_answers(json.loads(args.compare.read_text()), args.contexts, args.questions)
         found["compared"] = compare(saved, answers, args.margin)
         Console().print(found["compared"])
     if args.out:

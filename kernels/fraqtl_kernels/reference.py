@@ -169,18 +169,18 @@ def _required(scale: Tensor | None) -> Tensor:
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
     """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
     parts = codes.int().unflatten(-1, (8 // vector.bits, -1))
-    return (parts * _place_values(vector)).sum(-2).to(torch.uint8)
+    return (parts * _place_values(vector, codes.device)).sum(-2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
-    parts = packed.int().unsqueeze(-2) // _place_values(vector) % 2**vector.bits
+    parts = packed.int().unsqueeze(-2) // _place_values(vector, packed.device) % 2**vector.bits
     return parts.flatten(-2).to(torch.uint8)
 
 
-def _place_values(vector: VectorFormat) -> Tensor:
+def _place_values(vector: VectorFormat, device: torch.device) -> Tensor:
     """(codes a byte, 1): what one step of each part of the dimensions adds to a byte."""
-    return torch.tensor([[2**shift] for shift in range(0, 8, vector.bits)], dtype=torch.int32)
+    return torch.tensor([[2**shift] for shift in range(0, 8, vector.bits)], dtype=torch.int32, device=device)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:
@@ -353,8 +353,8 @@ def page_residuals(
     block_table: (blocks,). Returns (length, KV heads, D) float64 twice, zero for all other tokens.
     """
     planes, size = layout.planes(pool), layout.block_size
-    residual = torch.zeros(2, length, pool.shape[1], layout.head_size, dtype=torch.float64)
-    position = residual_positions(length, size)
+    residual = torch.zeros(2, length, pool.shape[1], layout.head_size, dtype=torch.float64, device=pool.device)
+    position = residual_positions(length, size).to(pool.device)
     place = block_table[position // size].long(), slice(None), position % size + DISTANCE
     for stream, plane, scales, vector, transform in (
         (0, planes.k, planes.k_scale, layout.format.k, constants.key.transform),

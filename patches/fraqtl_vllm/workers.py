@@ -9,7 +9,7 @@ from fraqtl_vllm import _vllm, compat
 
 
 def install() -> None:
-    """Called in a worker's process, before it is made: it is checked, calibrates and warms up when its cache is there."""
+    """Called in a worker's process, before it is made. It is checked, calibrates and warms up with its cache there."""
     compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
     compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_made_ready)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -66,6 +69,23 @@ def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = [Arm(name, Server("", None, None), "m") for name in ("a", "b")]  # type: ignore[arg-type]
     measure(arms, 33, argparse.Namespace(seed=0, batch=1, rounds=3, tokens=9))
     assert order == [("a", 33, 8), ("b", 33, 8)] + [(n, 33, 9) for n in ("a", "b", "b", "a", "a", "b")]
+
+
+def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No server starts before the last one has ended, and the result of each is there before the next starts."""
+    out, events = tmp_path / "itl.json", []
+
+    def start(name: str, servers: ExitStack, args: argparse.Namespace) -> Arm:
+        saved = list(json.loads(out.read_text())["decode_step"]["33"]) if out.exists() else []
+        events.append(("start", name, saved))
+        servers.callback(lambda: events.append(("stop", name)))
+        return Arm(name, Server("", None, None), "m")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decode_step, "start", start)
+    monkeypatch.setattr(Arm, "round", lambda self, *_: {"bf16": 2.0, "k4v4": 1.0}[self.name])
+    main(["decode-step", "--one-at-a-time", "--contexts", "33", "--rounds", "2", "--out", str(out)])
+    assert events == [("start", "bf16", []), ("stop", "bf16"), ("start", "k4v4", ["bf16"]), ("stop", "k4v4")]
+    assert json.loads(out.read_text())["decode_step"]["33"]["k4v4"]["ratio"]["median"] == 0.5
 
 
 @pytest.mark.parametrize(

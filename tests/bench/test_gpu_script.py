@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 from fraqtl_bench.cli import COMMANDS
@@ -35,6 +36,8 @@ def test_a_failed_step_stops_nobody(tmp_path: Path) -> None:
         ("grid", "exit 0"),
         ("texts_packed", "exit 0"),
     ]
+    with tarfile.open(tmp_path / "out" / "all.tar.gz") as tar:
+        assert {"./errors.log", "./grid.log", "./texts_packed.log"} <= set(tar.getnames())
     assert "fraqtl_bench.cli kernels --device cuda" in (tmp_path / "out" / "grid.log").read_text()
 
 

@@ -7,20 +7,22 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fraqtl_bench import dummy_model, results
+from fraqtl_bench import dummy_model, kernels, results
 from fraqtl_bench.cli import main
-from fraqtl_bench.kernels import DEFAULT_GRID, sweep
+from fraqtl_bench.kernels import DEFAULT_GRID, packed, sweep
 from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError, arms_for, choose, errors_of
 from fraqtl_bench.kernels.cuda_arms import PackedOnGpu
 from fraqtl_bench.kernels.shapes import Inputs, Shape, exact_attention, relative_error
-from fraqtl_bench.kernels.timing import CpuTimer
+from fraqtl_bench.kernels.timing import CpuTimer, Flush
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
+from fraqtl_kernels.pages import PageLayout
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -87,6 +89,46 @@ def test_formats_without_gpu_kernels() -> None:
         PackedOnGpu(format).prepare(Inputs.random(TINY, 16, 0, CPU))
 
 
+def test_constants_are_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    calls, calibrate = [], packed.calibrate
+    monkeypatch.setattr(packed, "calibrate", lambda *args: calls.append(args[0].name) or calibrate(*args))
+    packed.sample_constants.cache_clear()
+    arm = PackedOnGpu(FORMATS["k4v4"])
+    constants = [arm.constants(shape) for shape in (TINY, replace(TINY, context=99, batch=1))]
+    assert calls == ["k4v4"] and constants[0] is constants[1]
+    arm.constants(replace(TINY, head_size=128))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stored_values_stay_on_the_device(name: str) -> None:
+    """The meta device takes no tensor of another one, as little as a GPU does."""
+    inputs = Inputs.random(TINY, 16, 0, CPU)
+    layout = PageLayout(FORMATS[name], 64, 16)
+    constants = packed.sample_constants(layout.format, 64, 2, 4)
+    pool = torch.zeros(inputs.blocks, 2, 16, layout.format.bytes_per_token(64), dtype=torch.uint8, device="meta")
+    there = replace(inputs, order=inputs.order.to("meta"))
+    for stored in packed.stored_values(pool, layout, there, constants):
+        assert stored.device.type == "meta" and stored.shape == (40, 2, 64)
+
+
+def test_gpu_arms_need_no_numba() -> None:
+    """It takes a second to import, and the GPU host may lack it."""
+    pytest.importorskip("triton")
+    code = "import sys; sys.modules['numba'] = None\nfrom fraqtl_bench.kernels.arms import arms_for; arms_for('cuda')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_cache_is_flushed_by_reading() -> None:
+    flush = Flush("cpu", 1 << 10)
+    flush.buffer += 1
+    before = flush.buffer._version
+    flush()
+    assert flush.total == 256  # numbers of 4 bytes: all were read
+    assert flush.buffer._version == before
+
+
 class Broken:
     """An arm that fails in one way or another."""
 
@@ -129,6 +171,21 @@ def test_arms_that_cannot_run_say_why_and_stop_nobody() -> None:
 def test_our_own_errors_are_not_swallowed() -> None:
     with pytest.raises(RuntimeError, match="ours"):
         run([Broken("ours", RuntimeError("ours"), foreign=False)])
+
+
+def test_shapes_that_were_measured_survive_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnlyShort(Broken):
+        def prepare(self, inputs: Inputs) -> Prepared:
+            if inputs.shape.context > 40:
+                raise RuntimeError("too long")
+            return super().prepare(inputs)
+
+    monkeypatch.setattr(kernels, "choose", lambda *_: [OnlyShort("ours", foreign=False)])
+    for what in ([], ["--errors"]):
+        out = tmp_path / "kernels.json"
+        with pytest.raises(RuntimeError, match="too long"):
+            main(["kernels", *what, "--grid", "1x40x4x2x64", "1x50x4x2x64", "--repeats", "1", "--out", str(out)])
+        assert list(json.loads(out.read_text())["errors" if what else "kernels"]) == ["1x40x4x2x64"]
 
 
 def test_speed_is_against_the_fastest_baseline() -> None:
@@ -205,8 +262,8 @@ def test_a_timed_write_stores_everything(arm: Arm) -> None:
     assert not torch.equal(before, prepared.output)
     assert prepared.stored is not None
     _, stored = prepared.stored()  # of the first request; means, as the basis was made for other values
-    assert (stored.mean(-1) - 3).abs().max() < 0.5  # in every token: what was there before has a mean of 0
-    assert (prepared.output.float().mean(-1) - 3).abs().max() < 0.2
+    assert (stored.mean(-1) - 3).abs().max() < 1  # in every token: what was there before has a mean of 0
+    assert (prepared.output.float().mean(-1) - 3).abs().max() < 1
 
 
 def test_errors_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,12 +317,11 @@ def test_rivals_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="in Triton's interpreter")
-def test_what_the_memory_checker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_memory_checker_runs() -> None:
     pytest.importorskip("triton")
     from fraqtl_bench.kernels import sanitize
 
-    monkeypatch.setattr(sanitize, "LENGTHS", (1, 17, 40, 70))
-    output = sanitize.run(FORMATS["k4v4"], 64, CPU, num_sms=4)
+    output = sanitize.run(FORMATS["k4v4"], 64, CPU, num_sms=4, lengths=(1, 17, 40, 70))
     assert output.isfinite().all() and output.abs().max() > 0
 
 

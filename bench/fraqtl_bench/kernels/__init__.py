@@ -2,13 +2,14 @@
 
 Every arm gets several sets of fresh random inputs in rotation, together larger than the caches of the
 machine, interleaved with the other arms; the median of many calls counts. On a GPU calls are replayed from CUDA
-graphs, with the L2 cache overwritten before each. `--errors` compares with float64 and times nothing; `--write` times
-storing all tokens of a shape instead of attending over them.
+graphs, with the L2 cache read full of something else before each. `--errors` compares with float64 and times nothing;
+`--write` times storing all tokens of a shape instead of attending over them. `--out` is written after every shape.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from fraqtl_bench import results
 from fraqtl_bench.kernels.arms import choose
 from fraqtl_bench.kernels.shapes import Shape
-from fraqtl_bench.kernels.sweep import measure, measure_errors, print_errors, print_times
+from fraqtl_bench.kernels.sweep import Found, measure, measure_errors, print_errors, print_times
 from fraqtl_bench.kernels.timing import copy_ceiling, make_timer
 from fraqtl_kernels.errors import UnsupportedError
 
@@ -54,23 +55,26 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, Any] = {"device": args.device, "block_size": args.block_size}
     if args.device == "cuda":
         found["gpu"] = results.gpu()
+
+    def save(name: str, measured: dict[str, Found]) -> None:
+        if args.out:
+            results.save(args.out, found | {name: measured}, quiet=len(measured) < len(grid))
+
     if args.errors:
-        found["errors"] = measure_errors(grid, arms, args)
-        print_errors(found["errors"])
+        print_errors(measure_errors(grid, arms, args, partial(save, "errors")))
     else:
         ceiling = copy_ceiling(args.device)
         found |= {"copy_bytes_per_s": ceiling, "torch_threads": torch.get_num_threads()}
         found["repeats"] = args.repeats or REPEATS[args.device]
-        found["writes" if args.write else "kernels"] = times = measure(
-            grid, arms, make_timer(args.device), ceiling, found["repeats"], args
-        )
-        print_times(times, ceiling)
-    if args.out:
-        results.save(args.out, found)
+        keep = partial(save, "writes" if args.write else "kernels")
+        print_times(measure(grid, arms, make_timer(args.device), ceiling, found["repeats"], args, keep), ceiling)
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("kernels", help="time the attention kernels", description=__doc__)
+    add_arguments(commands.add_parser("kernels", help="time the attention kernels", description=__doc__))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--grid",

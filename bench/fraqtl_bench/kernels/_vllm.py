@@ -17,8 +17,17 @@ from fraqtl_bench.kernels.shapes import Inputs, Shape
 
 
 def flash_attention() -> ModuleType:
-    """The package with vLLM's flash attention. Raises ImportError where it has none."""
-    return import_module("vllm.vllm_flash_attn")
+    """vLLM's interface to flash attention, which works without the rest of vLLM. Raises ImportError where it isn't."""
+    return import_module("vllm.vllm_flash_attn.flash_attn_interface")
+
+
+def fa3_unavailable(flash: ModuleType) -> str | None:
+    """Why FlashAttention 3 can't run here; None if it can."""
+    if not flash.FA3_AVAILABLE:
+        return f"FlashAttention 3 can't be imported: {flash.FA3_UNAVAILABLE_REASON}"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "FlashAttention 3 needs a GPU of compute capability 9"
+    return None
 
 
 def engine_config(shape: Shape, block_size: int, backend: str, cache_dtype: str) -> Any:

@@ -54,20 +54,22 @@ class Arm(Protocol):
         """Raises UnavailableError where the arm can't run."""
 
 
-def errors_of(prepared: Prepared, inputs: Inputs) -> dict[str, float | None]:
-    """Relative errors of the first request's output against float64.
+def errors_of(prepared: Prepared, inputs: Inputs, truth: Tensor | None = None) -> dict[str, float | None]:
+    """Relative errors of the first request's output against float64, computed where the inputs lie.
 
-    total_error: against attention over the inputs. quantisation_error: of exact attention over what the cache holds.
-    kernel_error: the output against that, so what arithmetic alone costs, rounding of the output included.
+    total_error: against attention over the inputs, `truth` if the caller has it. quantisation_error: of exact attention
+    over what the cache holds. kernel_error: the output against that, so what arithmetic alone costs, rounding of the
+    output included.
     """
     prepared.call()
-    output, query = prepared.output[0].cpu(), inputs.query[0].cpu()
-    truth = exact_attention(inputs.query[0], inputs.key[0], inputs.value[0], inputs.scale).cpu()
+    output = prepared.output[0]
+    if truth is None:
+        truth = inputs.truth()
     found: dict[str, float | None] = {"total_error": relative_error(output, truth)}
     if prepared.stored is None:
         return found | {"kernel_error": None, "quantisation_error": None}
     key, value = prepared.stored()
-    stored = exact_attention(query.to(key.device), key, value, inputs.scale).cpu()
+    stored = exact_attention(inputs.query[0], key, value, inputs.scale)
     return found | {
         "kernel_error": relative_error(output, stored),
         "quantisation_error": relative_error(stored, truth),

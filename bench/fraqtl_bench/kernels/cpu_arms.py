@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fraqtl_bench.kernels.arms import Arm, Prepared
+from fraqtl_bench.kernels.packed import stored_values
 from fraqtl_bench.kernels.shapes import Inputs
-from fraqtl_kernels import cpu, reference
+from fraqtl_kernels import cpu
 from fraqtl_kernels.calibration.solve import calibrate
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
 
@@ -55,20 +54,6 @@ class PackedOnCpu:
             lambda: stored_values(pool, layout, inputs, constants),
             write=write,
         )
-
-
-def stored_values(
-    pool: Tensor, layout: PageLayout, inputs: Inputs, constants: LayerConstants = IDENTITY
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first request as its last token reads them: (context, KV heads, D) float64, on the CPU."""
-    pages = pool[inputs.order[0].long()].cpu()
-    planes = layout.planes(pages)
-    key = reference.stored_keys(planes, layout.format.k, constants)
-    value = reference.stored_values(planes, layout.format.v, constants)
-    tokens = [x.transpose(1, 2).flatten(0, 1)[: inputs.shape.context] for x in (key, value)]
-    table = torch.arange(len(pages))
-    residual = reference.page_residuals(pages, layout, table, inputs.shape.context, constants)
-    return tokens[0] + residual[0], tokens[1] + residual[1]
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class FlashAttention3:
             flash = _vllm.flash_attention()
         except ImportError as error:
             raise UnavailableError(f"vLLM's flash attention can't be imported: {error}") from error
-        if not flash.is_fa_version_supported(3):
-            raise UnavailableError(str(flash.fa_version_unsupported_reason(3)))
+        if reason := _vllm.fa3_unavailable(flash):
+            raise UnavailableError(reason)
         shape, device = inputs.shape, inputs.query.device
         key, value = paged(inputs, self.dtype)
         quantized = self.dtype != torch.bfloat16

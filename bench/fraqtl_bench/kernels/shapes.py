@@ -54,7 +54,7 @@ class Shape:
 class Inputs:
     """One fresh random set, the same for every arm.
 
-    query: (batch, query heads, D). key, value: (batch, context, KV heads, D). bfloat16. order: a random permutation
+    query: (batch, query heads, D). key, value: (batch, context, KV heads, D). order: a random permutation
     for arms that spread tokens over blocks, (batch, blocks a request).
     """
 
@@ -66,13 +66,15 @@ class Inputs:
     order: Tensor
 
     @classmethod
-    def random(cls, shape: Shape, block_size: int, seed: int, device: torch.device) -> Inputs:
+    def random(
+        cls, shape: Shape, block_size: int, seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
         size = (shape.batch, shape.context, shape.kv_heads, shape.head_size)
         blocks = shape.batch * -(-shape.context // block_size)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+            return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
         return cls(
             shape,
@@ -86,6 +88,10 @@ class Inputs:
     @property
     def scale(self) -> float:
         return float(self.shape.head_size**-0.5)
+
+    def truth(self) -> Tensor:
+        """(query heads, D) float64: attention of the first request, exact."""
+        return exact_attention(self.query[0], self.key[0], self.value[0], self.scale)
 
     @property
     def blocks(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ BF16_BASELINES = ("sdpa-bf16", "fa3-bf16", "flashinfer-bf16")
 WRITE_BASELINES = ("bf16",)
 
 Found = dict[str, dict[str, Any]]
+Save = Callable[[dict[str, Found]], None]
+
+
+def _forget(found: dict[str, Found]) -> None:
+    """Nothing is to be saved on the way."""
 
 
 def prepare(arm: Arm, inputs: Inputs) -> Prepared:
@@ -42,13 +47,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def measure(
-    grid: list[Shape], arms: list[Arm], timer: Timer, ceiling: float, repeats: int, args: argparse.Namespace
+    grid: list[Shape],
+    arms: list[Arm],
+    timer: Timer,
+    ceiling: float,
+    repeats: int,
+    args: argparse.Namespace,
+    save: Save = _forget,
 ) -> dict[str, Found]:
-    """Per shape and arm: times, bytes, errors, or the reason why it was skipped."""
-    found = {}
+    """Per shape and arm: times, bytes, errors, or the reason why it was skipped. save: called with all there is after
+    every shape, so that a run that is killed leaves the shapes before."""
+    found: dict[str, Found] = {}
     with Progress() as progress:
         for shape in progress.track(grid, description="shapes"):
             found[str(shape)] = _measure_shape(shape, arms, timer, ceiling, repeats, args)
+            save(found)
     return found
 
 
@@ -69,12 +82,13 @@ def _measure_shape(
         if not wanting:
             break
         inputs = Inputs.random(shape, args.block_size, args.seed + number, device)
+        truth = inputs.truth() if number == 0 else None
         for arm in wanting:
             try:
                 prepared = prepare(arm, inputs)
                 called = prepared.writing(inputs) if args.write else prepared
                 if number == 0:
-                    found[arm.name] = {"bytes": called.bytes, **errors_of(prepared, inputs)}
+                    found[arm.name] = {"bytes": called.bytes, **errors_of(prepared, inputs, truth)}
                 ready.setdefault(arm.name, []).append(timer.ready(called))
             except UnavailableError as reason:
                 found[arm.name] = {"skipped": str(reason)}
@@ -89,14 +103,14 @@ def _measure_shape(
         for name, sets in ready.items():
             timed[name].append(timer.time(sets[i % len(sets)]))
     for name, calls in timed.items():
-        found[name] |= _summary(timer.seconds(calls), found[name]["bytes"], ceiling) | {"input_sets": len(ready[name])}
+        found[name] |= summarize(timer.seconds(calls), found[name]["bytes"], ceiling) | {"input_sets": len(ready[name])}
         if args.write:
             found[name]["ns_per_vector"] = found[name]["median_ms"] * 1e6 / shape.vectors
     _compare(found, WRITE_BASELINES if args.write else BF16_BASELINES)
     return found
 
 
-def _summary(seconds: list[float], size: int, ceiling: float) -> dict[str, Any]:
+def summarize(seconds: list[float], size: int, ceiling: float) -> dict[str, Any]:
     median = statistics.median(seconds)
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
     return {
@@ -147,18 +161,22 @@ def _time_cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure_errors(grid: list[Shape], arms: list[Arm], args: argparse.Namespace) -> dict[str, Found]:
-    """Per shape and arm: relative errors against float64."""
+def measure_errors(
+    grid: list[Shape], arms: list[Arm], args: argparse.Namespace, save: Save = _forget
+) -> dict[str, Found]:
+    """Per shape and arm: relative errors against float64. save: as for `measure`."""
     found: dict[str, Found] = {}
     for shape in grid:
         inputs = Inputs.random(shape, args.block_size, args.seed, torch.device(args.device))
+        truth = inputs.truth()
         entries: Found = {}
         for arm in arms:
             try:
-                entries[arm.name] = dict(errors_of(prepare(arm, inputs), inputs))
+                entries[arm.name] = dict(errors_of(prepare(arm, inputs), inputs, truth))
             except UnavailableError as reason:
                 entries[arm.name] = {"skipped": str(reason)}
         found[str(shape)] = entries
+        save(found)
     return found
 
 

@@ -41,11 +41,26 @@ class CpuTimer:
         return timed
 
 
+class Flush:
+    """Pushes everything out of a cache by reading more than it holds.
+
+    What writing would leave there, the call that is timed afterwards would have to write back: 18 % of a call that
+    reads 4-bit codes.
+    """
+
+    def __init__(self, device: str, size: int = FLUSH_BYTES) -> None:
+        self.buffer = torch.zeros(size // 4, device=device)
+        self.total = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.buffer, 0, out=self.total)
+
+
 class CudaTimer:
-    """CUDA graphs between events, with the L2 cache overwritten before each replay."""
+    """CUDA graphs between events, with the L2 cache read full of something else before each replay."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.flush = Flush("cuda")
 
     def ready(self, prepared: Prepared) -> tuple[torch.cuda.CUDAGraph, Prepared]:
         stream = torch.cuda.Stream()
@@ -65,7 +80,7 @@ class CudaTimer:
     def time(self, ready: tuple[torch.cuda.CUDAGraph, Prepared]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         graph, prepared = ready
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        self.flush()
         _refresh(prepared)
         start.record()
         graph.replay()

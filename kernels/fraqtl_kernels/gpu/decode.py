@@ -28,6 +28,7 @@ from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.splits import DecodePlan, choose_splits, count_pieces, oldest_visible, piece_start
 from fraqtl_kernels.gpu.tiles import store_parts
 from fraqtl_kernels.gpu.transposed import launch_transposed
+from fraqtl_kernels.gpu.tuned import tuned
 from fraqtl_kernels.pages import PageLayout
 
 MAX_QUERIES = 8
@@ -272,7 +273,8 @@ def plan_decode(
         raise UnsupportedError(f"decode takes 1 to {MAX_QUERIES} query tokens a request, not {queries}")
     if query_heads % kv_heads:
         raise UnsupportedError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
-    tuning = tuning or decode_tuning(layout, rows_for(queries * query_heads // kv_heads))
+    rows = rows_for(queries * query_heads // kv_heads)
+    tuning = tuning or tuned(layout, rows, requests * kv_heads) or decode_tuning(layout, rows)
     splits = choose_splits(requests, kv_heads, max_seq_len, tuning, num_sms)
     programs = tuning.programs_per_sm * num_sms
     return DecodePlan(requests, queries, query_heads, kv_heads, splits, programs, tuning)
