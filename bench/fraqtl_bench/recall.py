@@ -36,14 +36,18 @@ class Question:
     answer: str
 
 
-def make_questions(tokenizer: Any, context: int, count: int, per_text: int, seed: int) -> list[Question]:
+def make_questions(
+    tokenizer: Any, context: int, count: int, per_text: int, seed: int, prose: list[str] | None = None
+) -> list[Question]:
     """`count` questions about texts that are `context` tokens long, question and chat wording included.
 
+    prose: half of the sentences; by default from the standard library, which differs between versions of Python. An
+    empty list leaves sentences of a grammar, the same everywhere.
     Questions about a text are `TEXTS_AT_ONCE` requests apart, so that all but the first find it in
     the prefix cache.
     """
     rng = random.Random(f"{seed}-{context}")
-    prose = standard_library_prose(limit_bytes=400_000)
+    prose = standard_library_prose(limit_bytes=400_000) if prose is None else prose
     questions: list[Question] = []
     while len(questions) < count:
         asked: list[list[Question]] = []
@@ -67,7 +71,7 @@ def make_text(rng: random.Random, prose: list[str], tokenizer: Any, context: int
             name, code = names.pop(), str(rng.randrange(1000, 10000))
             sentence = FACTS["code"][0].format(k=name, v=code)
         else:
-            name, sentence = "", rng.choice(prose) if rng.random() < 0.5 else grammar_sentence(rng)
+            name, sentence = "", rng.choice(prose) if prose and rng.random() < 0.5 else grammar_sentence(rng)
         length = len(tokenizer.encode(" " + sentence, add_special_tokens=False))
         if used + length > budget and codes:
             return " ".join(sentences), codes
