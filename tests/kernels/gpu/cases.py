@@ -14,11 +14,12 @@ from torch import Tensor
 from fraqtl_kernels import reference
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu import decode as decode_module
-from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.config import Tuning, has_kernels
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE
 from tests.kernels.transforms import random_constants
 
+ON_GPU = {name: format for name, format in FORMATS.items() if has_kernels(format)}
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -79,7 +80,7 @@ def random_cases(count: int, *, max_query_len: int, tunings: Iterable[Tuning | N
         most = draw("queries", range(1, max_query_len + 1))
         cases.append(
             Case(
-                format=draw("format", FORMATS),
+                format=draw("format", ON_GPU),
                 dtype=draw("dtype", TOLERANCE),
                 head_size=draw("head size", HEAD_SIZES),
                 block_size=draw("block size", (16, 32, 64, 128)),

@@ -20,7 +20,7 @@ from fraqtl_kernels.gpu.config import AttentionShape, Tuning
 from fraqtl_kernels.gpu.decode import decode, plan_decode
 from fraqtl_kernels.gpu.splits import choose_splits, count_pieces, piece_start
 from fraqtl_kernels.pages import PageLayout
-from tests.kernels.gpu.cases import TOLERANCE, Case, decode_error, random_cases, run_decode
+from tests.kernels.gpu.cases import ON_GPU, TOLERANCE, Case, decode_error, random_cases, run_decode
 from tests.kernels.gpu.conftest import DEVICE
 
 SWEEP = int(os.environ.get("FRAQTL_SWEEP", "100"))
@@ -57,7 +57,7 @@ def test_sweep_of_the_transposed_form(case: Case) -> None:
 
 
 @FORMS
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_formats_and_dtypes(name: str, dtype: torch.dtype, form: Tuning) -> None:
     case = Case(format=name, dtype=dtype, tuning=form)
     assert decode_error(case) <= tolerance(case)
@@ -89,7 +89,7 @@ EVERY_OFFSET = (1, 2, 3, 4, 16, 17, *range(21, 35))  # in blocks of 16, the firs
 
 
 @pytest.mark.parametrize(("form", "dtype"), [(ROWS, torch.float16), (ROWS, torch.bfloat16), (COLUMNS, torch.float16)])
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.has_residual])
+@pytest.mark.parametrize("name", [name for name, format in ON_GPU.items() if format.has_residual])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_residual_tokens_at_every_offset(name: str, block_size: int, dtype: torch.dtype, form: Tuning) -> None:
     """Also where windows cut through them, and where they alone are a program's share."""

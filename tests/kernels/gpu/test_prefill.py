@@ -10,12 +10,11 @@ import os
 import pytest
 import torch
 
-from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import TOLERANCE, Case, expected, random_cases, to_device
+from tests.kernels.gpu.cases import ON_GPU, TOLERANCE, Case, expected, random_cases, to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 SWEEP = int(os.environ.get("FRAQTL_PREFILL_SWEEP", "30"))
@@ -57,7 +56,7 @@ def test_more_query_heads_than_rows_of_a_program() -> None:
     assert prefill_error(Case(kv_heads=1, group=40, seq_lens=(20,), queries=(3,))) <= 2e-3
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_a_chunk_behind_a_cached_prefix(name: str, dtype: torch.dtype) -> None:
     case = Case(format=name, dtype=dtype, seq_lens=(90, 33, 5), queries=(41, 33, 1), padding=48)
     assert prefill_error(case) <= TOLERANCE[dtype]

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import HEAD_SIZES
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.workspace import dequantize
 from tests.kernels.conftest import relative_error
-from tests.kernels.gpu.cases import Case, to_device
+from tests.kernels.gpu.cases import ON_GPU, Case, to_device
 from tests.kernels.gpu.conftest import DEVICE
 
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_ranges_of_tokens(name: str, size: int, dtype: torch.dtype) -> None:
     case = Case(format=name, dtype=dtype, head_size=size, seq_lens=(5, 90, 64), calibrated=size != 80, padding=48)

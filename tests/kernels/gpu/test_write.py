@@ -18,7 +18,7 @@ from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import make_pool
-from tests.kernels.gpu.cases import to_device
+from tests.kernels.gpu.cases import ON_GPU, to_device
 from tests.kernels.gpu.conftest import DEVICE
 from tests.kernels.transforms import random_constants, random_transform
 
@@ -65,7 +65,7 @@ def strided(tokens: int, heads: int, size: int, dtype: torch.dtype) -> tuple[Ten
     return tuple(qkv[:, i * heads * size : (i + 1) * heads * size].view(tokens, heads, size) for i in (1, 3))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.dtype) -> None:
@@ -137,7 +137,7 @@ def check_feedback(scale: Tensor, codes: Tensor, exact_codes: Tensor, exact_scal
     assert torch.equal(scale.signbit(), exact_scale.signbit())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_only_given_slots_are_written(name: str) -> None:
     layout = PageLayout(FORMATS[name], 80, 16)
     key, value = strided(5, 2, 80, torch.float16)
@@ -155,7 +155,7 @@ def test_only_given_slots_are_written(name: str) -> None:
         assert set(map(tuple, rows.tolist())) == {(b, h, o) for b, o in places for h in (0, 1)}
 
 
-@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.is_quantized])
+@pytest.mark.parametrize("name", [name for name, format in ON_GPU.items() if format.is_quantized])
 def test_packing_is_bit_exact(name: str) -> None:
     """Values that fp32 rotates and scales without rounding: every byte of the pool equals the reference's."""
     layout = PageLayout(FORMATS[name], 64, 16)  # 1/sqrt(64) is a power of two
