@@ -142,7 +142,7 @@ def rows_for(rows: int) -> int:
 
 
 def has_kernels(format: KVFormat) -> bool:
-    """Whether these kernels can read and write a format."""
+    """Whether these kernels can read and write a format. New fields of `VectorFormat` are asked here."""
     k, v = format.k, format.v
     return (
         k.bits in (4, 8, 16)
