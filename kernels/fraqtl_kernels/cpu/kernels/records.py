@@ -25,9 +25,9 @@ STREAM = np.dtype(
         ("scale_bytes", np.int64),
         ("distance", np.int64),  # slots from a token to its residual, 0: it has none
         ("keeps_residual", np.int64),  # residuals are also handed on to attention
-        ("edge", np.float32),
-        ("midpoint", np.float32),
-        ("levels", np.float32),
+        ("edge", np.float32),  # steps from zero to the outer edge of the grid
+        ("midpoint", np.float32),  # the code that stands for zero
+        ("levels", np.float32),  # the largest code
         ("unit", np.float32),  # what makes the rotation orthogonal: D^-½
     ]
 )
