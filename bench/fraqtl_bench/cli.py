@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     try:
         args.run(args)
+    except KeyboardInterrupt:
+        print("fraqtl-bench: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except FraqtlError as error:
         print(f"fraqtl-bench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -49,6 +49,6 @@ def print_formats(head_size: int, *, as_json: bool) -> None:
     table.add_column("for")
     for row in rows(head_size):
         name = row["name"] + ("*" if row["default"] else "")
-        size, ratio = str(row["bytes_per_token_and_head"]), f"{row['ratio']:.2f}"
+        size, ratio = str(row["bytes_per_token_and_head"]), f"{FORMATS[row['name']].ratio(head_size):.2f}"
         table.add_row(name, row["k"], row["v"], size, ratio, row["purpose"])
     Console().print(table, "bytes: per token and KV head, key and value together; ratio: against 16 bits")

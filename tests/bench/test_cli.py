@@ -37,6 +37,17 @@ def test_wrong_arguments_end_in_one_sentence(capsys: pytest.CaptureFixture[str])
     assert "fraqtl-bench: unknown KV format 'int3': choose one of bf16" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fraqtl_bench.recall.running", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["recall", "--formats", "k4v4"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fraqtl-bench: interrupted\n"
+
+
 def test_result_files_are_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text("old")

@@ -20,6 +20,7 @@ CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
 FOLDERS = "fraqtl_serve|kernels|patches|bench|tests|docker|docs|examples"
 PATH = re.compile(rf"`(?:python3? )?((?:{FOLDERS})/[\w./-]+)[^`\n]*`")
+MODULE = re.compile(r"`([\w/]+\.py)`")
 # A number with a unit in which results come; limits and sizes that are set, not measured, have other units.
 MEASURED = re.compile(r"\d(?:[\d,.]*\d)? ?(?:%|x\b|ms\b|µs\b|ns\b|tokens/s|GB/s|times\b)")
 
@@ -93,6 +94,14 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_paths_that_are_named_are_there(page: str) -> None:
     for path in PATH.findall(by_hand(read(page))):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_modules_that_are_named_by_their_end_are_there(page: str) -> None:
+    """As in the glossary: `cpu/operands.py`."""
+    files = [f"/{path.as_posix()}" for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
+    for module in MODULE.findall(by_hand(read(page))):
+        assert any(file.endswith(f"/{module}") for file in files), module
 
 
 def test_every_page_is_in_an_index() -> None:

@@ -80,6 +80,12 @@ def test_formats_table_on_a_narrow_terminal(
     assert all(f" {name}" in out for name in FORMATS)
 
 
+def test_formats_rounds_a_ratio_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run("formats", "--head-size", "64")
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if " k4v4* " in line)
+    assert " 3.76 " in row  # 256 / 68 = 3.7647, and 3.765 once it has three places
+
+
 def test_formats_json(capsys: pytest.CaptureFixture[str]) -> None:
     run("formats", "--json", "--head-size", "64")
     printed = json.loads(capsys.readouterr().out)
