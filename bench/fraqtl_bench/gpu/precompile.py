@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from triton.runtime.driver import driver
@@ -33,7 +32,7 @@ from fraqtl_bench.tune.measure import TORCH_DTYPES
 from fraqtl_bench.tune.variants import FIRST, Variant, second
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.gpu.aot import NoGpu
+from fraqtl_kernels.gpu.aot import NoGpu, replaced
 
 MULTIPROCESSORS = 132  # an H100 or H200: how a batch is split decides which kernels it takes
 Job = tuple[str, str, Variant | None]  # format, shape, launch shape
@@ -73,8 +72,8 @@ def compile_job(job: Job, architecture: int) -> str | None:
         constants = sample_constants(FORMATS[format], shape.head_size, shape.kv_heads, shape.query_heads)
     try:
         with (
-            patch.object(JITFunction, "run", compile_only),
-            patch.object(cuda_arms, "multiprocessors", lambda device: MULTIPROCESSORS),
+            replaced(JITFunction, "run", compile_only),
+            replaced(cuda_arms, "multiprocessors", lambda device: MULTIPROCESSORS),
         ):
             inputs = empty_inputs(shape, settings.block_size, TORCH_DTYPES[settings.dtype])
             pages = Pages.store(FORMATS[format], inputs, constants)

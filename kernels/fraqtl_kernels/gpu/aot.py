@@ -274,19 +274,19 @@ def compiled_only(architecture: int) -> Iterator[dict[JITFunction, list[tuple[An
         launched[self].append((run(self, *args, **options | {"warmup": True}), tile))
 
     driver.set_active(NoGpu(architecture))
-    with _run_replaced(compile_only):
+    with replaced(JITFunction, "run", compile_only):
         yield launched
 
 
 @contextmanager
-def _run_replaced(run: Callable[..., None]) -> Iterator[None]:
-    """Launches of kernels in this block go to `run`."""
-    original = JITFunction.run
-    JITFunction.run = run
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` in this block."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        JITFunction.run = original
+        setattr(owner, name, original)
 
 
 def measure(variant: Variant, architecture: int) -> Usage:
