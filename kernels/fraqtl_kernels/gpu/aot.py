@@ -40,7 +40,8 @@ from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.transposed import attend_columns_kernel, prepare_kernel, transposed_tuning
+from fraqtl_kernels.gpu.prepared import prepare_kernel
+from fraqtl_kernels.gpu.transposed import attend_columns_kernel, transposed_tuning
 from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
 from fraqtl_kernels.gpu.write import write, write_kernel
 from fraqtl_kernels.pages import PageLayout

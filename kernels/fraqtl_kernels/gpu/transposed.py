@@ -6,7 +6,7 @@ The other form (`attention.py`) has queries as rows, of which a product on the t
 a KV head three quarters of its softmax are padding. Columns come in eights. The arithmetic is otherwise the same, and
 `combine.py` takes the partial outputs of either form.
 
-Queries are carried into the stored basis once, by `prepare_kernel`, and not by every split. Rounded queries, weights
+Queries are carried into the stored basis once, by `prepared.py`, and not by every split. Rounded queries, weights
 and unpacked codes have 16 bits: of the model's type or, with `Tuning.half`, of fp16 also in bf16 models, for which
 codes unpack in fewer instructions and weights keep three bits more. Which form a batch takes is a matter of `Tuning`.
 """
@@ -19,83 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.gpu.attention import (
-    LOG2E,
     cap_scores,
     load_blocks,
-    load_query,
     load_tile_scales,
-    query_rows,
     residual_slots,
     residual_tokens_before,
 )
 from fraqtl_kernels.gpu.config import Scoring, Tuning, page_shape
 from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.splits import TERMS, DecodePlan, ScratchViews, count_pieces, oldest_visible, piece_start
-from fraqtl_kernels.gpu.tiles import dot16, load_codes, load_scales, part_columns, round16
+from fraqtl_kernels.gpu.prepared import PREPARE_OPTIONS, load_prepared, prepare_kernel
+from fraqtl_kernels.gpu.splits import DecodePlan, ScratchViews, count_pieces, oldest_visible, piece_start
+from fraqtl_kernels.gpu.tiles import dot16, load_codes, load_scales, round16
 from fraqtl_kernels.pages import PageLayout
 
 SUM_ROWS = tl.constexpr(16)  # the least that a product takes
-
-
-@triton.jit
-def prepare_kernel(
-    query,  # (tokens, query heads, D)
-    query_stride_token,
-    query_stride_head,
-    query_start,
-    prepared,  # 16 bits (requests, KV heads, columns, D): queries in the stored basis, scaled
-    terms,  # fp32 (requests, KV heads, columns, TERMS)
-    basis,
-    basis_stride_head,
-    key_scale,
-    center,
-    outlier_shift,
-    scale,
-    key_factor,
-    BASE_2: tl.constexpr,  # whether scores are in units of log2 from the start
-    PAGE: tl.constexpr,
-    SHAPE: tl.constexpr,
-):
-    request, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(query_start + request).to(tl.int64)
-    count = tl.load(query_start + request + 1).to(tl.int32) - start.to(tl.int32)
-    if count <= 0:  # padding of a CUDA graph
-        return
-    K: tl.constexpr = PAGE.K
-    DTYPE: tl.constexpr = prepared.dtype.element_ty
-    if BASE_2:
-        scale *= LOG2E
-    at = query + start * query_stride_token + head * SHAPE.GROUP * query_stride_head
-    rows, used = query_rows(at, query_stride_token, query_stride_head, count, SHAPE)
-    parts, zero, constant, shift = load_query(
-        rows, used, head, basis, basis_stride_head, key_scale, center, outlier_shift, scale, key_factor, K, DTYPE
-    )
-    row = tl.arange(0, SHAPE.ROWS)
-    stored = row < SHAPE.COLUMNS
-    slot = (request * tl.num_programs(1) + head).to(tl.int64) * SHAPE.COLUMNS + row
-    column, real = part_columns(K)
-    KEY_PARTS: tl.constexpr = K.PARTS
-    for part in tl.static_range(KEY_PARTS):
-        at = prepared + slot[:, None] * PAGE.HEAD + part * K.COLUMNS + column
-        tl.store(at, parts[part], mask=stored[:, None] & real)
-    tl.store(terms + slot * TERMS, zero, mask=stored)
-    tl.store(terms + slot * TERMS + 1, constant, mask=stored)
-    tl.store(terms + slot * TERMS + 2, shift, mask=stored)
-
-
-@triton.jit
-def load_prepared(prepared, terms, slot, PAGE: tl.constexpr, SHAPE: tl.constexpr):
-    """Parts (WIDTH, COLUMNS) of the queries of one request and KV head, and their terms (COLUMNS,)."""
-    K: tl.constexpr = PAGE.K
-    KEY_PARTS: tl.constexpr = K.PARTS
-    row = tl.arange(0, K.WIDTH)[:, None]
-    query = slot * SHAPE.COLUMNS + tl.arange(0, SHAPE.COLUMNS)
-    parts = ()
-    for part in tl.static_range(KEY_PARTS):
-        at = prepared + query[None, :] * PAGE.HEAD + part * K.COLUMNS + row
-        parts = parts + (tl.load(at, mask=row < K.COLUMNS, other=0.0),)
-    at = terms + query * TERMS
-    return parts, tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
@@ -390,9 +327,6 @@ def attend_columns_kernel(
         at = partial + slot[None, :] * PAGE.HEAD + part * V.COLUMNS + row
         tl.store(at, parts[part] / divisor[None, :], mask=used[None, :] & (row < V.COLUMNS))
     tl.store(lse + slot, m_i + tl.log2(l_i), mask=used)
-
-
-PREPARE_OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills two registers for sm_80
 
 
 def transposed_tuning(layout: PageLayout, columns: int, *, half: bool = False) -> Tuning:

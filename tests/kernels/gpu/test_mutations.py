@@ -74,7 +74,7 @@ OF_COLUMNS = {
     "outputs keep their old maximum": ("transposed.py", "out[part] * alpha[None, :]", "out[part]"),
     "sums keep their old maximum": ("transposed.py", "l_i * alpha[None, :] + weights", "l_i + weights"),
     "pieces overlap": ("transposed.py", "first += piece_start(split_idx, pieces, own) * TILE", "first += 0"),
-    "queries are scaled to the wrong base": ("transposed.py", "scale *= LOG2E", "scale *= 1.0"),
+    "queries are scaled to the wrong base": ("prepared.py", "scale *= LOG2E", "scale *= 1.0"),
     "every query token is the first": ("transposed.py", "tl.minimum(column // SHAPE.GROUP, count - 1)", "column * 0"),
 }
 RESIDUALS_OF_COLUMNS = {
