@@ -67,7 +67,7 @@ def _step(file: Result, context: str, name: str) -> dict[str, Any]:
 
 @block("decode-step")
 def decode_step() -> Iterator[str]:
-    alone = [(name, context) for name in ("new_batch1", "again_batch1") for context in ("2048", "6000")]
+    alone = [(name, context) for name in ("new_batch1", "again_batch1", "third_batch1") for context in ("2048", "6000")]
     runs = [*alone, ("new_batch4", "2048"), ("new_batch16", "2048")]
     rows, files = [], []
     for name, context in runs:
