@@ -52,30 +52,44 @@ def _layers(source: str, text: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """(KV heads, head size, window or 0) of every layer that stores keys and values."""
     count, heads = _number(source, text, LAYERS), _first(text, HEADS)
     hidden = _first(text, HIDDEN)
-    kv_heads = [1] * count if text.get("multi_query") else _a_layer(_first(text, KV_HEADS) or heads, count)
     head_size = text.get("head_dim")
     if not isinstance(head_size, int) and isinstance(hidden, int) and isinstance(heads, int):
         head_size = hidden // heads
     if not isinstance(head_size, int):
         raise ConfigError(f"{source}: no head_dim and no hidden_size: give --layers, --kv-heads and --head-size")
-    if kv_heads is None:
-        raise ConfigError(
-            f"{source}: {KV_HEADS[0]} is no number for every layer: give --layers, --kv-heads and --head-size"
-        )
-    windows = _windows(text, count)
+    kv_heads, windows = _kv_heads(source, text, count, heads), _windows(text, count)
     layers = [
         (n, head_size, window)
         if window or not any(windows)  # what Gemma 4 has beside its windows may be of another size
         else (int(text.get("num_global_key_value_heads") or n), int(text.get("global_head_dim") or head_size), 0)
         for n, window in zip(kv_heads, windows, strict=True)
     ]
-    return layers[: count - int(text.get("num_kv_shared_layers") or 0)]  # the last ones read the cache of others
+    kept = layers[: count - int(text.get("num_kv_shared_layers") or 0)]  # the last ones read the cache of others
+    return [layer for layer in kept if layer[0]]
 
 
-def _a_layer(value: Any, count: int) -> list[int] | None:
-    """One number for all layers, or one for each."""
+def _kv_heads(source: str, text: Mapping[str, Any], count: int, heads: Any) -> list[int]:
+    """Of every layer; 0 for one without attention."""
+    if text.get("multi_query"):
+        return [1] * count
+    value: Any = (
+        _of_blocks(text["block_configs"], heads) if text.get("block_configs") else _first(text, KV_HEADS) or heads
+    )
     values = value if isinstance(value, list) else [value] * count
-    return values if len(values) == count and all(isinstance(one, int) for one in values) else None
+    if len(values) == count and all(isinstance(one, int) for one in values):
+        return values
+    raise ConfigError(
+        f"{source}: {KV_HEADS[0]} is no number for every layer: give --layers, --kv-heads and --head-size"
+    )
+
+
+def _of_blocks(blocks: Any, heads: Any) -> list[int] | None:
+    """KV heads by the blocks of a Nemotron-NAS, which searched for every layer's own; None if they don't say."""
+    try:
+        parts = [block["attention"] for block in blocks]
+        return [0 if part.get("no_op") else heads // part["n_heads_in_group"] for part in parts]
+    except (KeyError, TypeError):
+        return None
 
 
 def _load(source: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         KVCacheConfig,
         KVCacheLayout,
         SlidingWindowSpec,
+        UniformTypeKVCacheSpecs,
     )
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -86,6 +87,7 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "SiluAndMul": "vllm.model_executor.layers.activation",
     "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
+    "UniformTypeKVCacheSpecs": "vllm.v1.kv_cache_interface",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
@@ -136,6 +138,7 @@ __all__ = [
     "Scheduler",
     "SiluAndMul",
     "SlidingWindowSpec",
+    "UniformTypeKVCacheSpecs",
     "VllmConfig",
     "WorkerBase",
     "WorkerWrapperBase",

@@ -172,6 +172,19 @@ POOL_NOTE = Hook(
         Symptom("vllm.v1.kv_cache_interface:KVCacheConfig", has=("kv_cache_groups:",), lacks=("extra", "notes")),
     ),
 )
+GROUP_NOTE = Hook(
+    target="KVCacheConfig.fraqtl_group_bytes",
+    user="fraqtl_vllm.accounting.pool",
+    without="the scheduler, whose groups keep the spec of one layer, counts layers with another number of KV heads as "
+    "if they were like that one",
+    until="the scheduler's groups have the specs of all their layers",
+    symptoms=(
+        Symptom(
+            "vllm.v1.core.kv_cache_utils:generate_scheduler_kv_cache_config",
+            has=("copy.deepcopy(kv_cache_configs[0])", "group.kv_cache_spec = next("),
+        ),
+    ),
+)
 
 # Workers
 

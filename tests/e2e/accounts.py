@@ -26,7 +26,7 @@ import httpx
 
 from fraqtl_bench import results
 from fraqtl_bench.random_load import Job, Outcome, make_jobs, send_all
-from tests.e2e.random_models import random_gemma2
+from tests.e2e.random_models import NAS_KV_HEADS, random_gemma2, random_nemotron_nas
 from tests.e2e.server import running
 from tests.e2e.witness import FILE
 
@@ -63,6 +63,8 @@ class Setup:
 # Worked out by hand: layers, KV heads, tokens, bytes of a key and a value.
 DEMO_BLOCK, DEMO_BASELINE = 4 * 2 * 16 * 68, (4 * 2 * 16 * 2 * 64 * 2,)
 GEMMA_BLOCK, GEMMA_BASELINE = 2 * 16 * 260, (2 * 16 * 2 * 256 * 2,) * 2
+NAS_HEADS = sum(NAS_KV_HEADS)
+NAS_BLOCK, NAS_BASELINE = NAS_HEADS * 16 * 68, (NAS_HEADS * 16 * 2 * 64 * 2,)
 TINY_POOL = Setup((), DEMO_BLOCK, DEMO_BASELINE, blocks=240)  # one of the longest sequences
 
 
@@ -76,6 +78,12 @@ def sliding_windows(folder: Path, *arguments: str, longest: int = 3000, ranks: i
     """One layer sees everything, one 32 tokens: two groups of one layer."""
     model = str(random_gemma2(folder))
     return Setup((model, *arguments), GEMMA_BLOCK, GEMMA_BASELINE, blocks=longest // 4, longest=longest, ranks=ranks)
+
+
+def unlike_heads(folder: Path, longest: int = 3000) -> Setup:
+    """A Nemotron-NAS: one group of layers, of which one has two KV heads and one has one."""
+    model = str(random_nemotron_nas(folder))
+    return Setup((model, "--trust-remote-code"), NAS_BLOCK, NAS_BASELINE, blocks=longest // 12, longest=longest)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,62 @@ def random_mixtral(folder: Path) -> Path:
 
     options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "initializer_range": 0.1}
     return _save(MixtralForCausalLM(_config(MixtralConfig, **options)), folder)
+
+
+NAS_CONFIG = '''
+from transformers import LlamaConfig
+
+
+class Part(dict):
+    """What vLLM reads as attributes."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+class DeciLMConfig(LlamaConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **options):
+        super().__init__(**options)
+        self.block_configs = [Part({name: Part(part) for name, part in block.items()}) for block in block_configs]
+'''
+NAS_KV_HEADS = (2, 0, 1)
+"""Of the layers of `random_nemotron_nas`; 0 is a layer without attention."""
+
+
+def random_nemotron_nas(folder: Path) -> Path:
+    """KV heads that differ, a layer without attention, one without MLP. transformers has no class for it, only vLLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers = range(len(NAS_KV_HEADS))
+    config = _config(LlamaConfig, head_dim=64, num_hidden_layers=len(layers), initializer_range=0.1)
+    blocks: list[dict[str, dict[str, Any]]] = [
+        {
+            "attention": {"no_op": not n, "n_heads_in_group": config.num_attention_heads // n if n else None},
+            "ffn": {"no_op": i == 2, "ffn_mult": 1.5},  # of 128 channels, rounded up: 256
+        }
+        for i, n in enumerate(NAS_KV_HEADS)
+    ]
+    config.intermediate_size = 256
+    model = LlamaForCausalLM(config)
+    for layer, block, n in zip(model.model.layers, blocks, NAS_KV_HEADS, strict=True):
+        if block["ffn"]["no_op"]:
+            del layer.mlp, layer.post_attention_layernorm
+        if not n:
+            del layer.self_attn, layer.input_layernorm
+            continue
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.weight.data = projection.weight[: n * 64].detach().clone()
+    _save(model, folder)
+    file = folder / "config.json"
+    written = json.loads(file.read_text()) | {"model_type": "nemotron-nas", "architectures": ["DeciLMForCausalLM"]}
+    written |= {"auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"}, "num_key_value_heads": None}
+    file.write_text(json.dumps(written | {"block_configs": blocks}))
+    (folder / "configuration_decilm.py").write_text(NAS_CONFIG)
+    return folder
 
 
 def _config(kind: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tests.e2e.accounts import TINY_POOL, compare, sliding_windows
+from tests.e2e.accounts import TINY_POOL, compare, sliding_windows, unlike_heads
 
 
 def test_reports_equal_what_the_pool_held() -> None:
@@ -20,3 +20,10 @@ def test_sliding_windows_on_two_ranks(tmp_path: Path) -> None:
     found = compare(setup, requests=25, seed=4)
     assert found.mismatches == []
     assert found.counts["with_shared_blocks"] > 0
+
+
+def test_layers_with_unlike_numbers_of_heads(tmp_path: Path) -> None:
+    found = compare(replace(unlike_heads(tmp_path), blocks=64, longest=600), requests=60, seed=5)
+    assert found.mismatches == []
+    for event in ("aborted", "several_sequences", "with_shared_blocks", "preemptions"):
+        assert found.counts[event] > 0, found.counts

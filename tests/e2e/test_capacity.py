@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from tests.e2e.engine import Run, run
-from tests.e2e.random_models import random_gemma2, random_gemma3, random_llama, random_mistral
+from tests.e2e.random_models import (
+    random_gemma2,
+    random_gemma3,
+    random_llama,
+    random_mistral,
+    random_nemotron_nas,
+)
 
 LINE = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x")
 
@@ -23,12 +29,13 @@ def said_by_vllm(started: Run) -> tuple[int, float]:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda folder: random_llama(folder, 64), random_gemma2, random_gemma3, random_mistral],
-    ids=["uniform", "half with a window", "five of six with a window", "all with a window"],
+    [lambda folder: random_llama(folder, 64), random_gemma2, random_gemma3, random_mistral, random_nemotron_nas],
+    ids=["uniform", "half with a window", "five of six with a window", "all with a window", "KV heads differ"],
 )
 def test_pool_and_baseline_are_what_vllm_says(make: Callable[[Path], Path], tmp_path: Path) -> None:
     model = make(tmp_path / "model")
     of: dict[str, Any] = {"model": model, "max_num_batched_tokens": 256, "sampling": {"max_tokens": 1}}
+    of["trust_remote_code"] = True  # the configuration of a Nemotron-NAS is code beside it
     packed = run([[5, 6, 7]], kv_cache_memory_bytes=8 << 20, **of)
     pool = packed.kv_pool
     assert (pool["tokens"], round(pool["concurrency"], 2)) == said_by_vllm(packed)

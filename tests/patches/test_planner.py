@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_capacity,
     get_kv_cache_configs,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
@@ -134,6 +141,75 @@ def test_an_override_of_the_blocks_is_ours_alone(config: Any) -> None:
     pools, _, _ = started(config, [packed], [MEMORY])
     said = pool.numbers(config, [packed], pools)
     assert (said["blocks"], said["baseline_blocks"]) == (1000, 1000 * 68 // 256)
+
+
+# ---- what a block of a group takes
+
+PADDED = replace(layer("k4v4"), page_size_padded=4096)
+
+
+def of_groups(*groups: Any) -> KVCacheConfig:
+    """A pool of groups, each the specs of its layers."""
+    made = []
+    for specs_of_layers in groups:
+        names = {f"layers.{i}": spec for i, spec in enumerate(specs_of_layers)}
+        alike = len(set(specs_of_layers)) == 1
+        spec = specs_of_layers[0] if alike else UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=names)
+        made.append(KVCacheGroupSpec(list(names), spec))
+    return KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=made)
+
+
+def sizes(*groups: Any, ranks: int = 1, dtype: Any = None) -> list[int]:
+    return planner.group_block_bytes([of_groups(*groups)] * ranks, dtype)
+
+
+def test_packed_bytes_of_a_block() -> None:
+    # 2 heads · 16 tokens · 68 bytes = 2176, over 3 layers.
+    assert sizes([layer("k4v4")] * 3) == [6528]
+
+
+def test_ranks_add_up() -> None:
+    assert sizes([layer("k4v4")] * 3, ranks=4) == [26112]
+    assert sizes([layer("k4v4")] * 3, ranks=4, dtype=torch.bfloat16) == [98304]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 16384)])
+def test_baseline_is_in_the_models_dtype(dtype: torch.dtype, expected: int) -> None:
+    # 2 heads · 16 tokens · (64 + 64) numbers
+    assert sizes([layer("k4v4")], dtype=dtype) == [expected]
+
+
+def test_groups_of_full_and_sliding_window_attention() -> None:
+    both = [layer("k4v4")], [layer("k4v4", window=128)] * 5
+    assert sizes(*both) == [2176, 10880]
+    assert sizes(*both, dtype=torch.bfloat16) == [8192, 40960]
+
+
+def test_padding_counts_in_the_pool_and_not_in_the_baseline() -> None:
+    assert sizes([PADDED] * 2) == [8192]
+    assert sizes([PADDED] * 2, dtype=torch.float16) == [16384]
+
+
+def test_layers_with_other_numbers_of_heads_count_each_by_its_own() -> None:
+    unlike = [layer("k4v4", heads=2), layer("k4v4", heads=1)]
+    assert sizes(unlike) == [2176 + 1088]
+    assert sizes(unlike, dtype=torch.bfloat16) == [8192 + 4096]
+
+
+def test_stages_have_layers_of_their_own() -> None:
+    """Pipeline parallelism: the same group, other layers, one rank without any."""
+    first, second = of_groups([layer("k4v4")] * 3), of_groups([layer("k4v4")] * 2)
+    without = KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec([], layer("k4v4"))])
+    assert planner.group_block_bytes([first, second, without]) == [5 * 2176]
+
+
+@every_structure
+def test_a_group_takes_no_more_than_a_block_of_the_pool(config: Any, layers: list[dict[str, int]]) -> None:
+    """And the widest takes all of it, as does the only one."""
+    packed = specs("k4v4", layers)
+    pools, _, _ = started(config, [packed], [MEMORY])
+    widest = max(planner.group_block_bytes(pools))
+    assert [widest] == list(planner.describe(config, pools).rank_block_bytes)
 
 
 # ---- where nothing fits

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fraqtl_vllm.accounting import pool
 from tests.patches.test_scheduler import FULL
@@ -29,10 +30,16 @@ def test_every_worker_has_the_method_and_every_engine_plans_with_us(monkeypatch:
 
     seen: list[Any] = []
     monkeypatch.delattr(WorkerBase, pool.METHOD, raising=False)
-    monkeypatch.setattr(core, "get_kv_cache_configs", lambda *arguments: seen.append(arguments) or ["planned"])
+    planned = make_config((FULL, 3))
+    monkeypatch.setattr(core, "get_kv_cache_configs", lambda *arguments: seen.append(arguments) or [planned])
     pool.install()
     pool.install()  # twice is once
     assert getattr(WorkerBase, pool.METHOD) is pool.kv_pool
-    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None))
-    assert core.get_kv_cache_configs(config, [{}], [1]) == ["planned"]
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=None), model_config=SimpleNamespace(dtype=torch.bfloat16)
+    )
+    assert core.get_kv_cache_configs(config, [{}], [1]) == [planned]
     assert seen == [(config, [{}], [1])]
+    sizes = {"block_bytes": [3 * 2176], "baseline_block_bytes": [3 * 8192]}
+    assert getattr(deepcopy(planned), pool.GROUP_NOTE) == sizes  # which vLLM hands to the scheduler
+    assert not hasattr(planned, pool.NOTE)  # of another backend's pool there is nothing to say

@@ -10,45 +10,18 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
-from fraqtl_vllm.accounting.scheduler import _Accounting, block_bytes
+from fraqtl_vllm.accounting.pool import GROUP_NOTE, group_bytes
+from fraqtl_vllm.accounting.scheduler import _Accounting
 
 PACKED: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8, "state_content_bytes": 68}
 FULL = FullAttentionSpec(block_size=16, **PACKED)
 WINDOW = SlidingWindowSpec(block_size=32, sliding_window=128, **PACKED)
-PADDED = FullAttentionSpec(block_size=16, page_size_padded=4096, **PACKED)
 
 
 def pool(*groups: tuple[Any, int]) -> KVCacheConfig:
     """A pool of so many layers of each spec."""
     layers = (KVCacheGroupSpec([f"layer.{i}" for i in range(count)], spec) for spec, count in groups)
     return KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=list(layers))
-
-
-def test_packed_bytes_of_a_block() -> None:
-    # 2 heads · 16 tokens · 68 bytes = 2176, over 3 layers.
-    assert block_bytes(pool((FULL, 3)), 1) == [6528]
-
-
-def test_ranks_add_up() -> None:
-    assert block_bytes(pool((FULL, 3)), 4) == [26112]
-    assert block_bytes(pool((FULL, 3)), 4, torch.bfloat16) == [98304]
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 16384)])
-def test_baseline_is_in_the_models_dtype(dtype: torch.dtype, expected: int) -> None:
-    # 2 heads · 16 tokens · (64 + 64) numbers
-    assert block_bytes(pool((FULL, 1)), 1, dtype) == [expected]
-
-
-def test_groups_of_full_and_sliding_window_attention() -> None:
-    both = pool((FULL, 1), (WINDOW, 5))
-    assert block_bytes(both, 1) == [2176, 21760]
-    assert block_bytes(both, 1, torch.bfloat16) == [8192, 81920]
-
-
-def test_padding_counts_in_the_pool_and_not_in_the_baseline() -> None:
-    assert block_bytes(pool((PADDED, 2)), 1) == [8192]
-    assert block_bytes(pool((PADDED, 2)), 1, torch.float16) == [16384]
 
 
 class FakeManager:
@@ -89,13 +62,12 @@ class Scheduler(_Accounting, StockScheduler):
 
 
 def make_scheduler(*groups: tuple[Any, int], world_size: int = 1) -> Any:
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=world_size, data_parallel_index=3),
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
+    config: Any = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_index=3), model_config=SimpleNamespace(dtype=torch.bfloat16)
     )
-    scheduler = Scheduler(
-        vllm_config=config, kv_cache_config=pool(*(groups or ((FULL, 1), (WINDOW, 1)))), log_stats=True
-    )
+    planned = pool(*(groups or ((FULL, 1), (WINDOW, 1))))
+    setattr(planned, GROUP_NOTE, group_bytes(config, [planned] * world_size))
+    scheduler = Scheduler(vllm_config=config, kv_cache_config=planned, log_stats=True)
     assert scheduler.log_stats
     for client in (0, 3):
         scheduler.send_accounts_to(client)

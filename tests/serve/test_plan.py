@@ -187,6 +187,17 @@ def test_a_number_of_heads_for_every_layer(tmp_path: Path) -> None:
         read_shape(config_file(tmp_path, model_type="of-tomorrow", num_kv_heads=[4, 4], **numbers))
 
 
+def test_blocks_that_were_searched_for(tmp_path: Path) -> None:
+    """Nemotron-NAS: a block's attention says how many query heads share a KV head, or that there is none."""
+    blocks = [{"attention": {"n_heads_in_group": n, "no_op": n is None}, "ffn": {}} for n in (8, 8, None, 16, 8)]
+    numbers = {"num_hidden_layers": 5, "num_attention_heads": 64, "head_dim": 128, "num_key_value_heads": None}
+    numbers |= {"max_position_embeddings": 131072}
+    shape = read_shape(config_file(tmp_path, model_type="nemotron-nas", block_configs=blocks, **numbers))
+    assert (shape.layers, shape.kv_heads, shape.others) == (3, 8, (LayerKind(1, 4, 128),))
+    with pytest.raises(FraqtlError, match="num_key_value_heads is no number for every layer"):
+        read_shape(config_file(tmp_path, model_type="nemotron-nas", block_configs=[{"ffn": {}}] * 5, **numbers))
+
+
 def test_a_family_that_nobody_knows(tmp_path: Path) -> None:
     numbers = {"n_layer": 10, "n_head": 16, "n_head_kv": 4, "n_embd": 1024, "n_positions": 512}
     shape = read_shape(config_file(tmp_path, model_type="of-tomorrow", **numbers))

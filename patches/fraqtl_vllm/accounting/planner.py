@@ -100,6 +100,25 @@ def unpacked(specs: Specs, dtype: Any) -> Specs:
     }
 
 
+def group_block_bytes(pools: Sequence[_vllm.KVCacheConfig], dtype: Any = None) -> list[int]:
+    """Bytes of one block in every KV-cache group, over its layers on all ranks, of which each has one of the `pools`.
+
+    With `dtype`, what the same block would take unpacked in that dtype: the baseline.
+    """
+    groups = zip(*(pool.kv_cache_groups for pool in pools), strict=True)
+    return [sum(_page_bytes(part, dtype) for part in group) for group in groups]
+
+
+def _page_bytes(group: Any, dtype: Any) -> int:
+    """Of all layers that one rank has of a group; where they have unlike numbers of KV heads, each has its own spec."""
+    spec, names = group.kv_cache_spec, group.layer_names
+    is_alike = not isinstance(spec, _vllm.UniformTypeKVCacheSpecs)
+    specs = {name: spec if is_alike else spec.kv_cache_specs[name] for name in names}
+    if dtype is not None:
+        specs = unpacked(specs, dtype)
+    return sum(one.page_size_bytes for one in specs.values())
+
+
 def _without_limits(config: _vllm.VllmConfig, length: int) -> Any:
     """A copy of `config` for sequences of `length` tokens, whose pool has the size of its memory."""
     config = copy(config)

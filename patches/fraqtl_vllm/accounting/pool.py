@@ -15,13 +15,15 @@ from typing import Any
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm.accounting import planner
-from fraqtl_vllm.accounting.schema import PoolNumbers
+from fraqtl_vllm.accounting.schema import GroupBytes, PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
 METHOD = compat.POOL_METHOD.attribute
 NOTE = compat.POOL_NOTE.attribute
 """The attribute of a KVCacheConfig that carries the numbers from the engine to its workers."""
+GROUP_NOTE = compat.GROUP_NOTE.attribute
+"""The attribute of a KVCacheConfig that tells the scheduler what a block takes; see `group_bytes`."""
 
 Planner = Callable[[_vllm.VllmConfig, list[planner.Specs], list[int]], list[Any]]
 
@@ -50,6 +52,14 @@ def numbers(
         "baseline_blocks": baseline.blocks,
         "baseline_tokens": baseline.tokens,
         "baseline_concurrency": baseline.concurrency,
+    }
+
+
+def group_bytes(config: _vllm.VllmConfig, pools: Sequence[_vllm.KVCacheConfig]) -> GroupBytes:
+    """What a block of every group takes in the planned `pools`, one a rank, and in the model's own dtype."""
+    return {
+        "block_bytes": planner.group_block_bytes(pools),
+        "baseline_block_bytes": planner.group_block_bytes(pools, config.model_config.dtype),
     }
 
 
@@ -137,6 +147,9 @@ def install() -> None:
 
 def _planned_with_us(original: Planner) -> Planner:
     def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
-        return plan_pools(original, vllm_config, kv_cache_specs, available_memory)
+        pools = plan_pools(original, vllm_config, kv_cache_specs, available_memory)
+        for pool in pools:  # whatever the backend: its scheduler may be ours
+            compat.GROUP_NOTE.put(pool, group_bytes(vllm_config, pools))
+        return pools
 
     return get_kv_cache_configs

@@ -12,12 +12,10 @@ it is for the server's plugin alone, which keeps it from vLLM.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 from fraqtl_vllm._vllm import (
     AsyncScheduler,
-    AttentionSpec,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreProc,
@@ -30,22 +28,9 @@ from fraqtl_vllm._vllm import (
 )
 from fraqtl_vllm.accounting import engine
 from fraqtl_vllm.accounting.allocations import Allocations
-from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, Growth, Sizes
+from fraqtl_vllm.accounting.pool import GROUP_NOTE
+from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account, GroupBytes, Growth, Sizes
 from fraqtl_vllm.start import garbage
-
-
-def block_bytes(kv_cache_config: KVCacheConfig, world_size: int, dtype: Any = None) -> list[int]:
-    """Bytes of one block in every KV-cache group, over all its layers and all ranks.
-
-    With `dtype`, what the same block would take unpacked in that dtype: the baseline.
-    """
-    sizes = []
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if dtype is not None and isinstance(spec, AttentionSpec):
-            spec = replace(spec, dtype=dtype, state_content_bytes=None, page_size_padded=None)
-        sizes.append(spec.page_size_bytes * len(group.layer_names) * world_size)
-    return sizes
 
 
 class _Accounting:
@@ -60,12 +45,11 @@ class _Accounting:
         self._tables_only_grow = all(
             type(group.kv_cache_spec) is FullAttentionSpec for group in kv_cache_config.kv_cache_groups
         )
-        ranks = vllm_config.parallel_config.world_size
+        of_groups: GroupBytes = getattr(kv_cache_config, GROUP_NOTE)
         self._sizes: Sizes = {
             "engine": vllm_config.parallel_config.data_parallel_index,
             "block_size": [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups],
-            "block_bytes": block_bytes(kv_cache_config, ranks),
-            "baseline_block_bytes": block_bytes(kv_cache_config, ranks, vllm_config.model_config.dtype),
+            **of_groups,
         }
 
     def send_accounts_to(self, client_index: int) -> None:

@@ -11,17 +11,22 @@ ACCOUNT_KEY = "fraqtl"
 """Under which an account travels, in the `kv_transfer_params` of an engine's output."""
 
 
-class Sizes(TypedDict):
+class GroupBytes(TypedDict):
+    """What a block of every KV-cache group takes."""
+
+    block_bytes: list[int]
+    """Bytes, over all layers of the group and all ranks."""
+    baseline_block_bytes: list[int]
+    """The same in the model's own dtype."""
+
+
+class Sizes(GroupBytes):
     """What is the same in all accounts of an engine. Lists have an entry for every KV-cache group."""
 
     engine: int
     """Its number among data-parallel engines, which number their blocks alike."""
     block_size: list[int]
     """Tokens a block."""
-    block_bytes: list[int]
-    """Bytes of a block, over all layers of the group and all ranks."""
-    baseline_block_bytes: list[int]
-    """The same in the model's own dtype."""
 
 
 class Account(Sizes):
