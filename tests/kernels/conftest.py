@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def make_batch(
         seq_lens=torch.tensor(seq_lens),
         constants=constants,
     )
+
+
+def make_sink_batch(format_name: str, **options: Any) -> tuple[PagedBatch, Tensor]:
+    """A calibrated batch, not stored yet, whose values have a mean, too, and sink logits that take about half of the
+    weight."""
+    batch = make_batch(format_name, calibrated=True, stored=False, **options)
+    batch.query *= 0.125  # so that no key has all the weight
+    batch.value += 2 * torch.randn(batch.value.shape[2:]).to(batch.value.dtype)
+    key, value = batch.key.flatten(0, 1), batch.value.flatten(0, 1)
+    batch.constants = calibrate(batch.layout.format, key, batch.query, value)
+    k = key.float().repeat_interleave(batch.query.shape[1] // key.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", batch.query.float(), k) * batch.scale
+    return batch, scores.logsumexp(-1).mean(-1) + torch.randn(len(scores))
+
+
+def without_key_constants(operands: Any) -> Any:
+    """A layer's operands, with scores that lack the constant of the keys' center. Softmax is blind to it."""
+    size = operands.center.shape[1]
+    columns = torch.cat(
+        [operands.query[..., :size], 0 * operands.query[..., size : size + 1], operands.query[..., size + 1 :]], -1
+    )
+    basis = operands.to_basis._replace(center=0 * operands.to_basis.center)
+    return replace(operands, query=columns, to_basis=basis)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

@@ -43,6 +43,7 @@ def decode_step(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sink_logits: Tensor | None = None,
 ) -> cpu.DecodeStep:
     operands = cpu.LayerOperands.of(layout, pool.shape[1], constants)
-    return cpu.DecodeStep(pool, layout, dtype, operands, cpu.Softmax(scale, window, soft_cap))
+    return cpu.DecodeStep(pool, layout, dtype, operands, cpu.Softmax(scale, window, soft_cap, sink_logits))

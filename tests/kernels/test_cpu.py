@@ -10,7 +10,14 @@ from fraqtl_kernels.cpu import prefill
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
-from tests.kernels.conftest import PagedBatch, make_batch, make_pool, relative_error
+from tests.kernels.conftest import (
+    PagedBatch,
+    make_batch,
+    make_pool,
+    make_sink_batch,
+    relative_error,
+    without_key_constants,
+)
 from tests.kernels.on_cpu import cpu_attend, cpu_write
 from tests.kernels.transforms import random_transform
 
@@ -18,9 +25,15 @@ CALIBRATED = [name for name, f in FORMATS.items() if f.is_calibrated]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def error_of(batch: PagedBatch, window: int | None = None, soft_cap: float | None = None) -> float:
+def error_of(
+    batch: PagedBatch,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> float:
     """Of attention in the step that writes the queries' own tokens."""
     options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
+    options["sink_logits"] = sink_logits
     running, residual = write_chunks(batch)
     expected = reference.paged_attention(
         batch.query,
@@ -102,6 +115,44 @@ def test_mqa_mha_and_gqa_in_a_mixed_batch(format_name: str, kv_heads: int, group
         format_name, kv_heads=kv_heads, group=group, seq_lens=(5, 64, 33, 18, 90), queries=(5, 1, 7, 1, 40), padding=48
     )
     assert error_of(batch) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("head_size", "kv_heads", "group", "window", "soft_cap"),
+    [(64, 1, 8, None, None), (80, 3, 1, 33, None), (96, 2, 3, 1, None), (64, 2, 3, 50, 3.0)],
+)
+def test_sink_logits(
+    format_name: str, head_size: int, kv_heads: int, group: int, window: int | None, soft_cap: float | None
+) -> None:
+    """In prompts, chunks and decodes, one of them in several runs."""
+    of = {"head_size": head_size, "kv_heads": kv_heads, "group": group, "padding": 48}
+    batch, sink_logits = make_sink_batch(format_name, seq_lens=(5, 64, 33, 530), queries=(5, 1, 20, 1), **of)
+    assert error_of(batch, window, soft_cap, sink_logits) < 2e-5
+
+
+@pytest.mark.parametrize("logit", [-torch.inf, -200.0, 200.0])
+def test_sinks_that_take_nothing_or_all(logit: float) -> None:
+    batch, sink_logits = make_sink_batch("k4v4", seq_lens=(40, 33), queries=(1, 20))
+    assert error_of(batch, sink_logits=torch.full_like(sink_logits, -torch.inf)) < 2e-5
+    output, sinks = torch.empty_like(batch.query), torch.full_like(sink_logits, logit)
+    plan = cpu.plan_attention([0, 1, 21], [40, 33])
+    write_chunks(batch)
+    options = {"scale": batch.scale, "constants": batch.constants, "residuals": cpu.Residuals(None, None)}
+    read = batch.query, batch.pool, batch.layout, batch.block_table, plan
+    cpu_attend(*read, output, sink_logits=sinks, **options)
+    without = torch.empty_like(batch.query)
+    cpu_attend(*read, without, **options)
+    torch.testing.assert_close(output, without if logit < 0 else torch.zeros_like(output))
+
+
+@pytest.mark.parametrize(("length", "count"), [(40, 1), (40, 20), (530, 1)])
+def test_a_sink_is_compared_with_the_whole_score(length: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above is not blind: scores without the center's constant are right for softmax alone."""
+    batch, sink_logits = make_sink_batch("k4v4", seq_lens=(length,), queries=(count,))
+    make = cpu.LayerOperands.of
+    monkeypatch.setattr(cpu.LayerOperands, "of", lambda *args: without_key_constants(make(*args)))
+    assert error_of(batch) < 2e-5
+    assert error_of(batch, sink_logits=sink_logits) > 1e-2
 
 
 @pytest.mark.parametrize("residue", range(16))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +11,16 @@ from torch import Tensor
 from fraqtl_kernels.calibration.importance import ROWS, attend
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (4, None), (None, 50.0)])
-def test_importance_is_the_mean_square_effect_of_small_errors(window: int | None, soft_cap: float | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "sink"), [(None, None, None), (4, None, None), (None, 50.0, None), (4, None, 1.0)]
+)
+def test_importance_is_the_mean_square_effect_of_small_errors(
+    window: int | None, soft_cap: float | None, sink: float | None
+) -> None:
     size, tokens = 64, 10
     query, key, value = (torch.randn(tokens, heads, size) for heads in (4, 2, 2))
-    options = {"sequences": 1, "scale": 0.1, "window": window, "soft_cap": soft_cap}
+    options: dict[str, Any] = {"sequences": 1, "scale": 0.1, "window": window, "soft_cap": soft_cap}
+    options["sink_logits"] = None if sink is None else torch.linspace(-sink, 2 * sink, 4)
     exact, importance = attend(query, key, value, **options)
     of_queries, of_values = torch.zeros(tokens, 4), torch.zeros(tokens, 2)
     for j in range(tokens):

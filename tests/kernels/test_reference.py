@@ -1,6 +1,7 @@
 """The reference itself, against definitions written out here and properties that must hold."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.rotation import hadamard
-from tests.kernels.conftest import make_batch, make_pool, relative_error
+from tests.kernels.conftest import make_batch, make_pool, make_sink_batch, relative_error
 
 QUANTIZED = [name for name, f in FORMATS.items() if f.is_quantized]
 VECTORS = [VectorFormat(4), VectorFormat(8), VectorFormat(2), VectorFormat(2, groups=4)]
@@ -132,6 +133,20 @@ def test_formats_with_static_scales_ask_for_calibration() -> None:
     key = torch.randn(2, 2, 64)
     with pytest.raises(ConfigError, match="needs calibration"):
         reference.write(make_pool(layout, 3, 2), layout, key, key, torch.tensor([0, 1]))
+
+
+def test_a_sink_takes_its_share_of_the_weights() -> None:
+    """Beside the sum of all e^score of the keys as they were written, center and all."""
+    batch, sink_logits = make_sink_batch("fp16", seq_lens=(50,), queries=(1,), dtype=torch.float16)
+    where = batch.block_table, batch.query_start, batch.seq_lens
+    slots = batch.block_table[0, torch.arange(50) // 16].long() * 16 + torch.arange(50) % 16
+    reference.write(batch.pool, batch.layout, batch.key[0], batch.value[0], slots)
+    attend = partial(reference.paged_attention, batch.query, batch.pool, batch.layout, *where, scale=batch.scale)
+    key = batch.key[0].double().repeat_interleave(2, 1)
+    total = torch.einsum("hd,khd->hk", batch.query[0].double() * batch.scale, key).logsumexp(-1)
+    share = (total - sink_logits.double()).sigmoid()
+    assert 0.05 < share.mean() < 0.95
+    torch.testing.assert_close(attend(sink_logits=sink_logits), attend() * share[:, None])
 
 
 def test_attention_of_raw_pages_is_torch_attention() -> None:

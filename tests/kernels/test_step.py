@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.cpu import DecodeStep, StepPlan
+from fraqtl_kernels.cpu import DecodeStep, LayerOperands, StepPlan
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from tests.kernels.conftest import PagedBatch, make_batch, relative_error
+from tests.kernels.conftest import PagedBatch, make_batch, make_sink_batch, relative_error, without_key_constants
 from tests.kernels.on_cpu import cpu_write, decode_step
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -32,7 +32,10 @@ def rewind(batch: PagedBatch) -> None:
 
 
 def step_and_reference(
-    batch: PagedBatch, window: int | None = None, soft_cap: float | None = None
+    batch: PagedBatch,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Outputs of the step, those of the reference over what `cpu.write` stored, and that pool."""
     rewind(batch)
@@ -61,6 +64,7 @@ def step_and_reference(
         batch.query_start,
         batch.seq_lens,
         residuals=residual,
+        sink_logits=sink_logits,
         **options,
     )
     # Rows as they come out of one product of a model: queries, keys and values side by side
@@ -77,6 +81,7 @@ def step_and_reference(
         scale=batch.scale,
         window=window,
         soft_cap=soft_cap,
+        sink_logits=sink_logits,
     )
     plan = StepPlan(batch.seq_lens, batch.block_table, slots)
     step(q.unflatten(1, (-1, size)), k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size)), output, plan)
@@ -123,6 +128,29 @@ def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, so
     output, expected, pool = step_and_reference(batch, window, soft_cap)
     assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
     assert torch.equal(batch.pool, pool)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (33, None), (1000, 3.0)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_sink_logits(name: str, window: int | None, soft_cap: float | None, dtype: torch.dtype) -> None:
+    if not DecodeStep.supports(FORMATS[name], dtype):
+        pytest.skip("goes through write and attend")
+    batch, sink_logits = make_sink_batch(
+        name, seq_lens=LENGTHS, queries=(1,) * len(LENGTHS), dtype=dtype, kv_heads=3, group=3, padding=96
+    )
+    output, expected, _ = step_and_reference(batch, window, soft_cap, sink_logits)
+    assert relative_error(output, expected) < TOLERANCE[dtype]
+
+
+def test_a_sink_is_compared_with_the_whole_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, sink_logits = make_sink_batch("k4v4", seq_lens=(40, 1200), queries=(1, 1))
+    make = LayerOperands.of
+    monkeypatch.setattr(LayerOperands, "of", lambda *args: without_key_constants(make(*args)))
+    output, expected, _ = step_and_reference(batch)
+    assert relative_error(output, expected) < TOLERANCE[torch.float32]
+    output, expected, _ = step_and_reference(batch, sink_logits=sink_logits)
+    assert relative_error(output, expected) > 1e-2
 
 
 def test_a_negative_slot_is_not_written_and_none_without_keys() -> None:

@@ -44,18 +44,20 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
     projection: Tensor | None = None,
 ) -> tuple[Tensor, Importance]:
     """Attention within every sequence: float32 like query.
 
     query: (tokens, query heads, D), key, value: (tokens, KV heads, D), sequences of equal length one after another.
-    projection: (query heads, D, D), W W^T of every head, if it is known.
+    sink_logits: (query heads,), of a key with a value of zero. projection: (query heads, D, D), W W^T of every head, if
+    it is known.
     """
     split = (x.unflatten(0, (sequences, -1)).unbind() for x in (query, key, value))
     rows: list[tuple[Tensor, Tensor, Tensor]] = list(zip(*split, strict=True))
 
     def attend_row(row: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return _sequence(*row, scale, window, soft_cap)
+        return _sequence(*row, scale, window, soft_cap, sink_logits)
 
     attended = in_parallel(attend_row, rows) if query.device.type == "cpu" else [attend_row(row) for row in rows]
     out, query_weights, value_weights = (torch.cat(parts) for parts in zip(*attended, strict=True))
@@ -67,7 +69,13 @@ def attend(
 
 
 def _sequence(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, soft_cap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (T, query heads, D) and the factors of queries and values, (T, query heads), of one sequence.
 
@@ -93,7 +101,7 @@ def _sequence(
         scores = (q[:, :, begin:end].flatten(1, 2) @ k[..., first:end]).unflatten(1, (-1, end - begin))
         if soft_cap:
             scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
-        weights = scores.masked_fill_(unseen, -torch.inf).softmax(-1)
+        weights = _weights(scores.masked_fill_(unseen, -torch.inf), sink_logits)
         attended = (weights.flatten(1, 2) @ v[:, first:end]).unflatten(1, (-1, end - begin))
         squares = weights.square_()
         moment, of_norm, total = (
@@ -106,3 +114,11 @@ def _sequence(
         value_weights[:, :, first:end] += squares.sum(-2)
     out, query_weights, value_weights = (x.flatten(0, 1).transpose(0, 1) for x in (out, query_weights, value_weights))
     return out, query_weights.clamp_min(0), value_weights
+
+
+def _weights(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """The softmax of scores (KV heads, query heads of each, queries, keys), beside a sink if there is one."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    sink = sink_logits.to(scores).view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1].contiguous()

@@ -31,16 +31,17 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
     residuals: Residuals | None = None,
 ) -> None:
     """Write causal attention over the packed pages to `output`.
 
     query, output: (tokens, query heads, D) in any floating dtype; pool as for `write`;
-    block_table: (requests, blocks) int. residuals: what `write` returned for this batch;
+    block_table: (requests, blocks) int. sink_logits: (query heads,). residuals: what `write` returned for this batch;
     without them requests with more than one query token read without residuals. Same result as
     `reference.paged_attention`.
     """
-    softmax = Softmax(scale, window, soft_cap)
+    softmax = Softmax(scale, window, soft_cap, sink_logits)
     for bucket in plan.buckets:
         batch = query, output, pool, layout, block_table, bucket, operands, softmax
         count = bucket.tokens.shape[1]
@@ -66,6 +67,6 @@ def _decode(
     # All query heads of a KV head in one product: (R, KV heads, group · Q, D)
     q = q.view(rows, count, heads, -1, size).permute(0, 2, 3, 1, 4).reshape(rows, heads, -1, size)
     queries = operands.prepare_queries(q, softmax.scale)
-    out = operands.restore_output(decode(queries, pool, layout, block_table, bucket, softmax))
+    out = operands.restore_output(*decode(queries, pool, layout, block_table, bucket, softmax))
     out = out.view(rows, heads, -1, count, size).permute(0, 3, 1, 2, 4).reshape(rows, count, query_heads, size)
     output[bucket.tokens] = out.to(output.dtype)

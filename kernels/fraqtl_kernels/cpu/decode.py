@@ -4,7 +4,8 @@ The work is split into runs of blocks of one (request, KV head), so that a singl
 all cores busy. A run walks its pages once, some at a time: all query heads of the KV head go over
 the codes together (`rows.py`), and an online softmax (Milakov & Gimelshein, arXiv 1805.02867) keeps a
 maximum, a sum and a weighted value a query (`softmax.py`).
-`combine` joins the runs of a request: out = Σ e^(max_i - max) · acc_i / Σ e^(max_i - max) · sum_i.
+`_combine` joins the runs: out = Σ e^(max_i - max) · acc_i / (Σ e^(max_i - max) · sum_i [+ e^(sink - max)]).
+Scores have the center's constant in them (`score_bias`): a sink logit is compared with the whole score.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def decode(
     block_table: Tensor,
     bucket: Bucket,
     softmax: Softmax,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of a bucket of requests over their pages.
 
     block_table: (requests, blocks) int. Returns (R, KV heads, M, D) float32 like the queries, in the basis in which V
-    is stored, static scales of V still to be applied.
+    is stored, static scales of V still to be applied; and (R, KV heads, M), the weights of all keys together.
     """
     q, positions = queries.q, bucket.positions
     block_table = block_table[
@@ -54,7 +55,8 @@ def decode(
         l_i.numpy(),
         out.numpy(),
     )
-    return _combine(runs[:, 0], len(bucket.rows), m_i, l_i, out)
+    sinks = torch.from_numpy(softmax.sinks(pool.shape[1])).repeat_interleave(positions.shape[1], 1)
+    return _combine(runs[:, 0], len(bucket.rows), m_i, l_i, out, sinks)
 
 
 def warm_up_decode() -> None:
@@ -66,13 +68,16 @@ def warm_up_decode() -> None:
     decode(queries, pool, layout, table.int(), Bucket(rows, positions, positions), Softmax(1.0))
 
 
-def _combine(request: Tensor, count: int, m_i: Tensor, l_i: Tensor, out: Tensor) -> Tensor:
-    """Join the runs of every request; see the module's docstring."""
-    if len(request) == count:
-        return out / l_i[..., None]
-    index = request[:, None, None].expand_as(m_i)
-    m_new = m_i.new_full((count, *m_i.shape[1:]), -torch.inf).scatter_reduce(0, index, m_i, "amax")
-    # A run that a query sees nothing of has -inf; where all have, its request can't be in the batch.
-    weight = (m_i - m_new[request]).exp()
-    joined = out.new_zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
-    return joined / torch.zeros_like(m_new).index_add_(0, request, l_i * weight)[..., None]
+def _combine(
+    request: Tensor, count: int, m_i: Tensor, l_i: Tensor, out: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Join the runs of every request; see the module's docstring. sinks: (KV heads, M), or (KV heads, 0)."""
+    if len(request) > count:
+        index = request[:, None, None].expand_as(m_i)
+        m_new = m_i.new_full((count, *m_i.shape[1:]), -torch.inf).scatter_reduce(0, index, m_i, "amax")
+        # A run that a query sees nothing of has -inf; where all have, its request can't be in the batch.
+        weight = (m_i - m_new[request]).exp()
+        out = out.new_zeros(count, *out.shape[1:]).index_add_(0, request, out * weight[..., None])
+        m_i, l_i = m_new, torch.zeros_like(m_new).index_add_(0, request, l_i * weight)
+    total = l_i + (sinks - m_i).exp() if sinks.shape[1] else l_i
+    return out / total[..., None], l_i / total

@@ -117,9 +117,12 @@ class LayerOperands:
         size = query.shape[3]
         return Queries(product[..., :size].contiguous(), product[..., size], product[..., size + 1])
 
-    def restore_output(self, out: Tensor) -> Tensor:
-        """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored."""
-        return out @ self.back + self.center[:, None]
+    def restore_output(self, out: Tensor, key_share: Tensor) -> Tensor:
+        """Attention outputs (R, KV heads, M, D) float32 out of the basis in which values are stored.
+
+        key_share: (R, KV heads, M) the weights of all keys together, 1 without sink logits.
+        """
+        return out @ self.back + key_share[..., None] * self.center[:, None]
 
 
 def _array(x: Tensor) -> Any:

@@ -16,16 +16,27 @@ RUNS_PER_THREAD = 4
 
 
 class Softmax(NamedTuple):
-    """What a layer does to its scores. window: keys that a query sees, None: all. soft_cap: None: no cap."""
+    """What a layer does to its scores.
+
+    window: keys that a query sees, None: all. soft_cap: None: no cap. sink_logits: (query heads,) logarithms of what
+    the sum of a query's weights has besides its keys, None: nothing.
+    """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sink_logits: Tensor | None = None
 
     @property
     def limits(self) -> tuple[int, Any]:
         """Window and soft cap as compiled loops take them: 0 where there is none."""
         return self.window or 0, np.float32(self.soft_cap or 0)
+
+    def sinks(self, heads: int) -> Any:
+        """The sink logits as compiled loops take them: (KV heads, query heads a KV head), or (KV heads, 0)."""
+        if self.sink_logits is None:
+            return np.empty((heads, 0), np.float32)
+        return self.sink_logits.detach().float().contiguous().view(heads, -1).numpy()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def prefill(
         share(read, heads * -(-(tile[1] - tile[0]) // PANEL))
         share(partial(_run, attend_tile, tile, batch, keys, values, carried, near, rule), parts)
 
-    share(lambda a, b: finish(a, b, *_memory(target), batch, operands.from_basis, carried.l_i, carried.acc), parts)
+    bare = softmax.soft_cap is None  # scores come without the center's constant
+    restoring = operands.from_basis, softmax.sinks(heads), bare
+    share(lambda a, b: finish(a, b, *_memory(target), batch, restoring, carried), parts)
     if target.data_ptr() != output[token : token + count].data_ptr():
         output[token : token + count] = target.to(output.dtype)
 

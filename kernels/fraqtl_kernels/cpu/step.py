@@ -60,7 +60,8 @@ class DecodeStep:
         self._shape = pool.shape[1], layout.head_size
         self._block_size, self._window = layout.block_size, softmax.window or 0
         self._pages = Pool.of(pool, layout, with_residual=True)
-        self._layer = Layer(operands.to_basis, operands.from_basis, np.float32(softmax.scale), *softmax.limits)
+        limits = np.float32(softmax.scale), *softmax.limits, softmax.sinks(pool.shape[1])
+        self._layer = Layer(operands.to_basis, operands.from_basis, *limits)
         self._dtype = dtype
         self._like = bits_of(torch.zeros(1, dtype=dtype))
 

@@ -30,6 +30,7 @@ from fraqtl_kernels.cpu.kernels.lanes import (
     total,
 )
 from fraqtl_kernels.cpu.kernels.products import PANEL, ROWS, add_six, multiply, multiply_six
+from fraqtl_kernels.cpu.kernels.softmax import share_of_keys
 from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
 from fraqtl_kernels.cpu.layers.bits import from_float, to_float
 
@@ -318,22 +319,27 @@ def attend_tile(first, after, tile, batch, keys, values, carried, residual, rule
 
 
 @njit(cache=True, nogil=True)
-def finish(first, after, target, like, batch, restoring, l_i, acc):
+def finish(first, after, target, like, batch, restoring, carried):
     """Outputs of parts first .. after - 1 out of the basis of the stored values, into the output tensor.
 
-    target: as `source` of `begin`. restoring: `operands.OutputBasis`.
+    target: as `source` of `begin`. restoring: `operands.OutputBasis`, the sinks of `plan.Softmax`, and whether scores
+    came without `score_bias`, which only a sink logit notices.
     """
     address, stride = target
     heads, group, tokens, blocks, block_tokens, block_rows, _ = batch
-    matrix, center = restoring
+    (matrix, center), sinks, bare = restoring
+    _, score_bias, m_i, l_i, acc = carried
     size = acc.shape[1]
+    of_keys = np.empty(block_rows, np.float32)
     y = np.empty((block_rows, size), np.float32)
     for part in range(first, after):
         head, block = _block_of(part, heads, blocks)
         base, start = (head * blocks + block) * block_rows, block * block_tokens
         rows = (min(tokens, start + block_tokens) - start) * group
         for row in range(base, base + rows):
-            by = splat(np.float32(1) / l_i[row])
+            highest = m_i[row] + score_bias[row] if bare else m_i[row]
+            of_keys[row - base] = share_of_keys(sinks, head, (row - base) % group, highest, l_i[row])
+            by = splat(of_keys[row - base] / l_i[row])
             for d in range(row * size, (row + 1) * size, WIDTH):
                 store(acc, d, load(acc, d) * by)
         attended = acc[base : base + block_rows]
@@ -344,4 +350,4 @@ def finish(first, after, target, like, batch, restoring, l_i, acc):
             at = (start + row // group) * stride + (head * group + row % group) * size
             out = row_at(address, at, size, like)
             for d in range(size):
-                out[d] = from_float(attended[row, d] + center[head, d], out[d])
+                out[d] = from_float(attended[row, d] + of_keys[row] * center[head, d], out[d])

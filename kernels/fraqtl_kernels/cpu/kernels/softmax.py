@@ -53,6 +53,18 @@ def highest(scores, first, after, m_i):
     return largest(found)
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def share_of_keys(sinks, head, m, m_i, l_i):
+    """The weights of all keys of a query together: l_i / (l_i + e^(sink - m_i)).
+
+    sinks: (KV heads, query heads of each), or (KV heads, 0): then the share is 1. m_i: in the sinks' own terms, the
+    constants of all scores included.
+    """
+    if sinks.shape[1] == 0:
+        return np.float32(1)
+    return l_i / (l_i + np.exp(sinks[head, m] - m_i))
+
+
 @njit(cache=True, nogil=True)
 def weigh(scores, first, after, m_i, scales, weights):
     """weights[n] <- e^(scores[n] - m_i) · |scales[n]| for n = first .. after - 1, 0 in the rest of the last eight.

@@ -10,6 +10,7 @@ from numba import njit
 from fraqtl_kernels.cpu.kernels.codes import FAST
 from fraqtl_kernels.cpu.kernels.decode import attend_run
 from fraqtl_kernels.cpu.kernels.products import ROWS, multiply
+from fraqtl_kernels.cpu.kernels.softmax import share_of_keys
 from fraqtl_kernels.cpu.kernels.store import make_spaces, store_tile
 from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
 from fraqtl_kernels.cpu.layers.bits import from_float
@@ -38,13 +39,15 @@ class Paging(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """to_basis, from_basis: of `operands.LayerOperands`. scale, window, soft_cap: of the softmax, 0: none."""
+    """to_basis, from_basis: of `operands.LayerOperands`. scale, window, soft_cap: of the softmax, 0: none. sinks: of
+    `plan.Softmax`."""
 
     to_basis: Any
     from_basis: Any
     scale: Any
     window: int
     soft_cap: Any
+    sinks: Any
 
 
 class Work(NamedTuple):
@@ -117,8 +120,9 @@ def _begin(item, tensors, paging, pool, batch, layer, work):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True, error_model="numpy")
-def _join(runs, head, m, m_i, l_i, values, weights):
-    """Of one query, the sum of what its runs found goes to its first run; see the docstring of `decode.py`."""
+def _join(runs, head, m, m_i, l_i, values, weights, sinks):
+    """Of one query, the sum of what its runs found goes to its first run; see the docstring of `decode.py`. Returns
+    the weights of all keys together."""
     first, after = runs
     m_new = m_i[first, head, m]
     for run in range(first + 1, after):
@@ -128,8 +132,9 @@ def _join(runs, head, m, m_i, l_i, values, weights):
         weights[run - first] = np.exp(m_i[run, head, m] - m_new)
         l_joined += l_i[run, head, m] * weights[run - first]
     target = values[first, head, m]
+    of_keys = share_of_keys(sinks, head, m, m_new, l_joined)
     for run in range(first, after):
-        weight_share = weights[run - first] / l_joined
+        weight_share = weights[run - first] * of_keys / l_joined
         if run == first:
             for d in range(target.shape[0]):
                 target[d] *= weight_share
@@ -137,6 +142,7 @@ def _join(runs, head, m, m_i, l_i, values, weights):
             other = values[run, head, m]
             for d in range(target.shape[0]):
                 target[d] += weight_share * other[d]
+    return of_keys
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -147,9 +153,9 @@ def _finish(item, tensors, starts, layer, work):
     x, y = _workspaces(group, size)
     token, head = item // heads, item % heads
     runs = starts[token], starts[token + 1]
-    weights = np.empty(runs[1] - runs[0], np.float32)
+    weights, of_keys = np.empty(runs[1] - runs[0], np.float32), np.empty(group, np.float32)
     for m in range(group):
-        _join(runs, head, m, work.m_i, work.l_i, work.values, weights)
+        of_keys[m] = _join(runs, head, m, work.m_i, work.l_i, work.values, weights, layer.sinks)
         _copy_and_add(work.values[runs[0], head, m], x[m])
     if matrix.shape[1]:
         multiply(x, group, size, matrix, head * size * size, y)
@@ -158,7 +164,7 @@ def _finish(item, tensors, starts, layer, work):
         out = row_at(tensors.addresses[3], at, size, tensors.like)
         attended = y[m] if matrix.shape[1] else x[m]
         for d in range(size):
-            out[d] = from_float(attended[d] + center[head, d], out[d])
+            out[d] = from_float(attended[d] + of_keys[m] * center[head, d], out[d])
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
