@@ -44,23 +44,6 @@ MLA = {
 }
 
 
-SINKS = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 2048,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "sliding_window": 128,
-}
-
-
 def last_words(*arguments: str, port: int | None = None) -> str:
     """The last line of a server that must fail to start, with exit status 2."""
     server = start(*arguments, port=port)
@@ -141,11 +124,10 @@ def test_pool_that_nobody_chose_fits_a_long_context(tmp_path: Path) -> None:
     assert capacity["blocks"] == (2 << 20) // 16 + 1
 
 
-def test_attention_sinks(tmp_path: Path) -> None:
+def test_what_a_layer_refuses() -> None:
     """Found in the engine's process, where the layers are built."""
-    folder = model_folder(tmp_path, **SINKS)
-    said = last_words(str(folder), "--load-format", "dummy")
-    assert said == "fraqtl-serve: the packed KV cache does not support attention sinks yet"
+    said = last_words("--additional-config", json.dumps({"fraqtl": {"prefill_keys": "raw"}}))
+    assert said == "fraqtl-serve: prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out"
 
 
 def test_an_operator_that_a_worker_misses(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -18,6 +19,7 @@ from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_vllm import config, workers
 from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.backend import FraqtlBackend
+from fraqtl_vllm.calibration.recorder import Recorder
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
 BYTES = {
@@ -68,7 +70,11 @@ def test_what_vllm_asks_the_backend() -> None:
     (sizes,) = FraqtlBackend.get_supported_kernel_block_sizes()
     assert isinstance(sizes, MultipleOf) and sizes.base == 16
     assert FraqtlBackend.forward_includes_kv_cache_update is False
-    assert FraqtlBackend.supports_sliding_window() and not FraqtlBackend.supports_kv_connector()
+    assert (
+        FraqtlBackend.supports_sliding_window()
+        and FraqtlBackend.supports_sink()
+        and not FraqtlBackend.supports_kv_connector()
+    )
     assert FraqtlBackend.supported_dtypes == [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -141,6 +147,44 @@ def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch
     assert own.residuals is not None and alone.residuals is None
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_sinks_are_read_once_they_are_loaded(window: int | None) -> None:
+    """vLLM builds a layer with an empty parameter. A prompt and a token after it, against plain softmax."""
+    sinks = torch.nn.Parameter(torch.full((4,), torch.nan, dtype=torch.bfloat16))
+    impl = make_layer({"fraqtl": {"kv_format": "fp16"}}, sinks=sinks, sliding_window=window)
+    sinks.data.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+    impl.process_weights_after_loading(torch.float32)
+    query, (key, value) = torch.randn(21, 4, 64), torch.randn(2, 21, 2, 64).half().float().unbind()
+    pool, table = torch.zeros(3, 2, 16, 256, dtype=torch.uint8), torch.tensor([[1, 2]], dtype=torch.int32)
+    layer, outputs = SimpleNamespace(layer_name="own", impl=impl), []
+    for first, last in ((0, 20), (20, 21)):
+        plan, slots = cpu.plan_attention([0, last - first], [last]), torch.arange(16 + first, 16 + last)
+        step = cpu.StepPlan(torch.tensor([last]), table, slots) if last - first == 1 else None
+        metadata = cpu_attention.Metadata(table, plan, plan.prompts, step)
+        new = query[first:last], key[first:last], value[first:last]
+        impl.do_kv_cache_update(None, *new[1:], pool, slots)
+        outputs.append(impl.forward(layer, *new, pool, metadata, torch.empty_like(new[0])))
+    expected = attention_with_sinks(query, key, value, sinks.detach().float(), window)
+    torch.testing.assert_close(torch.cat(outputs), expected)
+    impl.recorder = Recorder(FORMATS["k4v4"], sequences=1)
+    calibrated = impl.forward(layer, query, key, value, torch.empty(0), None, torch.empty_like(query))
+    torch.testing.assert_close(calibrated, expected)
+
+
+def attention_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+    scores = torch.einsum("qhd,khd->hqk", query * 0.125, key.repeat_interleave(2, 1))
+    distance = torch.arange(len(query))[:, None] - torch.arange(len(key))
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or 1 << 30)), -torch.inf)
+    beside = sinks[:, None, None].expand(*scores.shape[:2], 1)
+    weights = torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1))
+
+
+def test_a_layer_has_as_many_sinks_as_query_heads() -> None:
+    with pytest.raises(ValueError, match=r"4 query heads need as many sinks, not \(8,\)"):
+        make_layer(sinks=torch.zeros(8))
+
+
 def test_raw_prompt_keys_need_a_gpu() -> None:
     make_layer(additional_config={"fraqtl": {"prefill_keys": "packed"}})
     with pytest.raises(UnsupportedError, match="prefill_keys 'raw' needs a GPU: on the CPU choose 'packed'"):
@@ -152,7 +196,6 @@ def test_raw_prompt_keys_need_a_gpu() -> None:
     [
         ({"head_size": 72}, "head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256"),
         ({"alibi_slopes": [0.5]}, "the packed KV cache does not support ALiBi models"),
-        ({"sinks": torch.zeros(4)}, "the packed KV cache does not support attention sinks yet"),
         (
             {"attn_type": AttentionType.ENCODER_ONLY},
             "the packed KV cache does not support encoder_only attention, only decoders",

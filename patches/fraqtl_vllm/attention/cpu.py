@@ -89,6 +89,9 @@ class Impl(FraqtlImpl[Metadata]):
         super().use_constants(constants)
         self._operands = self._step = None
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self._step = None  # it has a copy of the sinks
+
     def _operands_of(self, layout: PageLayout) -> cpu.LayerOperands:
         """Made when they are first asked for: pages are known later than constants."""
         if self._operands is None:
@@ -110,7 +113,7 @@ class Impl(FraqtlImpl[Metadata]):
             layout = self.layout(kv_cache)
             if not cpu.DecodeStep.supports(layout.format, query.dtype):
                 return False
-            softmax = cpu.Softmax(self.scale, self.sliding_window, self.soft_cap)
+            softmax = cpu.Softmax(self.scale, self.sliding_window, self.soft_cap, self.sinks)
             self._step = cpu.DecodeStep(kv_cache, layout, query.dtype, self._operands_of(layout), softmax)
         key, value, _ = self._unwritten or (None, None, None)
         if not self._step.takes(query, key, value, output):
@@ -161,6 +164,7 @@ class Impl(FraqtlImpl[Metadata]):
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
+            sink_logits=self.sinks,
             residuals=self._take_residuals(layer),
         )
         return output

@@ -141,6 +141,8 @@ class Impl(FraqtlImpl[Metadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.sinks is not None:
+            raise UnsupportedError("the packed KV cache does not support attention sinks on a GPU yet")
         config = get_current_vllm_config()
         packed = self.settings.prefill_keys == "packed"
         if packed:  # the pages don't hold the residuals of a chunk

@@ -44,8 +44,6 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         progress.say_once("loading the model")
         if alibi_slopes is not None:
             raise UnsupportedError("the packed KV cache does not support ALiBi models")
-        if sinks is not None:
-            raise UnsupportedError("the packed KV cache does not support attention sinks yet")
         if attn_type != AttentionType.DECODER:
             raise UnsupportedError(
                 f"the packed KV cache does not support {AttentionType(attn_type).value} attention, only decoders"
@@ -56,6 +54,9 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window
         self.soft_cap = logits_soft_cap or None
+        self.sinks = sinks  # a parameter of the model: what it holds is loaded later
+        if sinks is not None and sinks.shape != (num_heads,):
+            raise ValueError(f"{num_heads} query heads need as many sinks, not {tuple(sinks.shape)}")
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.constants = IDENTITY
@@ -82,6 +83,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
+            sink_logits=None if self.sinks is None else self.sinks.detach(),
         )
         return output.copy_(attended.view_as(output))
 

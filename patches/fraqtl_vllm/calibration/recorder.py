@@ -44,6 +44,7 @@ class Recorder:
         scale: float,
         window: int | None,
         soft_cap: float | None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Causal attention within every sequence, and the layer's constants.
 
@@ -60,6 +61,7 @@ class Recorder:
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            sink_logits=sink_logits,
             projection=self.projections.get(layer),
         )
         if shared_layer is None:
