@@ -29,8 +29,8 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
-from fraqtl_kernels.gpu.config import Tuning
-from fraqtl_kernels.gpu.decode import plan_decode
+from fraqtl_kernels.gpu.plan import plan_decode
+from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.attention import cuda as cuda_attention
 from fraqtl_vllm.attention import cuda_prefill

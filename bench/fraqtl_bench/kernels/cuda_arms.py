@@ -17,8 +17,8 @@ from fraqtl_kernels.formats import FORMATS, KVFormat
 from fraqtl_kernels.pages import PageLayout
 
 if TYPE_CHECKING:  # at run time only where Triton is
-    from fraqtl_kernels.gpu.config import Tuning
     from fraqtl_kernels.gpu.operands import LayerOperands
+    from fraqtl_kernels.gpu.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pages:
     @classmethod
     def store(cls, format: KVFormat, inputs: Inputs, constants: LayerConstants) -> Pages:
         """Raises UnavailableError if no kernel takes the format."""
-        from fraqtl_kernels.gpu.config import has_kernels
+        from fraqtl_kernels.gpu.constexprs import has_kernels
         from fraqtl_kernels.gpu.operands import LayerOperands
 
         if not has_kernels(format):
@@ -61,7 +61,8 @@ class Pages:
 
     def prepare(self, tuning: Tuning | None = None) -> Prepared:
         """Attention with a launch shape, None: the one that the launcher chooses."""
-        from fraqtl_kernels.gpu.decode import decode, plan_decode
+        from fraqtl_kernels.gpu.decode import decode
+        from fraqtl_kernels.gpu.plan import plan_decode
 
         inputs, shape, device = self.inputs, self.inputs.shape, self.inputs.query.device
         plan = plan_decode(

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.formats import FORMATS, KVFormat
-from fraqtl_kernels.gpu.config import has_kernels
-from fraqtl_kernels.gpu.decode import decode, plan_decode
+from fraqtl_kernels.gpu.constexprs import has_kernels
+from fraqtl_kernels.gpu.decode import decode
+from fraqtl_kernels.gpu.gather import dequantize
 from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.plan import plan_decode
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.workspace import dequantize
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
 

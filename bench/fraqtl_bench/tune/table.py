@@ -32,7 +32,7 @@ def best(lines: Sequence[Line]) -> str | None:
 def choose(lines: Sequence[Line], multiprocessors: int) -> list[dict[str, Any]]:
     """Entries of the table: for each format, head size and number of rows the best launch shape for batches with
     fewer requests x KV heads than multiprocessors, which must be split, and for all larger ones."""
-    from fraqtl_kernels.gpu.config import rows_for
+    from fraqtl_kernels.gpu.constexprs import rows_for
 
     classes: dict[tuple[str, int, int, int | None], list[Line]] = {}
     for line in usable(lines):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fraqtl_bench.kernels.arms import UnavailableError
 
 if TYPE_CHECKING:  # at run time only where Triton is
-    from fraqtl_kernels.gpu.config import Tuning
+    from fraqtl_kernels.gpu.tuning import Tuning
 
 DTYPES = ("bf16", "fp16")
 # By the compiled instruction counts: the control, two and three load buffers, programs of one and two warps, and the
@@ -70,7 +70,7 @@ class Variant:
 
     def tuning(self) -> Tuning:
         """Raises UnavailableError for what the launcher doesn't take."""
-        from fraqtl_kernels.gpu.config import Tuning
+        from fraqtl_kernels.gpu.tuning import Tuning
 
         known = {f.name: f.default for f in fields(Tuning)}
         if unknown := [name for name, _ in self.launch if name not in known]:

@@ -35,15 +35,19 @@ from triton.runtime.jit import JITFunction
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_kernels.gpu.combine import combine_kernel
-from fraqtl_kernels.gpu.config import Tuning
-from fraqtl_kernels.gpu.decode import attend_kernel, decode, plan_decode
+from fraqtl_kernels.gpu.decode import decode
+from fraqtl_kernels.gpu.gather import dequantize
+from fraqtl_kernels.gpu.kernels.combine import combine_kernel
+from fraqtl_kernels.gpu.kernels.decode import attend_kernel
+from fraqtl_kernels.gpu.kernels.gather import workspace_kernel
+from fraqtl_kernels.gpu.kernels.prepared import prepare_kernel
+from fraqtl_kernels.gpu.kernels.transposed import attend_columns_kernel
+from fraqtl_kernels.gpu.kernels.write import write_kernel
 from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.plan import plan_decode
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.prepared import prepare_kernel
-from fraqtl_kernels.gpu.transposed import attend_columns_kernel, transposed_tuning
-from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
-from fraqtl_kernels.gpu.write import write, write_kernel
+from fraqtl_kernels.gpu.tuning import Tuning, transposed_tuning
+from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import PageLayout
 
 ARCHITECTURES = (80, 90, 100)
@@ -143,30 +147,38 @@ def variants(quick: bool = False) -> Iterator[Variant]:
     for dtype in DTYPES:
         for kernel, size in product(("decode", "transposed", "write"), (128,) if quick else HEAD_SIZES):
             yield Variant(kernel, "k4v4", dtype, size)
-        if quick:
-            continue
-        for size in MAIN_HEAD_SIZES:
-            for kernel in ("combine", "prefill", "workspace"):
-                yield Variant(kernel, "k4v4", dtype, size)
-            for option in ("plain", "direct", "masked"):
-                yield Variant("decode", "k4v4", dtype, size, options=(option,))
-            yield Variant("decode", "k4v4", dtype, size, queries=8)
-            yield Variant("decode", "k4v4", dtype, size, block_size=64)
-            yield Variant("decode", dtype, dtype, size)
-            for kernel, name in product(("decode", "transposed", "write"), OTHER_FORMATS):
-                yield Variant(kernel, name, dtype, size)
-            yield Variant("prepare", "k4v4", dtype, size)
-            yield Variant("transposed", dtype, dtype, size)
+        for size in () if quick else MAIN_HEAD_SIZES:
+            yield from _main_variants(dtype, size)
     if quick:
         return
     yield Variant("decode", "k4v4", "bf16", 128, options=("one-buffer",), tuning=ONE_BUFFER)
     for size in MAIN_HEAD_SIZES:
-        for name in ("k4v4", *OTHER_FORMATS):
-            yield Variant("transposed", name, "bf16", size, options=("half",))
-        for option in ("plain", "masked"):
-            yield Variant("transposed", "k4v4", "bf16", size, options=(option, "half"))
-        for queries in (2, 4, 8):
-            yield Variant("transposed", "k4v4", "bf16", size, queries=queries, options=("half",))
+        yield from _half_variants(size)
+
+
+def _main_variants(dtype: str, size: int) -> Iterator[Variant]:
+    """All kernels, options and formats, at the head sizes that most models have."""
+    for kernel in ("combine", "prefill", "workspace"):
+        yield Variant(kernel, "k4v4", dtype, size)
+    for option in ("plain", "direct", "masked"):
+        yield Variant("decode", "k4v4", dtype, size, options=(option,))
+    yield Variant("decode", "k4v4", dtype, size, queries=8)
+    yield Variant("decode", "k4v4", dtype, size, block_size=64)
+    yield Variant("decode", dtype, dtype, size)
+    for kernel, name in product(("decode", "transposed", "write"), OTHER_FORMATS):
+        yield Variant(kernel, name, dtype, size)
+    yield Variant("prepare", "k4v4", dtype, size)
+    yield Variant("transposed", dtype, dtype, size)
+
+
+def _half_variants(size: int) -> Iterator[Variant]:
+    """The transposed form of bf16 models with fp16 inside."""
+    for name in ("k4v4", *OTHER_FORMATS):
+        yield Variant("transposed", name, "bf16", size, options=("half",))
+    for option in ("plain", "masked"):
+        yield Variant("transposed", "k4v4", "bf16", size, options=(option, "half"))
+    for queries in (2, 4, 8):
+        yield Variant("transposed", "k4v4", "bf16", size, queries=queries, options=("half",))
 
 
 def _constants(variant: Variant) -> LayerConstants:

@@ -10,7 +10,7 @@ as exact as fp32 sums are. The matrices of calibration, one per KV head, hold 16
 Centers are subtracted in the stored basis, so they are carried there once, here.
 
 What attention multiplies by comes in two orders of the stored dimensions: that of bytes, and that of words
-(`config.word_order`).
+(`constexprs.word_order`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, StreamConstants, Transform
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
-from fraqtl_kernels.gpu.config import readable_in_words, word_order
+from fraqtl_kernels.gpu.constexprs import readable_in_words, word_order
 from fraqtl_kernels.rotation import hadamard
 
 
@@ -113,60 +113,77 @@ class LayerOperands:
         device: torch.device | str,
         constants: LayerConstants = IDENTITY,
     ) -> LayerOperands:
-        """Operands of a format."""
-
-        def matrix(x: Tensor) -> Tensor:
-            return x.to(device=device, dtype=dtype).contiguous()
-
-        def vector(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device=device, dtype=torch.float32).contiguous()
-
-        def rotated(v: VectorFormat, scale: Tensor | None) -> StreamOperands:
-            steps = vector(scale) if v.static else None
-            if not v.rotated:
-                return StreamOperands(scale=steps)
-            signs = matrix(hadamard(head_size).sign())
-            read = ReadOperands(signs, signs.T.contiguous())
-            return StreamOperands(head_size**-0.5, signs, scale=steps, in_bytes=read, in_words=words(v, read))
-
-        def words(v: VectorFormat, read: ReadOperands) -> ReadOperands:
-            return read.reordered(word_order(head_size)) if readable_in_words(v) else read
-
-        def calibrated(v: VectorFormat, t: Transform, outlier_center: Tensor | None) -> StreamOperands:
-            basis, inverse = t.basis.double().cpu(), t.inverse.double().cpu()
-            center = t.center.double().cpu()
-            outlier_center = None if outlier_center is None else outlier_center.double().cpu()
-
-            def stored(x: Tensor) -> Tensor | None:
-                return vector((x[:, None] @ basis)[:, 0])
-
-            def for_queries(x: Tensor) -> Tensor | None:
-                return vector(torch.linalg.solve(inverse.mT, x))
-
-            read = ReadOperands(
-                matrix(inverse.mT),
-                matrix(inverse),
-                for_queries(center),
-                None if outlier_center is None else for_queries(outlier_center - center),
-            )
-            return StreamOperands(
-                1.0,
-                matrix(basis),
-                matrix(t.feedback),
-                stored(center),
-                None if outlier_center is None else stored(outlier_center),
-                vector(center),
-                vector(outlier_center),
-                in_bytes=read,
-                in_words=words(v, read),
-            )
-
-        k, v = constants.key, constants.value
+        """Operands of a format, for kernels that compute in `dtype`."""
+        target = _Target(dtype, torch.device(device))
         return cls(
-            calibrated(format.k, k.transform, k.outlier_center)
-            if format.k.calibrated and k.transform is not None
-            else rotated(format.k, k.scale),
-            calibrated(format.v, v.transform, None)
-            if format.v.calibrated and v.transform is not None
-            else rotated(format.v, v.scale),
+            _stream(format.k, head_size, constants.key, target), _stream(format.v, head_size, constants.value, target)
+        )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What operands are made for."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def matrix(self, x: Tensor) -> Tensor:
+        return x.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def vector(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device=self.device, dtype=torch.float32).contiguous()
+
+
+def _stream(vector: VectorFormat, head_size: int, constants: StreamConstants, target: _Target) -> StreamOperands:
+    if vector.calibrated and constants.transform is not None:
+        return _calibrated(vector, constants.transform, constants.outlier_center, target)
+    scale = target.vector(constants.scale) if vector.static else None
+    if not vector.rotated:
+        return StreamOperands(scale=scale)
+    signs = target.matrix(hadamard(head_size).sign())
+    read = ReadOperands(signs, signs.T.contiguous())
+    in_words = _in_words(vector, read, head_size)
+    return StreamOperands(head_size**-0.5, signs, scale=scale, in_bytes=read, in_words=in_words)
+
+
+def _calibrated(
+    vector: VectorFormat, transform: Transform, outlier_center: Tensor | None, target: _Target
+) -> StreamOperands:
+    basis, inverse, center = (x.double().cpu() for x in (transform.basis, transform.inverse, transform.center))
+    outlier = None if outlier_center is None else outlier_center.double().cpu()
+
+    def stored(x: Tensor) -> Tensor | None:
+        return target.vector((x[:, None] @ basis)[:, 0])
+
+    def for_queries(x: Tensor) -> Tensor | None:
+        return target.vector(torch.linalg.solve(inverse.mT, x))
+
+    read = ReadOperands(
+        target.matrix(inverse.mT),
+        target.matrix(inverse),
+        for_queries(center),
+        None if outlier is None else for_queries(outlier - center),
+    )
+    return StreamOperands(
+        store=target.matrix(basis),
+        feedback=target.matrix(transform.feedback),
+        center=stored(center),
+        outlier_center=None if outlier is None else stored(outlier),
+        own_center=target.vector(center),
+        own_outlier_center=target.vector(outlier),
+        in_bytes=read,
+        in_words=_in_words(vector, read, basis.shape[-1]),
+    )
+
+
+def _in_words(vector: VectorFormat, read: ReadOperands, head_size: int) -> ReadOperands:
+    return read.reordered(word_order(head_size)) if readable_in_words(vector) else read
+
+
+def check_contiguous(**tensors: Tensor) -> None:
+    """Raises ValueError unless the last dimension of every tensor is contiguous."""
+    wrong = [name for name, x in tensors.items() if x.stride(-1) != 1]
+    if wrong:
+        raise ValueError(
+            f"{' and '.join(tensors)} must be contiguous in their last dimension, {' and '.join(wrong)} is not"
         )

@@ -12,9 +12,11 @@ from typing import Unpack
 import triton
 from torch import Tensor
 
-from fraqtl_kernels.gpu.config import AttentionShape, Scoring, Tuning
+from fraqtl_kernels.gpu.constexprs import AttentionShape
 from fraqtl_kernels.gpu.decode import launch_attention
-from fraqtl_kernels.gpu.operands import LayerOperands
+from fraqtl_kernels.gpu.operands import LayerOperands, check_contiguous
+from fraqtl_kernels.gpu.plan import Batch, Scoring
+from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 
 ROWS = 32  # query rows of a program
@@ -44,23 +46,11 @@ def prefill(
 
     max_query_len: a bound on the query tokens of a request, any number; the rest as for `decode.decode`.
     """
+    check_contiguous(query=query, output=output)
+    operands.check(layout.format)
     tuning = tuning or prefill_tuning(layout)
     group = query.shape[1] // pool.shape[1]
     shape = AttentionShape(max(1, ROWS // group), group, tuning.tile, tuning.stages)
-    launch_attention(
-        query,
-        pool,
-        layout,
-        block_table,
-        query_start,
-        seq_lens,
-        output,
-        operands,
-        shape,
-        tuning,
-        triton.cdiv(max_query_len, shape.QUERIES),
-        None,
-        0,
-        ptx,
-        scoring,
-    )
+    batch = Batch(query, pool, layout, block_table, query_start, seq_lens)
+    splits = triton.cdiv(max_query_len, shape.QUERIES)
+    launch_attention(batch, output, operands, shape, tuning, ptx, scoring, splits=splits)

@@ -6,9 +6,9 @@
         {"format": "k4v4", "head_size": 128, "rows": 16, "most_heads": 131, "tuning": {"tile": 128, "warps": 4, ...}},
         {"format": "k4v4", "head_size": 128, "rows": 16, "most_heads": null, "tuning": {...}}]}}
 
-rows: of a query tile, see `config.rows_for`. most_heads: up to how many requests x KV heads the entry holds, null: any
-number; the smallest that fits is taken. That is all that is known of a batch when its CUDA graph is
-captured. tuning: the fields of `Tuning`.
+rows: of a query tile, see `constexprs.rows_for`. most_heads: up to how many requests x KV heads the entry holds, null:
+any number; the smallest that fits is taken. That is all that is known of a batch when its CUDA graph is captured.
+tuning: the fields of `Tuning`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 
 SCHEMA_VERSION = 1

@@ -27,11 +27,11 @@ from vllm.v1.attention.backend import (
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat
-from fraqtl_kernels.gpu.config import has_kernels
-from fraqtl_kernels.gpu.decode import MAX_QUERIES, decode, plan_decode
+from fraqtl_kernels.gpu.constexprs import has_kernels
+from fraqtl_kernels.gpu.decode import decode
 from fraqtl_kernels.gpu.operands import LayerOperands, calibrated_bytes
+from fraqtl_kernels.gpu.plan import MAX_QUERIES, DecodePlan, plan_decode
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.splits import DecodePlan
 from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
 from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config

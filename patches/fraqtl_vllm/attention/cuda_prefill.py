@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.gpu.gather import dequantize
 from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.workspace import dequantize
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.attention.passes import Chunk, Pass, plan_passes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
-from fraqtl_kernels.gpu import decode as decode_module
-from fraqtl_kernels.gpu.config import Tuning, has_kernels
+from fraqtl_kernels.gpu.constexprs import has_kernels
+from fraqtl_kernels.gpu.tuning import Tuning
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE
 from tests.kernels.transforms import random_constants
@@ -150,10 +150,12 @@ def to_device(pool: Tensor) -> Tensor:
     return raw.as_strided(pool.shape, pool.stride())
 
 
-def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, Tensor]:
-    """(what the decode kernel computes, what the reference computes); output and scratch start as NaN."""
+def run_decode(case: Case, package: str = "fraqtl_kernels.gpu") -> tuple[Tensor, Tensor]:
+    """(what the decode kernel computes, what the reference computes); output and scratch start as NaN. package: the
+    kernels, or a copy of them."""
+    plans, launcher, operands = (import_module(f"{package}.{name}") for name in ("plan", "decode", "operands"))
     batch, sink_logits = case.batch()
-    plan = module.plan_decode(
+    plan = plans.plan_decode(
         batch.layout,
         requests=len(case.seq_lens),
         queries=max(case.queries),
@@ -165,7 +167,7 @@ def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, 
     )
     plan = replace(plan, splits=case.splits)
     output = torch.full(batch.query.shape, torch.nan, dtype=case.dtype, device=DEVICE)
-    module.decode(
+    launcher.decode(
         batch.query.to(DEVICE),
         to_device(batch.pool),
         batch.layout,
@@ -174,7 +176,7 @@ def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, 
         batch.seq_lens.int().to(DEVICE),
         output,
         plan,
-        module.LayerOperands.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
+        operands.LayerOperands.of(batch.layout.format, case.head_size, case.dtype, DEVICE, batch.constants),
         torch.full((plan.scratch_floats(case.head_size),), torch.nan, device=DEVICE),
         scale=batch.scale,
         window=case.window,
@@ -184,5 +186,5 @@ def run_decode(case: Case, module: ModuleType = decode_module) -> tuple[Tensor, 
     return output.cpu(), expected(case, batch, sink_logits, with_residual=max(case.queries) == 1)
 
 
-def decode_error(case: Case, module: ModuleType = decode_module) -> float:
-    return relative_error(*run_decode(case, module))
+def decode_error(case: Case, package: str = "fraqtl_kernels.gpu") -> float:
+    return relative_error(*run_decode(case, package))

@@ -83,7 +83,7 @@ def test_compile_now(tmp_path: Path) -> None:
 COMPILE_WITH_STAGES = """
 import sys
 from fraqtl_kernels.gpu import aot
-from fraqtl_kernels.gpu.config import Tuning
+from fraqtl_kernels.gpu.tuning import Tuning
 variant = aot.Variant("decode", "k4v4", "bf16", 128, tuning=Tuning(128, 4, int(sys.argv[1]), 255))
 print(aot.compile_variant(variant, 90)[0].asm["ttgir"])
 print(aot.measure(variant, 90).buffers)
@@ -106,7 +106,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu import aot
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
-from fraqtl_kernels.gpu.workspace import dequantize, workspace_kernel
+from fraqtl_kernels.gpu.gather import dequantize
 from fraqtl_kernels.pages import PageLayout
 layout = PageLayout(FORMATS["k4v4"], 64, 16)
 operands = LayerOperands.of(layout.format, 64, torch.float16, "cpu")

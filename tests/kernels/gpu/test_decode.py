@@ -16,9 +16,11 @@ import triton.language as tl
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_kernels.gpu.config import AttentionShape, Tuning
-from fraqtl_kernels.gpu.decode import decode, plan_decode
-from fraqtl_kernels.gpu.splits import choose_splits, count_pieces, piece_start
+from fraqtl_kernels.gpu.constexprs import AttentionShape
+from fraqtl_kernels.gpu.decode import decode
+from fraqtl_kernels.gpu.kernels.splits import count_pieces, piece_start
+from fraqtl_kernels.gpu.plan import choose_splits, plan_decode
+from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 from tests.kernels.gpu.cases import ON_GPU, TOLERANCE, Case, decode_error, random_cases, run_decode
 from tests.kernels.gpu.conftest import DEVICE

@@ -10,9 +10,9 @@ import os
 import pytest
 import torch
 
-from fraqtl_kernels.gpu.config import Tuning
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.gpu.prefill import prefill
+from fraqtl_kernels.gpu.tuning import Tuning
 from tests.kernels.conftest import relative_error
 from tests.kernels.gpu.cases import ON_GPU, TOLERANCE, Case, expected, random_cases, to_device
 from tests.kernels.gpu.conftest import DEVICE

@@ -11,8 +11,8 @@ import pytest
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_kernels.gpu import tuned
-from fraqtl_kernels.gpu.config import Tuning
-from fraqtl_kernels.gpu.decode import plan_decode
+from fraqtl_kernels.gpu.plan import plan_decode
+from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 
 LAYOUT = PageLayout(FORMATS["k4v4"], 128, 16)

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.formats import FORMATS, VectorFormat
-from fraqtl_kernels.gpu import unpack
-from fraqtl_kernels.gpu.config import word_order
+from fraqtl_kernels.gpu.constexprs import word_order, zero_points
+from fraqtl_kernels.gpu.kernels import unpack
 from tests.kernels.gpu.conftest import DEVICE
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -64,7 +64,7 @@ def run_ptx(asm: str, word: int, outputs: int, dtype: torch.dtype) -> list[float
 def test_ptx_nibbles(dtype: torch.dtype, symmetric: bool) -> None:
     """Every byte in every place comes out as code + bias, and `zero_points` is where the value is zero."""
     name = f"NIBBLES_{'FP16' if dtype == FP16 else 'BF16'}{'_SYMMETRIC' if symmetric else ''}"
-    zeros = unpack.zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True)
+    zeros = zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True)
     for byte in range(256):
         codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
         found = run_ptx(getattr(unpack, name).value, int.from_bytes(bytes(codes), "little"), 4, dtype)
@@ -76,7 +76,7 @@ def test_ptx_nibbles(dtype: torch.dtype, symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_ptx_words(dtype: torch.dtype, symmetric: bool) -> None:
     name = f"WORDS_{'FP16' if dtype == FP16 else 'BF16'}{'_SYMMETRIC' if symmetric else ''}"
-    zeros = unpack.zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True, words=True)
+    zeros = zero_points(VectorFormat(4), dtype, symmetric=symmetric, ptx=True, words=True)
     for byte in range(256):
         words = [byte | ((byte * 7 + 3) % 256 << 8), 255 - byte | ((byte * 31) % 256 << 8)]
         found = run_ptx(getattr(unpack, name).value, words[0] | (words[1] << 16), 4, dtype)
@@ -96,7 +96,7 @@ def test_words_hold_the_dimensions_in_their_order() -> None:
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 def test_ptx_pairs(dtype: torch.dtype) -> None:
     asm = unpack.PAIRS_FP16 if dtype == FP16 else unpack.PAIRS_BF16
-    zeros = unpack.zero_points(VectorFormat(2), dtype, symmetric=True, ptx=True)
+    zeros = zero_points(VectorFormat(2), dtype, symmetric=True, ptx=True)
     for byte in range(256):
         codes = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
         found = run_ptx(asm.value, int.from_bytes(bytes(codes), "little"), 8, dtype)
@@ -106,7 +106,7 @@ def test_ptx_pairs(dtype: torch.dtype) -> None:
 
 
 def test_ptx_bytes() -> None:
-    zeros = unpack.zero_points(VectorFormat(8), FP16, symmetric=True, ptx=True)
+    zeros = zero_points(VectorFormat(8), FP16, symmetric=True, ptx=True)
     for byte in range(256):
         codes = [byte, 255 - byte, (byte * 7) % 256, 128]
         found = run_ptx(unpack.BYTES_FP16.value, int.from_bytes(bytes(codes), "little"), 2, FP16)
@@ -164,15 +164,15 @@ def test_every_code_in_every_place(kind: str, symmetric: bool, ptx: bool, dtype:
     tl_dtype = tl.float16 if dtype == FP16 else tl.bfloat16
     _unpack[(1,)](codes.to(DEVICE), found, len(codes), kind, tl_dtype, symmetric, ptx)
     vector = VectorFormat(bits)
-    zeros = unpack.zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=kind == "words")
+    zeros = zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=kind == "words")
     for part in range(parts):
         exact = ((numbers >> (bits * part)) & vector.levels) - vector.midpoint
         assert torch.equal(found[part].cpu().double() - zeros[part], exact.double())
 
 
 def test_raw_vectors_have_no_zero_point() -> None:
-    assert unpack.zero_points(FORMATS["bf16"].k, BF16, symmetric=True, ptx=True) == (0, 0)
+    assert zero_points(FORMATS["bf16"].k, BF16, symmetric=True, ptx=True) == (0, 0)
 
 
 def test_the_zero_of_static_codes_needs_no_correction() -> None:
-    assert unpack.zero_points(FORMATS["k4v4-channel"].v, FP16, symmetric=True, ptx=True) == (0, 0)
+    assert zero_points(FORMATS["k4v4-channel"].v, FP16, symmetric=True, ptx=True) == (0, 0)

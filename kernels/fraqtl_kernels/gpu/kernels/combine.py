@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.attention import add_sink_logits, query_rows, store_output
-from fraqtl_kernels.gpu.splits import count_pieces, oldest_visible
-from fraqtl_kernels.gpu.tiles import load_parts
-
-OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills a few for sm_100
+from fraqtl_kernels.gpu.kernels.output import store_output
+from fraqtl_kernels.gpu.kernels.parts import load_parts
+from fraqtl_kernels.gpu.kernels.queries import query_rows
+from fraqtl_kernels.gpu.kernels.softmax import add_sink_logits
+from fraqtl_kernels.gpu.kernels.splits import count_pieces, oldest_visible
 
 
 @triton.jit(do_not_specialize=["requests", "splits", "programs", "window"])

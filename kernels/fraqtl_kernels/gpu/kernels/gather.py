@@ -1,27 +1,20 @@
 """Dequantize cached tokens of some requests into a contiguous 16-bit workspace.
 
-For prefill behind a cached prefix: flash attention then reads the workspace next to the raw keys and
-values of the chunk. Values come back in the model's own basis,
+Values come back in the model's own basis,
 
     x = ((code - midpoint) R) · scale · factor + center
 
 where code - midpoint and the matrix R back (see `operands.py`) are exact in 16 bits, so the only rounding is the last
-one. A caller bounds the workspace by calling it for a range of tokens of each request at a time.
+one.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fraqtl_kernels.gpu.config import check_contiguous, page_shape
-from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.tiles import load_codes, load_scales, part_columns, rotate_parts, round16, store_parts
-from fraqtl_kernels.pages import PageLayout
-
-TILE = 32
-WARPS = 4
+from fraqtl_kernels.gpu.kernels.parts import part_columns, rotate_parts, round16, store_parts
+from fraqtl_kernels.gpu.kernels.tiles import load_codes, load_scales
 
 
 @triton.jit
@@ -145,56 +138,3 @@ def workspace_kernel(
             value_factor,
             V,
         )
-
-
-def dequantize(
-    pool: Tensor,
-    layout: PageLayout,
-    block_table: Tensor,
-    first: Tensor,
-    target_start: Tensor,
-    max_tokens: int,
-    key: Tensor,
-    value: Tensor,
-    operands: LayerOperands,
-) -> None:
-    """Write tokens [first[r], first[r] + n_r) of every request r to rows target_start[r] ... of key and value.
-
-    first: (requests,) int. target_start: (requests + 1,) int, so n_r = target_start[r+1] - target_start[r] (0 skips
-    a request); max_tokens: a bound on n_r. key, value: (rows, KV heads, D) fp16 or bf16, last dimension contiguous.
-    """
-    page = page_shape(layout, key.dtype, ptx=False)
-    operands.check(layout.format)
-    check_contiguous(key=key, value=value)
-    if max_tokens <= 0:
-        return
-    k, v = operands.key, operands.value
-    workspace_kernel[(triton.cdiv(max_tokens, TILE), first.shape[0], 2 * pool.shape[1])](
-        pool,
-        pool.stride(0),
-        pool.stride(1),
-        block_table,
-        block_table.stride(0),
-        first,
-        target_start,
-        key,
-        key.stride(0),
-        key.stride(1),
-        value,
-        value.stride(0),
-        value.stride(1),
-        k.in_bytes.back,
-        k.head_stride,
-        v.in_bytes.back,
-        v.head_stride,
-        k.scale,
-        v.scale,
-        k.own_center,
-        k.own_outlier_center,
-        v.own_center,
-        k.factor,
-        v.factor,
-        PAGE=page,
-        TILE=TILE,
-        num_warps=WARPS,
-    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.attention import LOG2E, load_query, query_rows
-from fraqtl_kernels.gpu.splits import TERMS
-from fraqtl_kernels.gpu.tiles import part_columns
+from fraqtl_kernels.gpu.kernels.parts import part_columns
+from fraqtl_kernels.gpu.kernels.queries import load_query, query_rows
+from fraqtl_kernels.gpu.kernels.softmax import LOG2E
 
-PREPARE_OPTIONS = {"num_warps": 4, "maxnreg": 128}  # without a cap ptxas spills two registers for sm_80
+TERMS = tl.constexpr(3)  # of a prepared query: zero points · sum(q), q·center, q·shift
 
 
 @triton.jit

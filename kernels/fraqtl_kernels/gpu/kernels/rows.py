@@ -5,15 +5,13 @@ With stored codes c, scale s and zero point z (midpoint plus unpack bias, see `u
     score_j = k_scale_j · (q·c_j - z_k · sum(q)) [+ q·center_j]       key scale on the scores
     out     = Σ_j (p_j v_scale_j) · c_j - z_v · Σ_j p_j v_scale_j      value scale on the weights
 
-so no element of the cache is ever multiplied. Queries arrive scaled by softmax scale · log2(e):
-weights are powers of two, exp2(score - running maximum) (Milakov & Gimelshein, arXiv 1805.02867).
+so no element of the cache is ever multiplied. Queries arrive scaled by softmax scale · log2(e), see `softmax.py`.
 Static key scales are part of q, static value scales are applied to the finished output.
 
 The center of a key is left out where all keys share it and softmax doesn't see it. Keys with the sign bit in their
 scale have the outlier center: their scores get q·(outlier center - center), `q_shift`.
 
-Rows: row m is query token m // GROUP and query head m % GROUP of one KV head, so all query heads of
-a KV head read the codes once.
+Queries are rows here (`queries.py`). The other form, with queries as columns, is `transposed.py`.
 """
 
 from __future__ import annotations
@@ -21,117 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fraqtl_kernels.gpu.tiles import (
-    dot16,
-    load_codes,
-    load_parts,
-    load_scales,
-    part_columns,
-    rotate_parts,
-    round16,
-    store_parts,
-)
-from fraqtl_kernels.residual import DISTANCE
-
-LOG2E = tl.constexpr(1.4426950408889634)
-_DISTANCE = tl.constexpr(DISTANCE)
-_RESIDUAL_TILE = tl.constexpr(16)  # keys of a tile that holds the newest tokens: the least that a product takes
-
-
-@triton.jit
-def query_rows(pointer, stride_token, stride_head, count, SHAPE: tl.constexpr):
-    """(ROWS, 1) pointers to the rows of a tile of query tokens, and which of them there are. pointer: to the first."""
-    ROWS: tl.constexpr = SHAPE.ROWS
-    row = tl.arange(0, ROWS)[:, None]
-    at = pointer + (row // SHAPE.GROUP).to(tl.int64) * stride_token + (row % SHAPE.GROUP) * stride_head
-    return at, row // SHAPE.GROUP < count
-
-
-@triton.jit
-def dot_vector(parts, vector, VECTOR: tl.constexpr):
-    """(rows,) products of fp32 parts with a vector (D,) in memory; None: zeros."""
-    total = tl.zeros([parts[0].shape[0]], tl.float32)
-    if vector is not None:
-        column, real = part_columns(VECTOR)
-        PARTS: tl.constexpr = VECTOR.PARTS
-        for part in tl.static_range(PARTS):
-            piece = tl.load(vector + part * VECTOR.COLUMNS + column, mask=real, other=0.0)
-            total += tl.sum(parts[part] * piece, 1)
-    return total
-
-
-@triton.jit
-def load_query(
-    rows,  # of `query_rows`
-    used,
-    head,
-    basis,
-    basis_stride_head,
-    key_scale,
-    center,
-    outlier_shift,
-    scale,
-    factor,
-    VECTOR: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Parts of the rotated, scaled query in DTYPE; z_k · sum(q), q·center and q·shift of every row in fp32.
-
-    scale: softmax scale (and log2(e) without soft-cap). The rest as for `decode.attend_kernel`.
-    """
-    PARTS: tl.constexpr = VECTOR.PARTS
-    raw = load_parts(rows, used, VECTOR)
-    if VECTOR.ROTATED:
-        parts = rotate_parts(raw, basis + head * basis_stride_head, factor * scale, VECTOR)
-    else:
-        parts = ()
-        for part in tl.static_range(PARTS):
-            parts = parts + (raw[part].to(tl.float32) * scale,)
-    vector = head * (PARTS * VECTOR.COLUMNS)
-    if VECTOR.STATIC:
-        column, real = part_columns(VECTOR)
-        scaled = ()
-        for part in tl.static_range(PARTS):
-            at = key_scale + vector + part * VECTOR.COLUMNS + column
-            scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
-        parts = scaled
-    constant = dot_vector(parts, None if center is None else center + vector, VECTOR)
-    shift = dot_vector(parts, None if outlier_shift is None else outlier_shift + vector, VECTOR)
-    rounded = ()
-    zero = tl.zeros([parts[0].shape[0]], tl.float32)
-    for part in tl.static_range(PARTS):
-        rounded = rounded + (round16(parts[part], DTYPE),)
-        # Of the rounded query, so that the bias cancels exactly
-        zero += tl.sum(rounded[part].to(tl.float32), 1) * VECTOR.ZEROS[part]
-    return rounded, zero, constant, shift
-
-
-@triton.jit
-def load_blocks(table_row, start, last, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Block number(s) of the tile at `start`: one if a block holds the tile, else (TILE,). Block 0 past the end."""
-    if PAGE.BLOCK_SIZE % TILE == 0:
-        return tl.load(table_row + start // PAGE.BLOCK_SIZE, mask=start < last, other=0)
-    else:
-        token = start + tl.arange(0, TILE)
-        return tl.load(table_row + token // PAGE.BLOCK_SIZE, mask=token < last, other=0)
-
-
-@triton.jit
-def load_tile_scales(pool_head, block, stride_block, start, last, oldest, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """fp16 scales (TILE,) of keys, and of values by group, of the tile at `start`; zero outside [oldest, last)."""
-    token = start + tl.arange(0, TILE)
-    known = (token < last) & (token >= oldest)
-    page = pool_head + block.to(tl.int64) * stride_block
-    slot = token % PAGE.BLOCK_SIZE
-    K: tl.constexpr = PAGE.K
-    V: tl.constexpr = PAGE.V
-    return load_scales(page, slot, known, K)[0], load_scales(page, slot, known, V)
-
-
-@triton.jit
-def cap_scores(scores, soft_cap):
-    """cap · tanh(s / cap) in units of log2, with tanh(x) = 1 - 2 / (exp(2x) + 1)."""
-    return soft_cap * LOG2E * (1 - 2 / (tl.exp2(scores * (2 * LOG2E / soft_cap)) + 1))
+from fraqtl_kernels.gpu.kernels.parts import dot16, round16
+from fraqtl_kernels.gpu.kernels.residual import residual_slots, residual_tokens_before
+from fraqtl_kernels.gpu.kernels.softmax import add_weights, cap_scores, in_first_column
+from fraqtl_kernels.gpu.kernels.tiles import load_blocks, load_codes, load_scales, load_tile_scales
 
 
 @triton.jit
@@ -187,25 +78,6 @@ def add_values(weights, page, slot, known, out, sums, V: tl.constexpr, DTYPE: tl
             new_sums = new_sums + (sums[part] + tl.sum(weights16.to(tl.float32), 1),)
         new_out = new_out + (dot16(weights16, values[part], out[part]),)
     return new_out, new_sums
-
-
-@triton.jit
-def residual_tokens_before(position, BLOCK_SIZE: tl.constexpr):
-    """How many tokens before the one at `position` stand among the DISTANCE newest of its block."""
-    return tl.minimum(_DISTANCE - 1, position % BLOCK_SIZE)
-
-
-@triton.jit
-def residual_slots(position, BLOCK_SIZE: tl.constexpr):
-    """Of a tile that holds the newest tokens of the block of `position`: (its numbers, those tokens but one, which
-    numbers are tokens, their slots, which have a residual, the slots of those)."""
-    index = tl.arange(0, _RESIDUAL_TILE)
-    before = residual_tokens_before(position, BLOCK_SIZE)
-    known = index <= before
-    slot = tl.where(known, position % BLOCK_SIZE - before + index, 0)
-    has_residual = known & (slot + _DISTANCE < BLOCK_SIZE)
-    residual_slot = tl.where(has_residual, slot + _DISTANCE, 0)
-    return index, before, known, slot, has_residual, residual_slot
 
 
 @triton.jit
@@ -388,61 +260,3 @@ def attend_tiles(
         else:
             finished = finished + (out[part],)
     return finished, m_i, l_i
-
-
-@triton.jit
-def in_first_column(x, SHAPE: tl.constexpr):
-    """(ROWS,) sums as `add_weights` keeps them."""
-    if SHAPE.DEFERRED:
-        return tl.where(tl.arange(0, SHAPE.TILE)[None, :] == 0, x[:, None], 0.0)
-    else:
-        return x
-
-
-@triton.jit
-def add_weights(l_i, alpha, weights, SHAPE: tl.constexpr):
-    """The running sum over tiles, decayed, with the weights of a tile added: a column of the tile each if DEFERRED."""
-    if SHAPE.DEFERRED:
-        return l_i * alpha[:, None] + weights
-    else:
-        return l_i * alpha + tl.sum(weights, 1)
-
-
-@triton.jit
-def add_sink_logits(sink_logits, head, m_i, l_i, SHAPE: tl.constexpr):
-    """The softmax sum with exp(sink logit) of the row's query head added. sink_logits: (query heads,)."""
-    ROWS: tl.constexpr = SHAPE.ROWS
-    sink_logit = tl.load(sink_logits + head * SHAPE.GROUP + tl.arange(0, ROWS) % SHAPE.GROUP).to(tl.float32) * LOG2E
-    return l_i + tl.exp2(tl.minimum(sink_logit - m_i, 126.0))
-
-
-@triton.jit
-def store_output(
-    parts, weight_share, rows, used, head, basis, basis_stride_head, center, value_scale, factor, V: tl.constexpr
-):
-    """Carry fp32 parts of the attention output back into the model's basis and store them.
-
-    weight_share: (rows,) the weights of all keys together, less than 1 with sink logits. rows, used: `query_rows`.
-    basis, center, value_scale: of all heads.
-    """
-    DTYPE: tl.constexpr = rows.dtype.element_ty
-    PARTS: tl.constexpr = V.PARTS
-    column, real = part_columns(V)
-    if V.ROTATED:
-        rounded = ()
-        for part in tl.static_range(PARTS):
-            rounded = rounded + (round16(parts[part], DTYPE),)
-        parts = rotate_parts(rounded, basis + head * basis_stride_head, factor, V)
-    if V.STATIC:
-        scaled = ()
-        for part in tl.static_range(PARTS):
-            at = value_scale + (head * PARTS + part) * V.COLUMNS + column
-            scaled = scaled + (parts[part] * tl.load(at, mask=real, other=0.0),)
-        parts = scaled
-    if center is not None:
-        moved = ()
-        for part in tl.static_range(PARTS):
-            at = center + (head * PARTS + part) * V.COLUMNS + column
-            moved = moved + (parts[part] + weight_share[:, None] * tl.load(at, mask=real, other=0.0),)
-        parts = moved
-    store_parts(rows, parts, used, DTYPE, V)

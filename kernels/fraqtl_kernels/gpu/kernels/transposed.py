@@ -2,7 +2,7 @@
 
     S^T = K · q^T        O^T += V^T · P^T
 
-The other form (`attention.py`) has queries as rows, of which a product on the tensor cores takes 16: with 4 query heads
+The other form (`rows.py`) has queries as rows, of which a product on the tensor cores takes 16: with 4 query heads
 a KV head three quarters of its softmax are padding. Columns come in eights. The arithmetic is otherwise the same, and
 `combine.py` takes the partial outputs of either form.
 
@@ -13,24 +13,15 @@ codes unpack in fewer instructions and weights keep three bits more. Which form 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fraqtl_kernels.gpu.attention import (
-    cap_scores,
-    load_blocks,
-    load_tile_scales,
-    residual_slots,
-    residual_tokens_before,
-)
-from fraqtl_kernels.gpu.config import Scoring, Tuning, page_shape
-from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.prepared import PREPARE_OPTIONS, load_prepared, prepare_kernel
-from fraqtl_kernels.gpu.splits import DecodePlan, ScratchViews, count_pieces, oldest_visible, piece_start
-from fraqtl_kernels.gpu.tiles import dot16, load_codes, load_scales, round16
-from fraqtl_kernels.pages import PageLayout
+from fraqtl_kernels.gpu.kernels.parts import dot16, round16
+from fraqtl_kernels.gpu.kernels.prepared import load_prepared
+from fraqtl_kernels.gpu.kernels.residual import residual_slots, residual_tokens_before
+from fraqtl_kernels.gpu.kernels.softmax import cap_scores
+from fraqtl_kernels.gpu.kernels.splits import count_pieces, oldest_visible, piece_start
+from fraqtl_kernels.gpu.kernels.tiles import load_blocks, load_codes, load_scales, load_tile_scales
 
 SUM_ROWS = tl.constexpr(16)  # the least that a product takes
 
@@ -52,7 +43,7 @@ def score_columns(k_parts, k_scale, q_parts, q_zero, K: tl.constexpr, HAS_SHIFT:
 
 @triton.jit
 def finish_columns(scores, k_scale, q_constant, q_shift, soft_cap, HAS_CENTER: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """As `attention.finish_scores`."""
+    """As `rows.finish_scores`."""
     if HAS_CENTER:
         scores += q_constant[None, :]
     if HAS_SHIFT:
@@ -119,7 +110,7 @@ def attend_residual_columns(
     PAGE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """As `attention.attend_residual_tokens`: (parts of the output, maximum, sum, sums of rounded weights)."""
+    """As `rows.attend_residual_tokens`: (parts of the output, maximum, sum, sums of rounded weights)."""
     DTYPE: tl.constexpr = q_parts[0].dtype
     K: tl.constexpr = PAGE.K
     V: tl.constexpr = PAGE.V
@@ -159,7 +150,7 @@ def attend_columns(
     q_constant,
     q_shift,
     position,  # (COLUMNS,) position of each column's query token
-    first,  # these and what follows as for `attention.attend_tiles`
+    first,  # these and what follows as for `rows.attend_tiles`
     last,
     oldest,
     length,
@@ -207,7 +198,7 @@ def attend_columns(
             )
             l_i = tl.where(index[:, None] == 0, added[None, :], 0.0)
         last = tl.minimum(last, length - 1 - residual_tokens_before(length - 1, PAGE.BLOCK_SIZE))
-    # Loads ahead as in `attention.attend_tiles`
+    # Loads ahead as in `rows.attend_tiles`
     block = load_blocks(table_row, first, last, PAGE, TILE)
     next_block = load_blocks(table_row, first + TILE, last, PAGE, TILE)
     k_scale, v_scales = load_tile_scales(pool_head, block, stride_block, first, last, oldest, PAGE, TILE)
@@ -327,78 +318,3 @@ def attend_columns_kernel(
         at = partial + slot[None, :] * PAGE.HEAD + part * V.COLUMNS + row
         tl.store(at, parts[part] / divisor[None, :], mask=used[None, :] & (row < V.COLUMNS))
     tl.store(lse + slot, m_i + tl.log2(l_i), mask=used)
-
-
-def transposed_tuning(layout: PageLayout, columns: int, *, half: bool = False) -> Tuning:
-    """Launch shape of this form by head size and columns: no variant of head size 64 or 128 spills (see `aot.py`).
-
-    One warp a program, where its registers hold the output, needs no barrier that waits. Eight warps fill the registers
-    of a multiprocessor.
-    """
-    large = layout.head_size > 128 or min(layout.format.k.bits, layout.format.v.bits) >= 8
-    warps = 1 if columns <= 8 else 2 if columns <= 32 else 4
-    tile = 32 if large or columns > 16 else 64
-    return Tuning(tile, warps, 5, 255, 8 // warps, min_tiles=256 // tile, transposed=True, half=half)
-
-
-def launch_transposed(
-    query: Tensor,
-    pool: Tensor,
-    layout: PageLayout,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    plan: DecodePlan,
-    operands: LayerOperands,
-    scratch: ScratchViews,
-    ptx: bool | None,
-    scoring: Scoring,
-) -> None:
-    """Launch both kernels: partial outputs and log-sums to scratch."""
-    shape, tuning, key = plan.shape, plan.tuning, operands.key.read(plan.shape.WORDS)
-    dtype = torch.float16 if tuning.half and layout.format.is_quantized else query.dtype
-    page = page_shape(layout, dtype, ptx, words=shape.WORDS)
-    prepared, soft_cap = scratch.prepared.view(dtype), scoring.get("soft_cap") or None
-    center = None if soft_cap is None and scoring.get("sink_logits") is None else key.query_center
-    requests, kv_heads = seq_lens.shape[0], pool.shape[1]
-    prepare_kernel[(requests, kv_heads)](
-        query,
-        query.stride(0),
-        query.stride(1),
-        query_start,
-        prepared,
-        scratch.terms,
-        key.query,
-        operands.key.head_stride,
-        operands.key.scale,
-        center,
-        key.outlier_shift,
-        scoring["scale"],
-        operands.key.factor,
-        BASE_2=soft_cap is None,
-        PAGE=page,
-        SHAPE=shape,
-        **PREPARE_OPTIONS,
-    )
-    attend_columns_kernel[(requests, kv_heads, plan.splits)](
-        prepared,
-        scratch.terms,
-        pool,
-        pool.stride(0),
-        pool.stride(1),
-        block_table,
-        block_table.stride(0),
-        query_start,
-        seq_lens,
-        scratch.partial,
-        scratch.lse,
-        requests,
-        plan.programs,
-        scoring.get("window"),
-        soft_cap,
-        HAS_CENTER=center is not None,
-        HAS_SHIFT=key.outlier_shift is not None,
-        PAGE=page,
-        SHAPE=shape,
-        **tuning.options,
-    )

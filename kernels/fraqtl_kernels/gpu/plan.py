@@ -3,7 +3,7 @@
 The grid (requests, KV heads, splits) is fixed by what the host knows without asking the device:
 the number of requests, the longest context it allows for, the number of multiprocessors. A CUDA
 graph captured with it serves every batch of that many requests. Inside, every program derives from
-the real lengths into how many pieces its request is cut,
+the real lengths into how many pieces its request is cut (`kernels/splits.py`),
 
     pieces = own tiles / (tiles of the whole batch · KV heads / wanted programs), rounded,
 
@@ -14,18 +14,42 @@ with a stray tile, which would cost a program's start and a turn at the memory. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Required, TypedDict
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fraqtl_kernels.gpu.config import AttentionShape, Tuning
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.gpu.constexprs import AttentionShape, rows_for
+from fraqtl_kernels.gpu.kernels.prepared import TERMS
+from fraqtl_kernels.gpu.tuned import tuned
+from fraqtl_kernels.gpu.tuning import Tuning, decode_tuning
+from fraqtl_kernels.pages import PageLayout
 
+MAX_QUERIES = 8
 SLACK = 2  # grid programs per wanted program, so that uneven lengths still split evenly
 MAX_SPLITS = 128
-TERMS = tl.constexpr(3)  # of a prepared query: zero points · sum(q), q·center, q·shift
+
+
+class Batch(NamedTuple):
+    """Queries and the pages that they attend, as `decode` and `prefill` take them."""
+
+    query: Tensor
+    pool: Tensor
+    layout: PageLayout
+    block_table: Tensor
+    query_start: Tensor
+    seq_lens: Tensor
+
+
+class Scoring(TypedDict, total=False):
+    """How scores become weights. sink_logits: (query heads,), the logarithms of extra terms of the softmax sums."""
+
+    scale: Required[float]
+    window: int | None
+    soft_cap: float | None
+    sink_logits: Tensor | None
 
 
 class ScratchViews(NamedTuple):
@@ -102,38 +126,26 @@ def choose_splits(requests: int, kv_heads: int, max_seq_len: int, tuning: Tuning
     return max(1, min(wanted // (requests * kv_heads), chunks, MAX_SPLITS))
 
 
-@triton.jit
-def oldest_visible(length, count, window):
-    """The first token that the first of the last `count` query tokens sees. window: None sees everything."""
-    oldest = length * 0
-    if window is not None:
-        oldest = tl.maximum(length - count - window + 1, 0)
-    return oldest
-
-
-@triton.jit
-def count_pieces(
-    first, length, seq_lens, query_start, requests, kv_heads, splits, programs, window, SHAPE: tl.constexpr
-):
-    """(pieces of a request that sees [first, length), its tiles). first: a multiple of TILE."""
-    TILE: tl.constexpr = SHAPE.TILE
-    total = first * 0
-    for start in range(0, requests, 256):
-        r = start + tl.arange(0, 256)
-        n = tl.load(seq_lens + r, mask=r < requests, other=0).to(tl.int32)
-        if window is not None:
-            count = tl.load(query_start + r + 1, mask=r < requests, other=0)
-            count -= tl.load(query_start + r, mask=r < requests, other=0)
-            n = tl.minimum(n, count.to(tl.int32) + window + TILE)
-        total += tl.sum((n + TILE - 1) // TILE, 0).to(total.dtype)
-    own = tl.cdiv(length - first, TILE)
-    whole = tl.maximum(total * kv_heads, 1)
-    pieces = (2 * own.to(tl.int64) * programs + whole) // (2 * whole)
-    pieces = tl.minimum(pieces.to(tl.int32), tl.minimum(own // SHAPE.MIN_TILES, splits))
-    return tl.maximum(pieces, 1), own
-
-
-@triton.jit
-def piece_start(index, pieces, own):
-    """The tiles before one of the pieces of a request of `own` tiles."""
-    return (own.to(tl.int64) * index // pieces).to(tl.int32)
+def plan_decode(
+    layout: PageLayout,
+    *,
+    requests: int,
+    queries: int,
+    query_heads: int,
+    kv_heads: int,
+    max_seq_len: int,
+    num_sms: int,
+    tuning: Tuning | None = None,
+) -> DecodePlan:
+    """The plan of a batch (or CUDA graph) of at most `requests`, each with at most `queries` query
+    tokens (1 .. 8) and at most `max_seq_len` tokens in the cache. Looks at no device memory.
+    """
+    if not 1 <= queries <= MAX_QUERIES:
+        raise UnsupportedError(f"decode takes 1 to {MAX_QUERIES} query tokens a request, not {queries}")
+    if query_heads % kv_heads:
+        raise UnsupportedError(f"{query_heads} query heads are not a multiple of {kv_heads} KV heads")
+    rows = rows_for(queries * query_heads // kv_heads)
+    tuning = tuning or tuned(layout, rows, requests * kv_heads) or decode_tuning(layout, rows)
+    splits = choose_splits(requests, kv_heads, max_seq_len, tuning, num_sms)
+    programs = tuning.programs_per_sm * num_sms
+    return DecodePlan(requests, queries, query_heads, kv_heads, splits, programs, tuning)

@@ -7,8 +7,8 @@ import torch
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_kernels.gpu.gather import dequantize
 from fraqtl_kernels.gpu.operands import LayerOperands
-from fraqtl_kernels.gpu.workspace import dequantize
 from tests.kernels.conftest import relative_error
 from tests.kernels.gpu.cases import ON_GPU, Case, to_device
 from tests.kernels.gpu.conftest import DEVICE

@@ -5,7 +5,7 @@ per element; they take it out of the sums. For a row of weights w and codes c
 
     Σ w (c - midpoint) = Σ w (c + bias) - (midpoint + bias) · Σ w
 
-and `zero_points` gives midpoint + bias. The PTX way sets the bits of a float whose unit in the last
+and `constexprs.zero_points` gives midpoint + bias. The PTX way sets the bits of a float whose unit in the last
 place is 1 around the code (a "magic number", Kim et al., arXiv 2211.10017): per 8 nibbles 2 byte
 permutations, 4 three-input logic operations and the subtractions that keep the constant small. A bias
 adds rounding noise to the sum that it is taken out of, so values (summed over the whole context) are
@@ -16,11 +16,8 @@ Inline PTX acts on the codes of one 32-bit register; no result depends on how a 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-from fraqtl_kernels.formats import VectorFormat
 
 # Bytes b0..b3 of $4 -> halves (b0, b1), (b2, b3): $0, $1 low nibbles, $2, $3 high nibbles.
 # 0x6400 is 1024 with the nibble in bits 0..3, 0x5400 is 64 with the nibble in bits 4..7.
@@ -165,30 +162,6 @@ PAIRS_BF16 = tl.constexpr(_PAIRS_BF16)
 BYTES_FP16 = tl.constexpr(_BYTES_FP16)
 FOUR_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 EIGHT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
-
-
-def zero_points(
-    vector: VectorFormat, dtype: torch.dtype, *, symmetric: bool, ptx: bool, words: bool = False
-) -> tuple[float, ...]:
-    """What each unpacked part of a vector holds where the value is zero: midpoint + bias.
-
-    dtype: torch.float16 or torch.bfloat16, the type unpacked to. words: unpacked by `unpack_words`. Raw vectors have
-    (0, 0).
-    """
-    half = dtype == torch.float16
-    if vector.is_raw:
-        return 0.0, 0.0
-    if not ptx or (vector.bits == 8 and not half):
-        biases = [0] * max(2, 8 // vector.bits)
-    elif vector.bits == 2:
-        biases = [-2] * 4
-    elif vector.bits == 8:
-        biases = [-128] * 2
-    elif symmetric:
-        biases = [-8] * 2
-    else:
-        biases = [-8, 64] if half else [128, 128]
-    return tuple(vector.midpoint + bias for bias in biases) * (2 if words else 1)
 
 
 @triton.jit

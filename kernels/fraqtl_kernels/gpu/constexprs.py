@@ -5,10 +5,8 @@ The frozen objects here are compile-time arguments of the kernels, which read th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Required, TypedDict
 
 import torch
 import triton
@@ -17,8 +15,7 @@ from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import KVFormat, VectorFormat
-from fraqtl_kernels.gpu.tiles import INTERPRETED, TL_DTYPES
-from fraqtl_kernels.gpu.unpack import zero_points
+from fraqtl_kernels.gpu.kernels.parts import INTERPRETED
 from fraqtl_kernels.pages import PageLayout
 
 MIN_ROWS = 16  # the smallest M of a tensor-core product
@@ -26,39 +23,7 @@ MIN_COLUMNS = 8  # and the smallest N
 MIN_WIDTH = 16  # columns of a part, the smallest K of a tensor-core product
 MIN_VALUE_WIDTH = 32  # of values: with 16, four warps share two tiles of a product and ptxas spills
 DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Launch shape of a kernel: keys a tile, warps a program, pipeline stages, cap on registers a thread.
-
-    Of decoding only: programs_per_sm, how many are wanted on each multiprocessor at once; min_tiles, the fewest tiles
-    that are worth a program of their own; transposed, whether keys are the rows of products and queries the columns
-    (`transposed.py`); half, whether that form computes in fp16 also for bf16 models.
-    """
-
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    programs_per_sm: int = 2
-    min_tiles: int = 2
-    transposed: bool = False
-    half: bool = False
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Launch options of Triton."""
-        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
-
-
-class Scoring(TypedDict, total=False):
-    """How scores become weights. sink_logits: (query heads,), the logarithms of extra terms of the softmax sums."""
-
-    scale: Required[float]
-    window: int | None
-    soft_cap: float | None
-    sink_logits: Tensor | None
+TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -226,10 +191,25 @@ def _vector(
     )
 
 
-def check_contiguous(**tensors: Tensor) -> None:
-    """Raises ValueError unless the last dimension of every tensor is contiguous."""
-    wrong: Sequence[str] = [name for name, x in tensors.items() if x.stride(-1) != 1]
-    if wrong:
-        raise ValueError(
-            f"{' and '.join(tensors)} must be contiguous in their last dimension, {' and '.join(wrong)} is not"
-        )
+def zero_points(
+    vector: VectorFormat, dtype: torch.dtype, *, symmetric: bool, ptx: bool, words: bool = False
+) -> tuple[float, ...]:
+    """What each unpacked part of a vector holds where the value is zero: midpoint + bias.
+
+    dtype: torch.float16 or torch.bfloat16, the type unpacked to. words: unpacked by `unpack_words`. Raw vectors have
+    (0, 0).
+    """
+    half = dtype == torch.float16
+    if vector.is_raw:
+        return 0.0, 0.0
+    if not ptx or (vector.bits == 8 and not half):
+        biases = [0] * max(2, 8 // vector.bits)
+    elif vector.bits == 2:
+        biases = [-2] * 4
+    elif vector.bits == 8:
+        biases = [-128] * 2
+    elif symmetric:
+        biases = [-8] * 2
+    else:
+        biases = [-8, 64] if half else [128, 128]
+    return tuple(vector.midpoint + bias for bias in biases) * (2 if words else 1)

@@ -1,0 +1,1 @@
+"""What Triton compiles; the launchers are in the folder above."""
