@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+    from vllm.v1.worker.workspace import current_workspace_manager
 
 SUPPORTED_VERSION = "0.32"
 
@@ -93,6 +94,7 @@ _HOME = {
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
     "ZenCpuPlatform": "vllm.platforms.zen_cpu",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
+    "current_workspace_manager": "vllm.v1.worker.workspace",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
     "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
@@ -144,6 +146,7 @@ __all__ = [
     "WorkerWrapperBase",
     "ZenCpuPlatform",
     "cached_tokenizer_from_config",
+    "current_workspace_manager",
     "engine_core",
     "flash_attn_varlen_func",
     "generate_scheduler_kv_cache_config",

@@ -6,6 +6,7 @@ Flash attention itself is vLLM's and needs a GPU; here a plain one stands in for
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from vllm.config import DeviceConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
@@ -34,6 +36,7 @@ from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.attention import cuda as cuda_attention
 from fraqtl_vllm.attention import cuda_prefill
+from fraqtl_vllm.attention.cuda_buffers import Buffers
 from tests.kernels.conftest import PagedBatch, make_batch, relative_error
 from tests.kernels.gpu.conftest import DEVICE, one_thread  # noqa: F401
 from tests.kernels.transforms import only_center, random_constants
@@ -43,6 +46,14 @@ HEADS, KV_HEADS, SIZE = 4, 2, 64
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="a stand-in for what vLLM does on the GPU itself")
+
+
+@pytest.fixture(autouse=True)
+def worker() -> Iterator[None]:
+    """What a worker makes before its model, and layers ask for: vLLM's manager of workspaces."""
+    init_workspace_manager(CPU)
+    yield
+    reset_workspace_manager()
 
 
 def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any:
@@ -384,16 +395,28 @@ def test_batches_are_split() -> None:
 
 
 def test_scratch_holds_every_batch_and_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "plan_decode", partial(plan_decode, tuning=Tuning(16, 1, 5)))
     layer, other = make_layer(monkeypatch), make_layer(monkeypatch)
-    assert layer.scratch is other.scratch and layer.workspace is other.workspace
+    assert layer.buffers is other.buffers and layer.workspace is other.workspace
+    scratch = layer.buffers.scratch
     batch, _, _ = mixed_batch()
     for requests in range(1, 9):
         plan = layer.plan(batch.layout, requests, 1)
         assert plan is layer.plan(batch.layout, requests, 1)
-        assert plan.scratch_floats(SIZE) <= layer.scratch.numel()
+        assert plan.scratch_floats(SIZE) <= scratch.numel() > 0
     wide = make_layer(monkeypatch, workspace=64, sliding_window=100)
     assert wide.workspace is layer.workspace
     assert wide.workspace.tokens == 64 + 99  # of a chunk and its window: more than the bytes allow for
+    assert wide.buffers.scratch is scratch  # whose address graphs keep
+    init_workspace_manager(CPU)
+    assert make_layer(monkeypatch).buffers is not layer.buffers  # of another worker
+
+
+def test_scratch_grows_for_the_layer_that_needs_most() -> None:
+    buffers = Buffers.of_worker(CPU)
+    for floats, held in ((60, 60), (100, 100), (80, 100)):
+        buffers.reserve_scratch(floats)
+        assert buffers.scratch.shape == (held,) and buffers.scratch.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from fraqtl_kernels.gpu.write import write
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE, PageLayout
 from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config
 from fraqtl_vllm.attention import cuda_prefill
+from fraqtl_vllm.attention.cuda_buffers import Buffers
 from fraqtl_vllm.attention.layer import FraqtlImpl
 from fraqtl_vllm.attention.passes import list_chunks
 
@@ -154,7 +155,8 @@ class Impl(FraqtlImpl[Metadata]):
         self.max_seq_len = config.model_config.max_model_len
         self.num_sms = num_sms(self.device)
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
-        self.scratch = self._allocate_scratch(config)
+        self.buffers = Buffers.of_worker(self.device)
+        self.buffers.reserve_scratch(self._scratch_floats(config))
         check_format(self.kv_format)
         self.use_constants(self._before_calibration())
         # What calibration will need, held while vLLM sizes the pool, which comes first.
@@ -170,9 +172,7 @@ class Impl(FraqtlImpl[Metadata]):
                 self.sliding_window,
                 config.scheduler_config.max_num_batched_tokens,
             )
-            self.workspace = cuda_prefill.Workspace.shared(
-                tokens, self.num_kv_heads, self.head_size, self.dtype, self.device
-            )
+            self.workspace = self.buffers.workspace(tokens, self.num_kv_heads, self.head_size, self.dtype)
 
     def _before_calibration(self) -> LayerConstants:
         """What vLLM's trial captures run with, before it calibrates. Formats with static scales have none of their own;
@@ -249,7 +249,7 @@ class Impl(FraqtlImpl[Metadata]):
             output,
             self.plan(layout, batch.decodes, batch.queries),
             self.operands,
-            self.scratch,
+            self.buffers.scratch,
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
@@ -286,26 +286,14 @@ class Impl(FraqtlImpl[Metadata]):
             )
         return self._plans[key]
 
-    def _allocate_scratch(self, config: VllmConfig) -> Tensor:
-        """Partial outputs of the largest decode batch. Graphs keep its address, so it never grows."""
+    def _scratch_floats(self, config: VllmConfig) -> int:
+        """What the largest decode batch leaves between its launches."""
         layout = PageLayout(self.kv_format, self.head_size, BLOCK_SIZE_MULTIPLE)
-        needed = max(
+        return max(
             self.plan(layout, requests, queries).scratch_floats(self.head_size)
             for requests in range(1, config.scheduler_config.max_num_seqs + 1)
             for queries in range(1, decode_queries(config) + 1)
         )
-        return shared_scratch(needed, self.device)
-
-
-_SCRATCH: dict[torch.device, Tensor] = {}
-
-
-def shared_scratch(floats: int, device: torch.device) -> Tensor:
-    """Scratch that the layers of a process share: they run one after another. fp32, at least `floats`."""
-    scratch = _SCRATCH.get(device)
-    if scratch is None or scratch.numel() < floats:
-        scratch = _SCRATCH[device] = torch.empty(floats, dtype=torch.float32, device=device)
-    return scratch
 
 
 def num_sms(device: torch.device) -> int:

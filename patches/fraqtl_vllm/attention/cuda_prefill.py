@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar, Protocol
-from weakref import WeakValueDictionary
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from fraqtl_kernels.gpu.gather import dequantize
 from fraqtl_kernels.gpu.operands import LayerOperands
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.attention.cuda_buffers import Workspace
 from fraqtl_vllm.attention.passes import Chunk, Pass, plan_passes
 
 WORKSPACE_BYTES = 128 << 20
@@ -62,34 +62,6 @@ def flash_attention(head_size: int, scale: float, window: int | None, soft_cap: 
         return output, lse
 
     return flash
-
-
-class Workspace:
-    """Keys and values of cached tokens in 16 bits; contents live for one pass. key, value: (tokens, KV heads, D)."""
-
-    _shared: ClassVar[WeakValueDictionary[tuple[object, ...], Workspace]] = WeakValueDictionary()
-
-    def __init__(self, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.key = torch.empty(0, kv_heads, head_size, dtype=dtype, device=device)
-        self.value = torch.empty_like(self.key)
-
-    @property
-    def tokens(self) -> int:
-        return self.key.shape[0]
-
-    @classmethod
-    def shared(cls, tokens: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> Workspace:
-        """The workspace of all layers of a shape, made to hold `tokens`. Layers ask for it while the model is loaded,
-        so that vLLM counts it before it sizes the pool."""
-        key = (kv_heads, head_size, dtype, device)
-        workspace = cls._shared.get(key)
-        if workspace is None:
-            workspace = cls._shared[key] = cls(kv_heads, head_size, dtype, device)
-        if workspace.tokens < tokens:
-            workspace.key, workspace.value = (
-                x.new_empty(tokens, *x.shape[1:]) for x in (workspace.key, workspace.value)
-            )
-        return workspace
 
 
 def workspace_tokens(kv_heads: int, head_size: int, window: int | None, longest_chunk: int) -> int:
