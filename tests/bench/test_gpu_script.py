@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 from fraqtl_bench.cli import COMMANDS
-from fraqtl_bench.kernels.arms import arms_for
+from fraqtl_bench.kernels.registry import arms_for
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 STAND_IN = """#!/bin/bash

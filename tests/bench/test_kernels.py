@@ -17,8 +17,9 @@ import torch
 from fraqtl_bench import dummy_model, kernels, results
 from fraqtl_bench.cli import main
 from fraqtl_bench.kernels import DEFAULT_GRID, packed, sweep
-from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError, arms_for, choose, errors_of
+from fraqtl_bench.kernels.arms import Arm, Prepared, UnavailableError, errors_of
 from fraqtl_bench.kernels.cuda_arms import PackedOnGpu
+from fraqtl_bench.kernels.registry import arms_for, choose
 from fraqtl_bench.kernels.shapes import Inputs, Shape, exact_attention, relative_error
 from fraqtl_bench.kernels.timing import CpuTimer, Flush
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
@@ -116,7 +117,9 @@ def test_stored_values_stay_on_the_device(name: str) -> None:
 def test_gpu_arms_need_no_numba() -> None:
     """It takes a second to import, and the GPU host may lack it."""
     pytest.importorskip("triton")
-    code = "import sys; sys.modules['numba'] = None\nfrom fraqtl_bench.kernels.arms import arms_for; arms_for('cuda')"
+    code = (
+        "import sys; sys.modules['numba'] = None\nfrom fraqtl_bench.kernels.registry import arms_for; arms_for('cuda')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

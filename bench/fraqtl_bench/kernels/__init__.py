@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fraqtl_bench import results
-from fraqtl_bench.kernels.arms import choose
+from fraqtl_bench.kernels.registry import choose
 from fraqtl_bench.kernels.shapes import Shape
 from fraqtl_bench.kernels.sweep import Found, measure, measure_errors, print_errors, print_times
 from fraqtl_bench.kernels.timing import copy_ceiling, make_timer

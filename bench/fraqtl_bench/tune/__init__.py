@@ -119,7 +119,7 @@ def _open(path: Path | None) -> Any:
 
 
 def _baselines(args: argparse.Namespace) -> list[Baseline]:
-    from fraqtl_bench.kernels.arms import arms_for
+    from fraqtl_bench.kernels.registry import arms_for
     from fraqtl_bench.tune.measure import Baseline
 
     arms = arms_for("cuda")
