@@ -154,12 +154,9 @@ def test_circles_are_found() -> None:
     assert "fraqtl_serve.cli.chat" in imported_modules("fraqtl_serve", lazy=True)["fraqtl_serve.cli.main"]
 
 
-@pytest.mark.parametrize(
-    ("package", "lazy"),
-    [("fraqtl_kernels", True), ("fraqtl_vllm", True), ("fraqtl_serve", True), ("fraqtl_bench", False)],
-)
-def test_no_modules_need_each_other(package: str, lazy: bool) -> None:
-    assert in_a_circle(imported_modules(package, lazy=lazy)) == set()
+@pytest.mark.parametrize("package", SOURCES)
+def test_no_modules_need_each_other(package: str) -> None:
+    assert in_a_circle(imported_modules(package, lazy=True)) == set()
 
 
 @pytest.mark.parametrize("package", ["fraqtl_vllm", "fraqtl_serve"])
@@ -282,6 +279,60 @@ def test_a_function_without_types_is_seen() -> None:
 
 
 def test_launchers_have_types() -> None:
-    """Also in the modules that hold compiled functions beside them."""
     found = {f.name: untyped(f.read_text(encoding="utf-8")) for f in files("fraqtl_kernels")}
     assert {name: functions for name, functions in found.items() if functions} == {}
+
+
+APART = ("cpu/kernels", "cpu/layers", "gpu/kernels")
+"""Folders of `fraqtl_kernels` for what compilers take, with which mypy and ruff are less strict."""
+
+
+def folder_of(file: Path) -> str:
+    return file.parent.relative_to(SOURCES["fraqtl_kernels"]).as_posix()
+
+
+def has_compiled(source: str) -> bool:
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return any(ast.unparse(d).startswith(COMPILED) for function in functions for d in function.decorator_list)
+
+
+def test_what_compilers_take_stands_apart() -> None:
+    found = {folder_of(f) for f in files("fraqtl_kernels") if has_compiled(f.read_text(encoding="utf-8"))}
+    assert found == set(APART)
+
+
+@pytest.mark.parametrize("folder", APART)
+def test_kernels_know_nothing_of_launchers(folder: str) -> None:
+    device = folder.split("/")[0]
+    apart = tuple(f"fraqtl_kernels.{name.replace('/', '.')}." for name in APART if name.startswith(device))
+    modules = {m for f in files("fraqtl_kernels") if folder_of(f) == folder for m in imports(f.read_text("utf-8"))}
+    ours = {module for module in modules if module.startswith("fraqtl_kernels")}
+    others = {module for module in ours if not module.startswith(apart)}
+    assert others < ours and others <= {"fraqtl_kernels.formats", "fraqtl_kernels.residual"}
+
+
+def test_cpu_and_gpu_have_the_same_rooms() -> None:
+    for rooms in ("plan", "operands", "write", "decode", "prefill", "kernels/decode"):
+        for device in ("cpu", "gpu"):
+            assert (SOURCES["fraqtl_kernels"] / device / f"{rooms}.py").is_file()
+
+
+MOST_ARGUMENTS = 12
+
+
+def long_calls(source: str) -> list[str]:
+    """Calls with so many arguments without names that two of them could be swapped unseen."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [ast.unparse(call.func) for call in calls if len(call.args) > MOST_ARGUMENTS]
+
+
+def test_a_long_call_is_seen() -> None:
+    thirteen = ", ".join("abcdefghijklm")
+    assert long_calls(f"f({thirteen})\nkernel[grid]({thirteen})\ng({thirteen[3:]}, n=1)") == ["f", "kernel[grid]"]
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_launches_name_their_arguments(package: str) -> None:
+    launchers = [f for f in files(package) if package != "fraqtl_kernels" or folder_of(f) not in APART]
+    found = {f.name: long_calls(f.read_text(encoding="utf-8")) for f in launchers}
+    assert {name: calls for name, calls in found.items() if calls} == {}
