@@ -6,7 +6,7 @@ Flash attention itself is vLLM's and needs a GPU; here a plain one stands in for
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -331,21 +331,17 @@ class NothingButViews(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches_of_a_step(layer: cuda_attention.Impl, batch: PagedBatch, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a decode step launches, writes included: grids and arguments, tensors by address and strides."""
+def launches_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a step launches: grids and arguments, tensors by address and strides."""
     launched: list[Any] = []
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        said = [(x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in args]
-        launched.append((self.fn.__name__, grid, said, options))
+    def record(self: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        said = {n: (x.data_ptr(), x.shape, x.stride()) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+        launched.append((self.fn.__name__, grid, said))
 
-    metadata = make_builder().build_for_cudagraph_capture(common(batch))
-    key = torch.zeros(len(batch.query), KV_HEADS, SIZE, dtype=torch.bfloat16)
-    slots, output = torch.zeros(len(batch.query), dtype=torch.int64), torch.empty_like(batch.query)
     with monkeypatch.context() as patch, NothingButViews():
         patch.setattr(InterpretedFunction, "run", record)
-        layer.do_kv_cache_update(None, key, key, batch.pool, slots)
-        layer.forward(None, batch.query, key, key, batch.pool, metadata, output)
+        step()
     return launched
 
 
@@ -359,14 +355,19 @@ def test_a_captured_step_is_nothing_but_launches(monkeypatch: pytest.MonkeyPatch
         "k4v4", kv_heads=KV_HEADS, group=2, seq_lens=(130, 77, 16), queries=(1, 1, 1), dtype=torch.bfloat16
     )
     layer.plan(batch.layout, 3, 1)  # the first step of a size, before its capture
-    first = launches_of_a_step(layer, batch, monkeypatch)
-    names = [name for name, *_ in first]
+    metadata = make_builder().build_for_cudagraph_capture(common(batch))
+    key = torch.zeros(len(batch.query), KV_HEADS, SIZE, dtype=torch.bfloat16)
+    slots, output = torch.zeros(len(batch.query), dtype=torch.int64), torch.empty_like(batch.query)
+
+    def step() -> None:
+        layer.do_kv_cache_update(None, key, key, batch.pool, slots)
+        layer.forward(None, batch.query, key, key, batch.pool, metadata, output)
+
+    first = launches_of(step, monkeypatch)
     attention = ["prepare_kernel", "attend_columns_kernel"] if transposed else ["attend_kernel"]
-    assert names == ["write_kernel", *attention, "combine_kernel"]
-    batch.seq_lens.copy_(torch.tensor([1, 0, 130]))
-    again = launches_of_a_step(layer, batch, monkeypatch)
-    without_addresses = [[(name, grid, options) for name, grid, _, options in steps] for steps in (first, again)]
-    assert without_addresses[0] == without_addresses[1]
+    assert [name for name, *_ in first] == ["write_kernel", *attention, "combine_kernel"]
+    metadata.seq_lens.copy_(torch.tensor([1, 0, 130]))
+    assert launches_of(step, monkeypatch) == first
     with pytest.raises(AssertionError, match="in a captured step"), NothingButViews():
         batch.seq_lens.max().item()
 
