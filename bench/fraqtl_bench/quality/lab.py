@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fraqtl_bench.quality import law, margins, selfcheck, tasks, texts
-from fraqtl_bench.quality.cache import Fitted, fit
+from fraqtl_bench.quality.cache import Fitted, FittedLayer, fit, logits
+from fraqtl_bench.quality.divergence import Divergence, compare, summarize
 from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.options import LEAST_CALIBRATION
 from fraqtl_bench.quality.routing import MARGINS, Routing, measure_routing
 from fraqtl_bench.quality.schema import Margin, ModelReport, Row, Settings
-from fraqtl_bench.quality.score import Score, perplexity, score
+from fraqtl_bench.quality.score import Score, compare_perplexity, perplexity, score, score_rows
 from fraqtl_bench.quality.watch import calibration_samples
 from fraqtl_bench.reporting.progress import Progress
 from fraqtl_kernels.errors import ConfigError, FraqtlError
@@ -31,6 +34,13 @@ class Ticker:
 
     def tick(self, measure: str, what: str) -> None:
         """One unit of `measure` is done."""
+
+
+class WindowResult(NamedTuple):
+    """Of one method on one test window. divergence: None for the 16-bit cache itself, or if it wasn't asked for."""
+
+    score: Score
+    divergence: Divergence | None
 
 
 class Lab:
@@ -110,20 +120,41 @@ class Lab:
         model = self.subject.model
         return Score(**self.progress.get(name, lambda: asdict(score(model, ids, first, fitted.layers))))
 
-    def perplexities(self) -> tuple[dict[str, float], int, int]:
-        """Per method, with the numbers of scored tokens and of windows."""
-        found: dict[str, list[Score]] = defaultdict(list)
+    def measured_windows(self) -> dict[str, list[WindowResult]]:
+        """Per method, what the settings ask for of every test window."""
+        found: dict[str, list[WindowResult]] = defaultdict(list)
         s = self.settings
         at_most = 1 + (s.tokens - s.window) // s.stride if s.tokens >= s.window else 1
-        self.ticker.expect("perplexity", at_most * len(self.methods) if s.tokens else None)
+        self.ticker.expect("text", at_most * len(self.methods) if s.tokens else None)
+        exact = next((f.layers for f in self.methods if f.method.name == BASELINE), None)
         for window in self.windows():
+            reference = self._rows(window, exact)
             for fitted in self.methods:
-                found[fitted.method.name].append(
-                    self.scored(f"window {window.index}", window.ids, window.first, fitted)
-                )
-                self.ticker.tick("perplexity", fitted.method.name)
-        first = next(iter(found.values()))
-        return {name: perplexity(scores) for name, scores in found.items()}, sum(s.tokens for s in first), len(first)
+                rows = reference if fitted.layers is exact else self._rows(window, fitted.layers)
+                found[fitted.method.name].append(self._window(window, fitted, rows, reference))
+                self.ticker.tick("text", fitted.method.name)
+        return found
+
+    def _rows(self, window: texts.Window, layers: Sequence[FittedLayer] | None) -> Callable[[], Tensor]:
+        """Logits for the scored tokens of a window; computed when they are first asked for."""
+        count = len(window.ids) - window.first
+        return cache(lambda: logits(self.subject.model, window.ids[:-1], layers, count))
+
+    def _window(
+        self, window: texts.Window, fitted: Fitted, rows: Callable[[], Tensor], reference: Callable[[], Tensor]
+    ) -> WindowResult:
+        def scored() -> dict[str, Any]:
+            found = rows()
+            return asdict(score_rows(found, torch.tensor(list(window.ids[window.first :]), device=found.device)))
+
+        name, method = self.subject.name, fitted.method.name
+        result = Score(**self.progress.get(f"{name}/window {window.index}/{method}", scored))
+        if "divergence" not in self.settings.measures or rows is reference:
+            return WindowResult(result, None)
+        compared = self.progress.get(
+            f"{name}/divergence {window.index}/{method}", lambda: asdict(compare(rows(), reference(), window.first))
+        )
+        return WindowResult(result, Divergence(**compared))
 
     def answers(self, kind: str, items: list[tasks.Item]) -> dict[str, list[tuple[tasks.Item, Score]]]:
         found: dict[str, list[tuple[tasks.Item, Score]]] = defaultdict(list)
@@ -209,12 +240,9 @@ class Lab:
         """All measures that the settings ask for."""
         measures, rows, found = self.settings.measures, self.rows(), self.subject
         tokens = windows = 0
-        if "perplexity" in measures:
-            results, tokens, windows = self.perplexities()
-            for name, value in results.items():
-                rows[name].perplexity = value
-                if BASELINE in results:
-                    rows[name].perplexity_delta = value - results[BASELINE]
+        if "perplexity" in measures or "divergence" in measures:
+            results = self.measured_windows()
+            tokens, windows = add_windows(rows, results)
             margins.add_margins(list(rows.values()))
         if "last-word" in measures:
             for name, answers in self.answers("last word", self.last_word_items).items():
@@ -246,6 +274,20 @@ class Lab:
             skipped=self.skipped,
             law=margins.summarize_law(self.law()) if "law" in measures else None,
         )
+
+
+def add_windows(rows: dict[str, Row], results: dict[str, list[WindowResult]]) -> tuple[int, int]:
+    """Perplexity and divergence of every method into its row. Returns how many tokens and windows were scored."""
+    scores = {name: [result.score for result in found] for name, found in results.items()}
+    for name, found in results.items():
+        row = rows[name]
+        row.perplexity = perplexity(scores[name])
+        if BASELINE in scores:
+            row.perplexity_delta, row.perplexity_delta_error = compare_perplexity(scores[name], scores[BASELINE])
+        if divergences := [result.divergence for result in found if result.divergence is not None]:
+            row.divergence = summarize(divergences)
+    first = next(iter(scores.values()))
+    return sum(s.tokens for s in first), len(first)
 
 
 def add_routing(row: Row, routing: Routing) -> None:

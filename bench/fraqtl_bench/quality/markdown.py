@@ -11,17 +11,22 @@ from fraqtl_bench.reporting.markdown import number, share, table
 
 HEAD = [
     "method", "family", "budget", "basis", "side", "dims", "bits/dim", "PPL", "vs fp16", "margin",
-    "last word", "needle", "flips", "KL",
+    "last word", "needle", "flips", "attention KL",
 ]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     return [
         f"`{row.method}`", row.family, f"{row.budget:g}", row.basis, row.side, str(row.dims),
-        number(row.bits_per_dim, 3), number(row.perplexity, 3), number(row.perplexity_delta, 3), number(row.margin),
+        number(row.bits_per_dim, 3), number(row.perplexity, 3), delta(row), number(row.margin),
         share(row.last_word_accuracy), share(row.needle_accuracy), share(row.flips),
         number(row.attention_divergence, 4),
     ]  # fmt: skip
+
+
+def delta(row: Row) -> str:
+    error = row.perplexity_delta_error
+    return number(row.perplexity_delta, 3) + (f" ± {error:.3f}" if error else "")
 
 
 def model_lines(model: ModelReport) -> Iterator[str]:
@@ -35,6 +40,7 @@ def model_lines(model: ModelReport) -> Iterator[str]:
     )
     yield ""
     yield from table(HEAD, [cells(row) for row in model.rows])
+    yield from divergence_lines(model)
     if model.skipped:
         yield "Left out: " + "; ".join(f"`{name}` ({why})" for name, why in model.skipped.items()) + "."
         yield ""
@@ -45,6 +51,40 @@ def model_lines(model: ModelReport) -> Iterator[str]:
         yield from allocation_lines(model.allocation)
     if model.through_server:
         yield from server_lines(model.through_server)
+
+
+def divergence_lines(model: ModelReport) -> Iterator[str]:
+    """The next token's distribution against that with a 16-bit cache: over all tokens, and by context length."""
+    rows = [(row, row.divergence) for row in model.rows if row.divergence is not None]
+    if not rows:
+        return
+    yield "### The next token's distribution, against a 16-bit cache"
+    yield ""
+    head = ["method", "bits/dim", "KL", "KL 99 %", "KL 99.9 %", "1 - TV", "same first token"]
+    every = [
+        [
+            f"`{row.method}`", number(row.bits_per_dim, 3), with_error(d.kl, d.kl_error), number(d.kl_p99, 4),
+            number(d.kl_p999, 4), percent(1 - d.total_variation, d.total_variation_error),
+            percent(d.agreement, d.agreement_error),
+        ]
+        for row, d in rows
+    ]  # fmt: skip
+    yield from table(head, every)
+    classes = [c.up_to for c in rows[0][1].by_context]
+    if len(classes) > 1:
+        yield "KL by the length of the context:"
+        yield ""
+        cells_of = ([with_error(c.kl, c.kl_error) for c in d.by_context] for _, d in rows)
+        lines = [[f"`{row.method}`", *cells] for (row, _), cells in zip(rows, cells_of, strict=True)]
+        yield from table(["method", *(f"to {up_to:,}" for up_to in classes)], lines)
+
+
+def with_error(x: float, error: float | None) -> str:
+    return number(x, 4) if error is None else f"{x:.4f} ± {error:.4f}"
+
+
+def percent(x: float, error: float | None) -> str:
+    return f"{x:.2%}" if error is None else f"{x * 100:.2f} ± {error * 100:.2f} %"
 
 
 def verdict_lines(model: ModelReport) -> Iterator[str]:

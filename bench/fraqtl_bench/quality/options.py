@@ -8,7 +8,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, one_of
 
-MEASURES = ("perplexity", "last-word", "needle", "routing", "law")
+MEASURES = ("perplexity", "divergence", "last-word", "needle", "routing", "law")
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 STANDARD: dict[str, Any] = {
     "window": 1024,

@@ -47,13 +47,39 @@ class Margin(Part):
     flips: int
 
 
+class DivergenceMeans(Part):
+    """Of the next token's distribution from that with a 16-bit cache; see `divergence`. With standard errors."""
+
+    tokens: int
+    kl: float
+    kl_error: float | None
+    total_variation: float
+    total_variation_error: float | None
+    agreement: float
+    agreement_error: float | None
+
+
+class ContextDivergence(DivergenceMeans):
+    """Of the tokens whose context is at most `up_to` tokens long, and above the class before."""
+
+    up_to: int
+
+
+class DivergenceSummary(DivergenceMeans):
+    """Of all scored tokens."""
+
+    kl_p99: float
+    kl_p999: float
+    by_context: list[ContextDivergence]
+
+
 class Row(Part):
     """One method on one model.
 
     budget: bits per dimension of the codes alone, on the side that is stored. bits_per_dim: of all that is kept for a
     sequence of one window, scales and constants included; vector_bits_per_dim: without the constants. dims: coordinates
-    kept of a vector. perplexity_delta: against fp16. margin: perplexity of the best method of the other paradigm (rank
-    and hybrids against quantization) at the same budget, minus the own; positive is better.
+    kept of a vector. perplexity_delta: against fp16, with its standard error. margin: perplexity of the best method of
+    the other paradigm (rank and hybrids against quantization) at the same budget, minus the own; positive is better.
     """
 
     method: str
@@ -66,6 +92,8 @@ class Row(Part):
     vector_bits_per_dim: float
     perplexity: float | None = None
     perplexity_delta: float | None = None
+    perplexity_delta_error: float | None = None
+    divergence: DivergenceSummary | None = None
     margin: float | None = None
     last_word_accuracy: float | None = None
     last_word_perplexity: float | None = None

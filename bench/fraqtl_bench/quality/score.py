@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quality.cache import FittedLayer, logits
+from fraqtl_bench.quality.uncertainty import standard_error
 
 ROWS_AT_ONCE = 256  # of logits that are turned to float32 together
 
@@ -36,6 +37,14 @@ def perplexity(scores: Iterable[Score]) -> float:
     scores = list(scores)
     mean = sum(s.nll for s in scores) / sum(s.tokens for s in scores)
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def compare_perplexity(scores: Sequence[Score], baseline: Sequence[Score]) -> tuple[float, float | None]:
+    """Perplexity minus that of the baseline on the same windows, and its standard error, by the same text of both."""
+    found = perplexity(scores)
+    gained = [a.nll - b.nll for a, b in zip(scores, baseline, strict=True)]
+    error = standard_error(gained, [s.tokens for s in scores])
+    return found - perplexity(baseline), None if error is None else found * error
 
 
 def score(model: Any, ids: Sequence[int], first: int, layers: Sequence[FittedLayer] | None) -> Score:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from fraqtl_bench.quality import texts
+from fraqtl_bench.quality import texts, uncertainty
 from fraqtl_bench.quality.cache import Fitted, FittedLayer, FittedStream, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import parse
@@ -91,17 +91,10 @@ def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
 
 
 def standard_error(there: Sequence[Score], here: Sequence[Score]) -> float | None:
-    """Of the mean difference in nats a token, which is the relative one of two perplexities as long as it is small.
-
-    Windows are taken for independent and weighted by their tokens.
-    """
-    count, tokens = len(there), sum(s.tokens for s in there)
-    if count < 2:
-        return None
-    gained = [a.nll - b.nll for a, b in zip(there, here, strict=True)]
-    mean = sum(gained) / tokens
-    spread = sum((x - mean * s.tokens) ** 2 for x, s in zip(gained, there, strict=True))
-    return float((spread * count / (count - 1)) ** 0.5 / tokens)
+    """Of the mean difference in nats a token, which is the relative one of two perplexities as long as it is small."""
+    return uncertainty.standard_error(
+        [a.nll - b.nll for a, b in zip(there, here, strict=True)], [s.tokens for s in there]
+    )
 
 
 def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None = None) -> Through:
