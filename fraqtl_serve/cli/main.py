@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from fraqtl_kernels.errors import FraqtlError
-from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES
 from fraqtl_serve.cli.start_stop import StoppedError, leave
 from fraqtl_vllm.start import garbage
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve a model (no model: the demo model) with OpenAI's API", add_help=False)
     formats = commands.add_parser("formats", help="list the KV-cache formats and what they cost")
-    formats.add_argument("--head-size", type=int, default=128, choices=HEAD_SIZES, help="default: %(default)s")
+    formats.add_argument("--head-size", type=int, default=128, choices=CPU_HEAD_SIZES, help="default: %(default)s")
     formats.add_argument("--json", action="store_true", help="print JSON")
     formats.set_defaults(run=_formats)
     doctor = commands.add_parser("doctor", help="say what is installed, what would run, and what is wrong")

@@ -25,6 +25,8 @@ import torch
 from fraqtl_kernels.errors import ConfigError, UnsupportedError, one_of
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
+CPU_HEAD_SIZES = (*HEAD_SIZES, 512)
+PART = 256  # dimensions; a larger head takes as many bytes as heads of so many would
 SCALE_DTYPE = torch.float16
 SCALE_BYTES = 2
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
@@ -114,8 +116,13 @@ class KVFormat:
     purpose: str
 
     def bytes_per_token(self, head_size: int) -> int:
-        """Bytes per (token, KV head), key and value and their scales together."""
-        return self.k.bytes(head_size) + self.v.bytes(head_size)
+        """Bytes per (token, KV head), key and value and their scales together.
+
+        A head of 512 takes as many as two of 256, up to 2.5 % more than it needs: a model that has both (Gemma 4) fills
+        one pool with pages of both, and vLLM would pad the smaller one where it doesn't divide the larger one.
+        """
+        parts = max(1, head_size // PART)
+        return parts * (self.k.bytes(head_size // parts) + self.v.bytes(head_size // parts))
 
     def ratio(self, head_size: int) -> float:
         """How many times smaller than a 16-bit cache."""
@@ -182,6 +189,6 @@ def get_format(name: str) -> KVFormat:
 
 def check_head_size(head_size: int) -> None:
     """Raises UnsupportedError for a head size that the page layout and the kernels don't cover."""
-    if head_size not in HEAD_SIZES:
-        valid = ", ".join(map(str, HEAD_SIZES))
+    if head_size not in CPU_HEAD_SIZES:
+        valid = ", ".join(map(str, CPU_HEAD_SIZES))
         raise UnsupportedError(f"head size {head_size} is not supported: the packed cache takes {valid}")

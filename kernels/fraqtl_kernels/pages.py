@@ -9,7 +9,8 @@ N tokens a block, N a multiple of 16, so every plane starts at a multiple of 16 
 page and no scale lies inside a row of codes. A 4-bit row holds dimensions 0 .. D/2-1 in its low
 nibbles and D/2 .. D-1 in its high nibbles; byte i of a 2-bit row holds dimensions i, i + D/4,
 i + D/2 and i + 3D/4, the first in its lowest bits. A vector in G groups has G scales side by side:
-its plane of scales has N × 2G bytes. Raw and static formats have the first two planes only.
+its plane of scales has N × 2G bytes. Raw and static formats have the first two planes only. Behind the planes of head
+size 512 a few bytes stay unused, see `KVFormat.bytes_per_token`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,31 @@ def random_gemma3(folder: Path) -> Path:
     return _save(Gemma3ForCausalLM(config), folder)
 
 
+def random_gemma4(folder: Path) -> Path:
+    """Four heads of 256 with a window, one of 512 where all is seen: blocks of 16 and of 32 tokens. The last
+    four layers read the cache of earlier ones."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = _config(
+        Gemma4TextConfig,
+        num_hidden_layers=10,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 3 + ["full_attention"],
+        num_kv_shared_layers=4,
+        head_dim=256,
+        global_head_dim=512,
+        num_key_value_heads=4,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=64,
+        vocab_size_per_layer_input=SHAPE["vocab_size"],
+        hidden_size_per_layer_input=32,
+    )
+    model = Gemma4ForCausalLM(config)
+    for layer in model.model.layers:  # scores aren't divided by sqrt(D): training makes this norm's weights small
+        layer.self_attn.q_norm.weight.data.fill_(layer.self_attn.head_dim**-0.5)
+    return _save(model, folder)
+
+
 def random_mistral(folder: Path) -> Path:
     """Every layer has a window."""
     from transformers import MistralConfig, MistralForCausalLM

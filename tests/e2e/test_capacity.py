@@ -13,6 +13,7 @@ from tests.e2e.engine import Run, run
 from tests.e2e.random_models import (
     random_gemma2,
     random_gemma3,
+    random_gemma4,
     random_llama,
     random_mistral,
     random_nemotron_nas,
@@ -29,14 +30,28 @@ def said_by_vllm(started: Run) -> tuple[int, float]:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda folder: random_llama(folder, 64), random_gemma2, random_gemma3, random_mistral, random_nemotron_nas],
-    ids=["uniform", "half with a window", "five of six with a window", "all with a window", "KV heads differ"],
+    [
+        lambda folder: random_llama(folder, 64),
+        random_gemma2,
+        random_gemma3,
+        random_gemma4,
+        random_mistral,
+        random_nemotron_nas,
+    ],
+    ids=[
+        "uniform",
+        "half with a window",
+        "five of six with a window",
+        "heads of 256 and 512",
+        "all with a window",
+        "KV heads differ",
+    ],
 )
 def test_pool_and_baseline_are_what_vllm_says(make: Callable[[Path], Path], tmp_path: Path) -> None:
     model = make(tmp_path / "model")
     of: dict[str, Any] = {"model": model, "max_num_batched_tokens": 256, "sampling": {"max_tokens": 1}}
     of["trust_remote_code"] = True  # the configuration of a Nemotron-NAS is code beside it
-    packed = run([[5, 6, 7]], kv_cache_memory_bytes=8 << 20, **of)
+    packed = run([[5, 6, 7]], kv_cache_memory_bytes=16 << 20, **of)
     pool = packed.kv_pool
     assert (pool["tokens"], round(pool["concurrency"], 2)) == said_by_vllm(packed)
     memory = pool["blocks"] * pool["block_bytes"]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.engine import DEMO_MODEL, Run, run
 from tests.e2e.prompts import recall_prompt
-from tests.e2e.random_models import random_gemma2, random_llama
+from tests.e2e.random_models import random_gemma2, random_gemma4, random_llama
 
 LENGTHS = (*range(150, 182), 400, 401, 733, 1000)  # two lengths for every residue of 16, and longer ones
 PAIRS = [recall_prompt(n, seed=n) for n in LENGTHS]
@@ -54,13 +54,24 @@ def test_capacity_at_head_size_128(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_format", ["k8v8", "k4v4"])
 def test_sliding_windows_and_soft_caps_in_a_real_model(kv_format: str, tmp_path: Path) -> None:
     """A random Gemma 2: every second layer sees 32 tokens, scores are capped, head size 256."""
-    model = random_gemma2(tmp_path)
+    compare_formats(random_gemma2(tmp_path), kv_format)
+
+
+@pytest.mark.parametrize("kv_format", ["k8v8", "k4v4"])
+def test_head_sizes_that_differ_and_layers_that_share_pages(kv_format: str, tmp_path: Path) -> None:
+    """A random Gemma 4: head sizes 256 and 512, KV heads that differ, the last layers read the cache of others."""
+    compare_formats(random_gemma4(tmp_path), kv_format)
+
+
+def compare_formats(model: Path, kv_format: str) -> None:
     options = {"model": model, "sampling": {"prompt_logprobs": 0, "max_tokens": 4}, "max_num_batched_tokens": 64}
     plain, packed = (run(PROMPTS[:2], kv_format=f, **options) for f in ("bf16", kv_format))
     for a, b in zip(plain.prompt_logprobs, packed.prompt_logprobs, strict=True):
         assert len(a) > 100
         differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
         assert 0 < max(differences) < {"k8v8": 0.2, "k4v4": 1.0}[kv_format]
+    if kv_format == "k8v8":
+        assert packed.tokens == plain.tokens
 
 
 def test_the_pool_is_packed_bytes_and_nothing_else() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from fraqtl_kernels import codec, reference
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS, VectorFormat
 
 VECTORS = list(dict.fromkeys(x for format in FORMATS.values() for x in (format.k, format.v) if not x.is_raw))
 
@@ -16,7 +16,7 @@ def random_codes(vector: VectorFormat, size: int) -> torch.Tensor:
     return torch.randint(0, vector.levels + 1, (5, 3, size), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
 def test_codes_and_their_bytes(vector: VectorFormat, size: int) -> None:
     codes = random_codes(vector, size)
@@ -26,7 +26,7 @@ def test_codes_and_their_bytes(vector: VectorFormat, size: int) -> None:
     assert torch.equal(reference.unpack(packed, vector), codes)
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
 def test_codes_as_numbers(vector: VectorFormat, size: int) -> None:
     codes = random_codes(vector, size)

@@ -7,7 +7,7 @@ from fraqtl_kernels import cpu, reference
 from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.cpu import prefill
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import (
@@ -90,7 +90,7 @@ def write_chunks(batch: PagedBatch) -> tuple[cpu.Residuals | None, list[tuple[to
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize("soft_cap", [None, 20.0])
 def test_calibrated_vectors(name: str, size: int, soft_cap: float | None) -> None:
     batch = make_batch(
@@ -102,7 +102,7 @@ def test_calibrated_vectors(name: str, size: int, soft_cap: float | None) -> Non
     assert error_of(batch, None, soft_cap) < 2e-5
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_decode(format_name: str, size: int, dtype: torch.dtype) -> None:
     batch = make_batch(format_name, head_size=size, dtype=dtype)

@@ -20,7 +20,7 @@ from fraqtl_kernels.cpu.kernels.products import multiply, panels
 from fraqtl_kernels.cpu.kernels.store import TILE
 from fraqtl_kernels.cpu.operands import spectrum_of
 from fraqtl_kernels.cpu.share import share
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_kernels.residual import DISTANCE
 from fraqtl_kernels.rotation import hadamard
@@ -52,7 +52,7 @@ def written(key: Tensor, value: Tensor, constants: LayerConstants, pieces: list[
     return pool
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 def test_a_row_of_a_product_does_not_depend_on_the_others(size: int) -> None:
     matrix, x = torch.randn(size, size), torch.randn(TILE, size)
     whole = np.empty((TILE, size), np.float32)
@@ -65,7 +65,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(size: int) -> None:
         assert (some[:count] == whole[TILE - count :]).all()
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 def test_bytes_of_a_token_do_not_depend_on_its_tile(size: int) -> None:
     """One by one, in pieces around the limits of a tile, and with more than one thread."""
     key, value, constants = made(size)
@@ -82,7 +82,7 @@ def test_the_comparison_of_bytes_sees_a_token_in_another_place() -> None:
     assert not torch.equal(written(*swapped, constants, [100]), written(key, value, constants, [100]))
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 def test_feedback_of_a_power_of_two_is_a_spectrum(size: int) -> None:
     """Sums and differences make of it what the matrix makes."""
     _, _, constants = made(size)
@@ -99,7 +99,7 @@ def test_feedback_of_a_power_of_two_is_a_spectrum(size: int) -> None:
     assert other is not None and spectrum_of(other.feedback) is None
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_codes_are_the_same_by_spectrum_and_by_matrix(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for numbers on the edge of two codes."""
     key, value, constants = made(size)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat, check_head_size, get_format
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS, VectorFormat, check_head_size, get_format
 
 BYTES_AT_128 = {"bf16": 512, "fp16": 512, "k8v8": 260, "k8v4": 196, "k4v4": 132, "k4v4-channel": 128, "k4v2": 106}
 
@@ -25,10 +25,20 @@ def test_unknown_format_lists_the_valid_names() -> None:
 
 
 def test_head_sizes() -> None:
-    for size in HEAD_SIZES:
+    for size in CPU_HEAD_SIZES:
         check_head_size(size)
-    with pytest.raises(UnsupportedError, match=r"head size 72 is not supported.*64, 80, 96, 128, 256"):
+    with pytest.raises(UnsupportedError, match=r"head size 72 is not supported.*64, 80, 96, 128, 256, 512"):
         check_head_size(72)
+
+
+def test_a_head_of_512_takes_as_much_as_two_of_256() -> None:
+    """So that pages of both fill one pool."""
+    assert {name: f.bytes_per_token(512) / f.bytes_per_token(256) for name, f in FORMATS.items()} == dict.fromkeys(
+        FORMATS, 2
+    )
+    for f in FORMATS.values():
+        needed = f.k.bytes(512) + f.v.bytes(512)
+        assert needed <= f.bytes_per_token(512) < 1.026 * needed
 
 
 def test_midpoint_grid_is_symmetric() -> None:

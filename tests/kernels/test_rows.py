@@ -11,7 +11,7 @@ from numba import njit
 
 from fraqtl_kernels.cpu.kernels import softmax
 from fraqtl_kernels.cpu.kernels.rows import FLOATS, row_function, run_rows
-from fraqtl_kernels.formats import HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES
 
 BLOCK, PAGES, SLACK = 16, 4, 8
 
@@ -45,7 +45,7 @@ def bits(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize("first, after", [(0, 64), (0, 1), (3, 35), (15, 16), (17, 64), (0, 31), (20, 20), (9, 5)])
 def test_products(bits: int, size: int, first: int, after: int) -> None:
     broken = 0xFF if bits >= 16 else 0xAA  # a NaN where a row is not to be read

@@ -5,7 +5,7 @@ import torch
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.cpu import DecodeStep, LayerOperands, StepPlan
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from tests.kernels.conftest import PagedBatch, make_batch, make_sink_batch, relative_error, without_key_constants
 from tests.kernels.on_cpu import cpu_write, decode_step
 
@@ -112,7 +112,7 @@ def test_step_writes_what_write_does_and_attends_as_the_reference(
     assert torch.equal(batch.pool, pool)
 
 
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("head_size", CPU_HEAD_SIZES)
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (33, None), (1000, 20.0)])
 def test_head_sizes_windows_and_soft_caps(head_size: int, window: int | None, soft_cap: float | None) -> None:
     batch = make_batch(

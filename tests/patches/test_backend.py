@@ -15,21 +15,21 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from fraqtl_kernels import cpu
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from fraqtl_vllm import config, workers
 from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.backend import FraqtlBackend
 from fraqtl_vllm.calibration.recorder import Recorder
 
-# Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128 and 256.
+# Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128, 256 and 512.
 BYTES = {
-    "bf16": (256, 320, 384, 512, 1024),
-    "fp16": (256, 320, 384, 512, 1024),
-    "k8v8": (132, 164, 196, 260, 516),
-    "k8v4": (100, 124, 148, 196, 388),
-    "k4v4": (68, 84, 100, 132, 260),
+    "bf16": (256, 320, 384, 512, 1024, 2048),
+    "fp16": (256, 320, 384, 512, 1024, 2048),
+    "k8v8": (132, 164, 196, 260, 516, 1032),
+    "k8v4": (100, 124, 148, 196, 388, 776),
+    "k4v4": (68, 84, 100, 132, 260, 520),
 }
-SIZES = (64, 80, 96, 128, 256)
+SIZES = (64, 80, 96, 128, 256, 512)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_vllm_asks_the_backend() -> None:
     assert FraqtlBackend.get_impl_cls() is cpu_attention.Impl
     assert FraqtlBackend.get_builder_cls() is cpu_attention.MetadataBuilder
     assert FraqtlBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
-    assert FraqtlBackend.get_supported_head_sizes() == [64, 80, 96, 128, 256] == list(HEAD_SIZES)
+    assert FraqtlBackend.get_supported_head_sizes() == [64, 80, 96, 128, 256, 512] == list(CPU_HEAD_SIZES)
     (sizes,) = FraqtlBackend.get_supported_kernel_block_sizes()
     assert isinstance(sizes, MultipleOf) and sizes.base == 16
     assert FraqtlBackend.forward_includes_kv_cache_update is False
@@ -194,7 +194,7 @@ def test_raw_prompt_keys_need_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"head_size": 72}, "head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256"),
+        ({"head_size": 72}, "head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256, 512"),
         ({"alibi_slopes": [0.5]}, "the packed KV cache does not support ALiBi models"),
         (
             {"attn_type": AttentionType.ENCODER_ONLY},

@@ -50,6 +50,7 @@ STRUCTURES: dict[str, list[dict[str, int]]] = {
     "KV heads and head sizes differ": [{"heads": 1 + i % 3, "head_size": 64 << (i % 2)} for i in range(6)],
     "full layers have more heads": [{"window": 512, "heads": 2} if i % 3 else {"heads": 4} for i in range(9)],
     "full layers have longer heads": [{"window": 512} if i % 3 else {"head_size": 128} for i in range(9)],
+    "as in Gemma 4": [{"window": 512, "head_size": 256} if i % 6 != 5 else {"head_size": 512} for i in range(12)],
 }
 every_structure = pytest.mark.parametrize("layers", STRUCTURES.values(), ids=STRUCTURES.keys())
 
@@ -210,6 +211,20 @@ def test_a_group_takes_no_more_than_a_block_of_the_pool(config: Any, layers: lis
     pools, _, _ = started(config, [packed], [MEMORY])
     widest = max(planner.group_block_bytes(pools))
     assert [widest] == list(planner.describe(config, pools).rank_block_bytes)
+
+
+@pytest.mark.parametrize("kv_format", ["k4v4", "k8v8", "k4v2"])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 1), (16, 4)])
+def test_gemma_4_loses_no_memory_to_padding(config: Any, heads: tuple[int, int], kv_format: str) -> None:
+    """KV heads of layers with a window, and of the others. As many more tokens fit as bytes are fewer."""
+    window, full = {"window": 512, "head_size": 256, "heads": heads[0]}, {"head_size": 512, "heads": heads[1]}
+    packed = specs(kv_format, [full if i % 6 == 5 else window for i in range(30)])
+    pools, _, _ = started(config, [packed], [4 * MEMORY])
+    assert all(group.kv_cache_spec.page_size_padded is None for group in pools[0].kv_cache_groups)
+    said = pool.numbers(config, [packed], pools)
+    ratio = FORMATS[kv_format].ratio(512)
+    assert ratio == FORMATS[kv_format].ratio(256)
+    assert said["tokens"] / said["baseline_tokens"] == pytest.approx(ratio, rel=0.03)
 
 
 # ---- where nothing fits

@@ -120,7 +120,7 @@ def test_block_sizes() -> None:
         (make_model(config=AutoConfig.for_model("falcon", alibi=True)), "ALiBi models such as this falcon"),
         (
             make_model(head_size=72),
-            "this model: head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256",
+            "this model: head size 72 is not supported: the packed cache takes 64, 80, 96, 128, 256, 512",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_formats_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_formats_refuses_other_head_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("formats", "--head-size", "72") == 2
-    assert "choose from 64, 80, 96, 128, 256" in capsys.readouterr().err
+    assert "choose from 64, 80, 96, 128, 256, 512" in capsys.readouterr().err
 
 
 # ---- doctor

@@ -23,7 +23,7 @@ from fraqtl_bench.quality.codecs import Codec, Coordinates, Exact
 from fraqtl_bench.quality.grids import FP16_BITS, Float16, Symmetric
 from fraqtl_bench.quality.server_codec import ServerStream
 from fraqtl_kernels.errors import ConfigError, one_of
-from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 
 BASELINE = "fp16"
 BUDGETS = (2, 3, 4, 8)
@@ -54,7 +54,7 @@ class Method:
 
     def check(self, head_size: int) -> None:
         """Raises ConfigError or UnsupportedError if vectors of this size can't be stored so."""
-        if self.family in ("server", "baseline") and head_size not in HEAD_SIZES:
+        if self.family in ("server", "baseline") and head_size not in CPU_HEAD_SIZES:
             raise ConfigError(f"{self.name}: the server has no pages for head size {head_size}")
         for codec in (self.key, self.value):
             if isinstance(codec, Coordinates):
@@ -117,7 +117,7 @@ def standard_names(head_size: int, budgets: Iterable[int] = BUDGETS, main: int =
         names += _reduced(b, head_size)
         if b == main:
             names += _variations(b, head_size)
-    names += [name for name in FORMATS if name != BASELINE and head_size in HEAD_SIZES]
+    names += [name for name in FORMATS if name != BASELINE and head_size in CPU_HEAD_SIZES]
     return list(dict.fromkeys(names))
 
 
@@ -149,4 +149,4 @@ def quick_names(head_size: int) -> list[str]:
         names += [f"int{b}-channel", f"int{b}-token"]
         names += [f"rank{rank}" for rank in [rank_at(b, head_size)] if rank is not None]
         names += [f"rank{rank}x8" for rank in [rank_at(b, head_size, 8)] if rank is not None]
-    return names + (["k4v4"] if head_size in HEAD_SIZES else [])
+    return names + (["k4v4"] if head_size in CPU_HEAD_SIZES else [])

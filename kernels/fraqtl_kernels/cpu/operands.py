@@ -194,7 +194,7 @@ def spectrum_of(feedback: Tensor) -> Tensor | None:
     """What `feed_back` takes in the place of F (KV heads, D/2, D/2): (KV heads, D/2) float32, or None if F has no
     such form."""
     size = feedback.shape[-1]
-    if size & (size - 1) or size < 32:
+    if size & (size - 1) or not 32 <= size <= 256:
         return None
     first, index = feedback[:, 0].double(), torch.arange(size)
     if not torch.equal(first[:, index[:, None] ^ index], feedback.double()):

@@ -15,7 +15,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
 
-from fraqtl_kernels.formats import DEFAULT_FORMAT, HEAD_SIZES, KVFormat, get_format
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, get_current_vllm_config_or_none
 from fraqtl_vllm.config import settings_of
@@ -55,7 +55,7 @@ class FraqtlBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
+        return list(CPU_HEAD_SIZES)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

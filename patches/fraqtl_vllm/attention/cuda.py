@@ -26,7 +26,7 @@ from vllm.v1.attention.backend import (
 
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import FORMATS, KVFormat
+from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, KVFormat
 from fraqtl_kernels.gpu.constexprs import has_kernels
 from fraqtl_kernels.gpu.decode import decode
 from fraqtl_kernels.gpu.operands import LayerOperands, calibrated_bytes
@@ -142,6 +142,8 @@ class Impl(FraqtlImpl[Metadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.head_size not in HEAD_SIZES:
+            raise UnsupportedError(f"the packed KV cache does not support head size {self.head_size} on a GPU yet")
         if self.sinks is not None:
             raise UnsupportedError("the packed KV cache does not support attention sinks on a GPU yet")
         config = get_current_vllm_config()

@@ -146,7 +146,10 @@ def _scaled_eight_at(left, start, at, row_stride, spectrum, first):
 
 @njit(cache=True, nogil=True)
 def _feed_back(left, start, width, spectrum, first):
-    """What is left of the product with F / FEEDBACK_GRID between `_eight` at the begin and `_eight` at the end."""
+    """What is left of the product with F / FEEDBACK_GRID between `_eight` at the begin and `_eight` at the end.
+
+    width: 32, 64, 128 or 256.
+    """
     if width == 32:
         for at in range(8):
             _scaled_four_at(left, start, at, 8, spectrum, first)
@@ -159,7 +162,10 @@ def _feed_back(left, start, width, spectrum, first):
         for at in range(8):
             _four_at(left, start, block + at, 8)
     for at in range(32):
-        _scaled_four_at(left, start, at, 32, spectrum, first)
+        if width == 128:
+            _scaled_four_at(left, start, at, 32, spectrum, first)
+        else:
+            _scaled_eight_at(left, start, at, 32, spectrum, first)
     for block in range(0, width, 32):
         for at in range(8):
             _four_at(left, start, block + at, 8)
