@@ -42,13 +42,14 @@ class FraqtlEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         args = app.state.args
-        in_body, keys = getattr(args, "fraqtl_report", True), api_keys(args)
+        in_body, in_usage = getattr(args, "fraqtl_report", True), getattr(args, "fraqtl_usage", True)
+        keys = api_keys(args)
         app.include_router(router)
         app.include_router(page_router)
-        openapi.extend(app, in_body=in_body, asks_for_key=bool(keys))
+        openapi.extend(app, in_body=in_body, in_usage=in_usage, asks_for_key=bool(keys))
         app.add_middleware(shutdown.Shutdown)
         app.add_middleware(DeclinedUpgrades)
-        app.add_middleware(ReportMiddleware, in_body=in_body)
+        app.add_middleware(ReportMiddleware, in_body=in_body, in_usage=in_usage)
         app.add_middleware(ValidationErrorMiddleware)
         app.add_middleware(BodyLimit, limit=getattr(args, "max_body_bytes", DEFAULT_BYTES))
         if keys:

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and six more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and seven more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -85,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         dest="fraqtl_report",
         action="store_false",
         help='leave "fraqtl" and "usage.kv_cache" out of response bodies; the headers stay',
+    )
+    group.add_argument(
+        "--no-fraqtl-usage",
+        dest="fraqtl_usage",
+        action="store_false",
+        help='leave "usage.kv_cache" out of response bodies, for clients that take no unknown field there',
     )
     group.add_argument(
         "--no-kv-calibration",

@@ -41,20 +41,22 @@ HEADERS = {
 IN_A_STREAM = "One event carries `fraqtl`: the one with the usage, else the one that ends the last choice."
 
 
-def extend(app: FastAPI, *, in_body: bool, asks_for_key: bool) -> None:
+def extend(app: FastAPI, *, in_body: bool, in_usage: bool, asks_for_key: bool) -> None:
     """Have `app.openapi()`, which FastAPI lets one replace, say what the reports add and what errors look like."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _extended(original(), in_body, asks_for_key)
+            app.openapi_schema = _extended(original(), in_body, in_usage, asks_for_key)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _extended(document: dict[str, Any], in_body: bool, asks_for_key: bool) -> dict[str, Any]:
+def _extended(document: dict[str, Any], in_body: bool, in_usage: bool, asks_for_key: bool) -> dict[str, Any]:
     _, models = models_json_schema([(ReportedResponse, "serialization")], ref_template=REF)
+    if not in_usage:
+        del models["$defs"]["ReportedUsage"]["properties"]["kv_cache"]
     components = document.setdefault("components", {})
     components["schemas"] = {**components.get("schemas", {}), **models["$defs"]}
     if asks_for_key:

@@ -22,11 +22,14 @@ LAST_EVENT = {
 
 
 class ReportMiddleware:
-    """Wraps the application; `accounting` is set on the application's state once the engine is up."""
+    """Wraps the application; `accounting` is set on the application's state once the engine is up.
 
-    def __init__(self, app: Application, *, in_body: bool = True) -> None:
+    in_body: not only in the headers. in_usage: the counts in the body's `usage`, too.
+    """
+
+    def __init__(self, app: Application, *, in_body: bool = True, in_usage: bool = True) -> None:
         self.app = app
-        self.in_body = in_body
+        self.in_body, self.in_usage = in_body, in_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accounting: Accounting | None = None
@@ -44,7 +47,7 @@ class ReportMiddleware:
             usage_forced=getattr(scope["app"].state.args, "enable_force_include_usage", False),
         )
         try:
-            await self.app(scope, request.receive, _Response(request, ledger, send, self.in_body).send)
+            await self.app(scope, request.receive, _Response(request, ledger, send, self).send)
         finally:
             accounting.close(ledger)
 
@@ -77,11 +80,11 @@ class _Request:
 class _Response:
     """One response on its way out: decides at its start whether it is JSON, a stream, or neither."""
 
-    def __init__(self, request: _Request, ledger: Ledger, send: Send, in_body: bool) -> None:
+    def __init__(self, request: _Request, ledger: Ledger, send: Send, shown: ReportMiddleware) -> None:
         self.request = request
         self.ledger = ledger
         self.forward = send
-        self.in_body = in_body
+        self.shown = shown
         self.start: Message | None = None  # of a JSON response, held until its headers are known
         self.body = b""
         self.stream: StreamDecorator | None = None
@@ -96,7 +99,7 @@ class _Response:
             if message["status"] == 200 and kind == b"application/json":
                 self.start = message
                 return
-            if kind == b"text/event-stream" and self.in_body:
+            if kind == b"text/event-stream" and self.shown.in_body:
                 self.stream = self._decorator()
             await self.forward(message)
         elif message["type"] == "http.response.body" and self.start is not None:
@@ -107,8 +110,8 @@ class _Response:
     def _decorator(self) -> StreamDecorator:
         name = LAST_EVENT[self.request.path]
         if name is not None:
-            return NamedEventDecorator(self.ledger, name)
-        return ChunkDecorator(self.ledger, usage_chunk=self.request.wants_usage)
+            return NamedEventDecorator(self.ledger, name, in_usage=self.shown.in_usage)
+        return ChunkDecorator(self.ledger, usage_chunk=self.request.wants_usage, in_usage=self.shown.in_usage)
 
     async def _json_body(self, message: Message) -> None:
         self.body += message.get("body", b"")
@@ -124,8 +127,8 @@ class _Response:
             ]
             if (payload := parse(self.body)) is not None:
                 self.ledger.response_id = str(payload.get("id") or "")
-                if self.in_body:
-                    self.body = dump(decorate(payload, report))
+                if self.shown.in_body:
+                    self.body = dump(decorate(payload, report, in_usage=self.shown.in_usage))
         headers.append((b"content-length", str(len(self.body)).encode()))
         await self.forward({**self.start, "headers": headers})
         await self.forward({**message, "body": self.body})

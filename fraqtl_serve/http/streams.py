@@ -14,10 +14,10 @@ from typing import Any
 from fraqtl_serve.reports.report import KVReport, Ledger
 
 
-def decorate(payload: dict[str, Any], report: KVReport) -> dict[str, Any]:
-    """`payload` with the report at its top level, and its integers in `usage` where there is one."""
+def decorate(payload: dict[str, Any], report: KVReport, *, in_usage: bool = True) -> dict[str, Any]:
+    """`payload` with the report at its top level, and if `in_usage` its integers in `usage` where there is one."""
     payload["fraqtl"] = report.model_dump()
-    if isinstance(payload.get("usage"), dict):
+    if in_usage and isinstance(payload.get("usage"), dict):
         payload["usage"]["kv_cache"] = report.usage()
     return payload
 
@@ -36,10 +36,14 @@ def dump(payload: dict[str, Any]) -> bytes:
 
 
 class StreamDecorator(ABC):
-    """Rewrites one event of a stream, which begins with `start`; everything else passes byte for byte."""
+    """Rewrites one event of a stream, which begins with `start`; everything else passes byte for byte.
 
-    def __init__(self, ledger: Ledger, *, start: bytes) -> None:
+    in_usage: as for `decorate`.
+    """
+
+    def __init__(self, ledger: Ledger, *, start: bytes, in_usage: bool) -> None:
         self.ledger = ledger
+        self.in_usage = in_usage
         self.start = start
         self.done = False
         self.rest = b""  # the beginning of an event whose end was not sent yet
@@ -64,7 +68,7 @@ class StreamDecorator(ABC):
         if payload is None or target is None or report is None:
             return event
         self.ledger.response_id = str(target.get("id") or "")
-        decorate(target, report)
+        decorate(target, report, in_usage=self.in_usage)
         self.done = True
         return head + mark + dump(payload)
 
@@ -83,8 +87,8 @@ class ChunkDecorator(StreamDecorator):
     usage_chunk: the client asked for usage, so a last chunk without choices will carry it.
     """
 
-    def __init__(self, ledger: Ledger, *, usage_chunk: bool) -> None:
-        super().__init__(ledger, start=b"data: {")
+    def __init__(self, ledger: Ledger, *, usage_chunk: bool, in_usage: bool = True) -> None:
+        super().__init__(ledger, start=b"data: {", in_usage=in_usage)
         self.usage_chunk = usage_chunk
         self.finished = 0
 
@@ -107,8 +111,8 @@ class NamedEventDecorator(StreamDecorator):
     That is the event itself (Anthropic), or the response object inside it (OpenAI's responses).
     """
 
-    def __init__(self, ledger: Ledger, name: bytes) -> None:
-        super().__init__(ledger, start=b"event: " + name + b"\ndata: {")
+    def __init__(self, ledger: Ledger, name: bytes, *, in_usage: bool = True) -> None:
+        super().__init__(ledger, start=b"event: " + name + b"\ndata: {", in_usage=in_usage)
 
     def may_matter(self, data: bytes) -> bool:
         return self.start in data

@@ -71,7 +71,7 @@ class OpenedAccounting(Accounting):
         return [ledger for ledger in self.opened if not ledger.closed]
 
 
-def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: Any) -> Starlette:
+def make_app(respond: Callable[[], Response], *, in_body: bool = True, in_usage: bool = True, **args: Any) -> Starlette:
     """vLLM's application in small: every route runs the engine, then answers with `respond()`."""
 
     async def handle(request: Request) -> Response:
@@ -82,7 +82,7 @@ def make_app(respond: Callable[[], Response], *, in_body: bool = True, **args: A
 
     paths = (*LAST_EVENT, "/v1/messages/count_tokens", "/v1/embeddings", "/v1/models")
     app = Starlette(routes=[Route(path, handle, methods=["GET", "POST"]) for path in paths])
-    app.add_middleware(ReportMiddleware, in_body=in_body)
+    app.add_middleware(ReportMiddleware, in_body=in_body, in_usage=in_usage)
     app.state.args = Namespace(**args)
     app.state.engine = FakeEngine(*ACCOUNTS)
     app.state.fraqtl_accounting = OpenedAccounting("k4v4")

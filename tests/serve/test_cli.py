@@ -309,7 +309,7 @@ def test_defaults(parser: argparse.ArgumentParser) -> None:
     assert settings(args) == {"kv_format": "k4v4"}
     assert args.attention_backend == "FRAQTL"
     assert args.scheduler_cls == "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
-    assert args.fraqtl_report is True
+    assert args.fraqtl_report is True and args.fraqtl_usage is True
 
 
 def test_calibration_flags(parser: argparse.ArgumentParser) -> None:
@@ -393,8 +393,8 @@ def test_refused_arguments(parser: argparse.ArgumentParser, arguments: list[str]
 
 
 def test_switches(parser: argparse.ArgumentParser) -> None:
-    args = configured(parser, "org/model", "--no-fraqtl-report", "--attention-backend", "FRAQTL")
-    assert (args.fraqtl_report, args.attention_backend) == (False, "FRAQTL")
+    args = configured(parser, "org/model", "--no-fraqtl-report", "--no-fraqtl-usage", "--attention-backend", "FRAQTL")
+    assert (args.fraqtl_report, args.fraqtl_usage, args.attention_backend) == (False, False, "FRAQTL")
     assert configured(parser, "org/model", "--scheduler-cls", "my.Scheduler").scheduler_cls == "my.Scheduler"
 
 

@@ -137,6 +137,21 @@ def test_body_stays_as_it_is_where_the_report_is_switched_off() -> None:
     assert answer.headers["x-fraqtl-kv-saved-bytes"] == "12032"
 
 
+def test_usage_stays_as_it_is_where_that_alone_is_switched_off() -> None:
+    usage = {"output_tokens": 3}
+    assert ask(make_app(lambda: JSONResponse({"usage": usage}), in_usage=False)).json == {
+        "usage": usage,
+        "fraqtl": REPORT,
+    }
+    for path, events in (("/v1/responses", RESPONSES_STREAM), ("/v1/messages", MESSAGES_STREAM)):
+        got = ask(make_app(stream_of(events), in_usage=False), path=path).body
+        assert b'"fraqtl"' in got and b'"kv_cache"' not in got
+    chunk = b'data: {"choices":[],"usage":{"total_tokens":9}}\n\n'
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    got = ask(make_app(stream_of([chunk, DONE]), in_usage=False), options).bodies[0]
+    assert json.loads(got[6:]) == {"choices": [], "usage": {"total_tokens": 9}, "fraqtl": REPORT}
+
+
 @pytest.mark.parametrize("body", [b"{ not JSON", b"[1, 2]", b"\xff\xfe\x00", b""])
 def test_body_that_is_no_json_object_passes(body: bytes) -> None:
     answer = ask(make_app(lambda: Response(body, media_type="application/json")))

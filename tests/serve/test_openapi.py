@@ -69,6 +69,14 @@ def test_switched_off_report_is_not_promised(monkeypatch: pytest.MonkeyPatch) ->
     assert answer["content"]["application/json"]["schema"] == {}
 
 
+def test_usage_without_counts_is_not_promised_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = document(monkeypatch, "--no-fraqtl-usage")["components"]["schemas"]
+    assert (
+        "kv_cache" not in models["ReportedUsage"]["properties"] and "fraqtl" in models["ReportedResponse"]["properties"]
+    )
+    assert "kv_cache" in document(monkeypatch)["components"]["schemas"]["ReportedUsage"]["properties"]
+
+
 def test_our_routes_name_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     found = document(monkeypatch)
     for path in ("capacity", "requests", "requests/{request_id}"):
