@@ -40,7 +40,8 @@ Job = tuple[str, str, Variant | None]  # format, shape, launch shape
 
 def jobs() -> Iterator[Job]:
     variants = [Variant.parse(text) for text in FIRST]
-    more = [v for first in variants[:2] for v in second(first)]  # of the likeliest to be the best
+    columns = [v for v in variants if v.tuning().transposed]
+    more = [v for first in (*variants[:2], *columns[:2]) for v in second(first)]  # of the likeliest of either form
     for shape in tune.SHAPES:
         yield from (("k4v4", shape, variant) for variant in (*variants, *more))
         yield "bf16", shape, None
