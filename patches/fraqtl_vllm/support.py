@@ -60,6 +60,8 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
         yield "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism: use --tensor-parallel-size"
+    if parallel.use_ubatching:  # both would write to the scratch that layers share
+        yield "two micro-batches at once: leave --enable-dbo and --ubatch-size out"
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
     if ours.format.needs_calibration and (obstacle := calibration_obstacle(config)):

@@ -86,6 +86,12 @@ def test_context_parallelism() -> None:
         assert refusal(parallel_config=parallel) == "context parallelism: use --tensor-parallel-size"
 
 
+@pytest.mark.parametrize("asked", [{"enable_dbo": True}, {"ubatch_size": 2}], ids=str)
+def test_micro_batches(asked: dict[str, Any]) -> None:
+    sentence = "two micro-batches at once: leave --enable-dbo and --ubatch-size out"
+    assert refusal(parallel_config=ParallelConfig(**asked)) == sentence
+
+
 def test_block_sizes() -> None:
     assert refusal(cache_config=CacheConfig(block_size=24)) == "--block-size 24: it must be a multiple of 16"
     check_supported(make_config(cache_config=CacheConfig(block_size=48)))
@@ -170,6 +176,7 @@ def test_static_scales_where_nothing_can_be_calibrated(parts: dict[str, Any], ob
     for part in parts.values():
         if isinstance(part, SimpleNamespace):
             part.decode_context_parallel_size = part.prefill_context_parallel_size = 1
+            part.use_ubatching = False
     section = {"additional_config": {"fraqtl": {"kv_format": "k4v4-channel"}}}
     assert (
         refusal(**parts, **section) == f"KV format k4v4-channel with {obstacle}: its static scales can't be calibrated"
