@@ -6,8 +6,6 @@ The kernels and what they compute: `kernels/decode.py`, or `kernels/transposed.p
 
 from __future__ import annotations
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,8 @@ from fraqtl_kernels.gpu.kernels.combine import combine_kernel
 from fraqtl_kernels.gpu.kernels.decode import attend_kernel
 from fraqtl_kernels.gpu.kernels.prepared import prepare_kernel
 from fraqtl_kernels.gpu.kernels.transposed import attend_columns_kernel
-from fraqtl_kernels.gpu.operands import LayerOperands, ReadOperands, check_contiguous
-from fraqtl_kernels.gpu.plan import Batch, DecodePlan, Scoring, ScratchViews
+from fraqtl_kernels.gpu.operands import LayerOperands, check_contiguous
+from fraqtl_kernels.gpu.plan import Batch, DecodePlan, ScratchViews, Softmax
 from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 
@@ -37,16 +35,19 @@ def decode(
     operands: LayerOperands,
     scratch: Tensor | None = None,
     *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
     ptx: bool | None = None,
-    **scoring: Unpack[Scoring],
 ) -> None:
     """Write the attention of a batch to `output`: same result as `reference.paged_attention`.
 
     query, output: (tokens, query heads, D) fp16 or bf16, last dimension contiguous. pool: as for
     `PageLayout.planes`. block_table: (requests, blocks) int32. query_start: (requests + 1,) and
     seq_lens: (requests,) int, a request with no query token is skipped. scratch: at least
-    `plan.scratch_floats(D)` fp32, contents ignored. ptx: inline-PTX unpack
-    (default: wherever there is a GPU). scoring: see `Scoring`. One to three launches, no synchronisation.
+    `plan.scratch_floats(D)` fp32, contents ignored. scale, window, soft_cap, sink_logits: see
+    `Softmax`. ptx: inline-PTX unpack (default: wherever there is a GPU). One to three launches, no synchronisation.
     """
     if seq_lens.shape[0] > plan.requests:
         raise ValueError(f"{seq_lens.shape[0]} requests in a batch planned for {plan.requests}")
@@ -54,8 +55,9 @@ def decode(
     check_contiguous(query=query, output=output)
     operands.check(layout.format)
     batch = Batch(query, pool, layout, block_table, query_start, seq_lens)
+    softmax = Softmax(scale, window, soft_cap, sink_logits)
     if plan.tuning.transposed and views is not None:
-        _launch_transposed(batch, operands, plan, views, ptx, scoring)
+        _launch_transposed(batch, operands, plan, views, ptx, softmax)
     else:
         launch_attention(
             batch,
@@ -64,13 +66,13 @@ def decode(
             plan.shape,
             plan.tuning,
             ptx,
-            scoring,
+            softmax,
             splits=plan.splits,
             programs=plan.programs,
             scratch=views,
         )
     if views is not None:
-        _launch_combine(batch, output, operands, plan, views, ptx, scoring)
+        _launch_combine(batch, output, operands, plan, views, ptx, softmax)
 
 
 def launch_attention(
@@ -80,7 +82,7 @@ def launch_attention(
     shape: AttentionShape,
     tuning: Tuning,
     ptx: bool | None,
-    scoring: Scoring,
+    softmax: Softmax,
     *,
     splits: int,
     programs: int = 0,
@@ -116,14 +118,14 @@ def launch_attention(
         value_center=v.own_center,
         key_scale=k.scale,
         value_scale=v.scale,
-        center=_score_center(read, scoring),
+        center=read.query_center if softmax.sees_centers else None,
         outlier_shift=read.outlier_shift,
-        sink_logits=scoring.get("sink_logits") if scratch is None else None,
+        sink_logits=softmax.sink_logits if scratch is None else None,
         requests=batch.seq_lens.shape[0],
         programs=programs,
-        window=scoring.get("window"),
-        scale=scoring["scale"],
-        soft_cap=scoring.get("soft_cap") or None,
+        window=softmax.window,
+        scale=softmax.scale,
+        soft_cap=softmax.cap,
         key_factor=k.factor,
         value_factor=v.factor,
         PAGE=page_shape(batch.layout, query.dtype, ptx, words=shape.WORDS),
@@ -138,15 +140,15 @@ def _launch_transposed(
     plan: DecodePlan,
     scratch: ScratchViews,
     ptx: bool | None,
-    scoring: Scoring,
+    softmax: Softmax,
 ) -> None:
     """Launch the form with queries as columns: queries into the stored basis, then attention over the splits."""
     query, pool, layout, shape = batch.query, batch.pool, batch.layout, plan.shape
     dtype = torch.float16 if plan.tuning.half and layout.format.is_quantized else query.dtype
     page = page_shape(layout, dtype, ptx, words=shape.WORDS)
-    prepared, soft_cap = scratch.prepared.view(dtype), scoring.get("soft_cap") or None
+    prepared = scratch.prepared.view(dtype)
     k, read = operands.key, operands.key.read(shape.WORDS)
-    center = _score_center(read, scoring)
+    center = read.query_center if softmax.sees_centers else None
     requests, kv_heads = batch.seq_lens.shape[0], pool.shape[1]
     prepare_kernel[(requests, kv_heads)](
         query=query,
@@ -160,9 +162,9 @@ def _launch_transposed(
         key_scale=k.scale,
         center=center,
         outlier_shift=read.outlier_shift,
-        scale=scoring["scale"],
+        scale=softmax.scale,
         key_factor=k.factor,
-        BASE_2=soft_cap is None,
+        BASE_2=softmax.cap is None,
         PAGE=page,
         SHAPE=shape,
         **PREPARE_OPTIONS,
@@ -181,8 +183,8 @@ def _launch_transposed(
         lse=scratch.lse,
         requests=requests,
         programs=plan.programs,
-        window=scoring.get("window"),
-        soft_cap=soft_cap,
+        window=softmax.window,
+        soft_cap=softmax.cap,
         HAS_CENTER=center is not None,
         HAS_SHIFT=read.outlier_shift is not None,
         PAGE=page,
@@ -198,7 +200,7 @@ def _launch_combine(
     plan: DecodePlan,
     scratch: ScratchViews,
     ptx: bool | None,
-    scoring: Scoring,
+    softmax: Softmax,
 ) -> None:
     """Launch what joins the splits of either form."""
     v, shape = operands.value, plan.shape
@@ -214,19 +216,13 @@ def _launch_combine(
         basis_stride_head=v.head_stride,
         center=v.own_center,
         value_scale=v.scale,
-        sink_logits=scoring.get("sink_logits"),
+        sink_logits=softmax.sink_logits,
         requests=batch.seq_lens.shape[0],
         splits=plan.splits,
         programs=plan.programs,
-        window=scoring.get("window"),
+        window=softmax.window,
         factor=v.factor,
         PAGE=page_shape(batch.layout, batch.query.dtype, ptx, words=shape.WORDS),
         SHAPE=shape,
         **COMBINE_OPTIONS,
     )
-
-
-def _score_center(read: ReadOperands, scoring: Scoring) -> Tensor | None:
-    """What adds the centers of keys to scores: nothing where softmax doesn't see it."""
-    sees = scoring.get("soft_cap") or scoring.get("sink_logits") is not None
-    return read.query_center if sees else None

@@ -14,7 +14,7 @@ with a stray tile, which would cost a program's start and a turn at the memory. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Required, TypedDict
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,13 +43,27 @@ class Batch(NamedTuple):
     seq_lens: Tensor
 
 
-class Scoring(TypedDict, total=False):
-    """How scores become weights. sink_logits: (query heads,), the logarithms of extra terms of the softmax sums."""
+class Softmax(NamedTuple):
+    """What a layer does to its scores, as on the CPU.
 
-    scale: Required[float]
-    window: int | None
-    soft_cap: float | None
-    sink_logits: Tensor | None
+    window: keys that a query sees, None: all. soft_cap: None or 0: no cap. sink_logits: (query heads,) logarithms of
+    what the sum of a query's weights has besides its keys, None: nothing.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    sink_logits: Tensor | None = None
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap as kernels take it."""
+        return self.soft_cap or None
+
+    @property
+    def sees_centers(self) -> bool:
+        """Whether weights depend on what all keys share."""
+        return self.cap is not None or self.sink_logits is not None
 
 
 class ScratchViews(NamedTuple):

@@ -7,15 +7,13 @@ The chunk's own keys and values are read back from the pages, so they must have 
 
 from __future__ import annotations
 
-from typing import Unpack
-
 import triton
 from torch import Tensor
 
 from fraqtl_kernels.gpu.constexprs import AttentionShape
 from fraqtl_kernels.gpu.decode import launch_attention
 from fraqtl_kernels.gpu.operands import LayerOperands, check_contiguous
-from fraqtl_kernels.gpu.plan import Batch, Scoring
+from fraqtl_kernels.gpu.plan import Batch, Softmax
 from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_kernels.pages import PageLayout
 
@@ -38,9 +36,12 @@ def prefill(
     output: Tensor,
     operands: LayerOperands,
     *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
     ptx: bool | None = None,
     tuning: Tuning | None = None,
-    **scoring: Unpack[Scoring],
 ) -> None:
     """Write the attention of a batch to `output`: same result as `reference.paged_attention`.
 
@@ -53,4 +54,5 @@ def prefill(
     shape = AttentionShape(max(1, ROWS // group), group, tuning.tile, tuning.stages)
     batch = Batch(query, pool, layout, block_table, query_start, seq_lens)
     splits = triton.cdiv(max_query_len, shape.QUERIES)
-    launch_attention(batch, output, operands, shape, tuning, ptx, scoring, splits=splits)
+    softmax = Softmax(scale, window, soft_cap, sink_logits)
+    launch_attention(batch, output, operands, shape, tuning, ptx, softmax, splits=splits)
