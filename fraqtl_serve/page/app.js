@@ -154,10 +154,16 @@ function showCapacity(said) {
   at("concurrency-bar").style.width = `${(100 * said.baseline_concurrency) / said.concurrency}%`;
 }
 
+// Bytes of a block in the model's own dtype. Those of a hybrid model hold other numbers of tokens there, and states:
+// then what the same sequences would take.
+function plainBlock(said) {
+  return said.state_bytes ? Math.round((said.block_bytes * said.tokens) / said.baseline_tokens) : said.baseline_block_bytes;
+}
+
 function showLoad(said) {
   const blocks = said.pool_use == null ? null : Math.round(said.pool_use * said.blocks);
   put("used", blocks == null ? null : blocks * said.block_bytes, bytes);
-  put("baseline-used", blocks == null ? null : blocks * said.baseline_block_bytes, bytes);
+  put("baseline-used", blocks == null ? null : blocks * plainBlock(said), bytes);
   put("use", said.pool_use, percent);
   put("pool", said.pool_bytes, bytes);
   put("running", said.running, count);
@@ -169,7 +175,7 @@ function showCurve() {
   const said = model.capacity;
   const { time: when, use } = model.history.within(range());
   const of = (size) => use.map((share) => (share === null ? null : Math.round(share * said.blocks) * size));
-  curve = { time: when, packed: of(said.block_bytes), plain: of(said.baseline_block_bytes), limit: said.pool_bytes };
+  curve = { time: when, packed: of(said.block_bytes), plain: of(plainBlock(said)), limit: said.pool_bytes };
   chart.show(curve, range());
   showCursor(null);
   const unknown = said.pool_use == null ? "This server keeps no metrics (--disable-log-stats), so no curve." : "";
@@ -188,7 +194,7 @@ function showCurveAsTable() {
     head.scope = "row";
     head.textContent = time(until);
     row.append(head);
-    for (const text of [bytes(blocks * said.block_bytes), bytes(blocks * said.baseline_block_bytes), percent(use)]) {
+    for (const text of [bytes(blocks * said.block_bytes), bytes(blocks * plainBlock(said)), percent(use)]) {
       const cell = document.createElement("td");
       cell.className = "number";
       cell.textContent = text;

@@ -15,11 +15,12 @@ class Capacity(BaseModel):
     """The KV pool, over all engines."""
 
     kv_format: str = Field(description="name of the KV-cache format")
-    block_size: int = Field(description="tokens a block, in the first group of layers")
+    block_size: int = Field(description="tokens a block, in the first group of layers that attend")
     block_bytes: int = Field(description="bytes of a block: all layers and ranks, scales and padding included")
+    baseline_block_size: int = Field(description="tokens a block in the model's own dtype; other in hybrid models")
     baseline_block_bytes: int = Field(description="bytes of a block in the model's own dtype")
     baseline_dtype: str = Field(description="the model's own dtype")
-    ratio: float = Field(description="baseline_block_bytes / block_bytes")
+    ratio: float = Field(description="bytes of a token's block in the model's own dtype, over those in this format")
     pool_bytes: int = Field(description="bytes of all blocks")
     blocks: int = Field(description="blocks in the pool")
     baseline_blocks: int = Field(description="blocks that the same memory would hold in the model's own dtype")
@@ -28,6 +29,11 @@ class Capacity(BaseModel):
     max_model_len: int = Field(description="the longest sequence, in tokens")
     concurrency: float = Field(description="sequences of max_model_len tokens that the pool holds")
     baseline_concurrency: float = Field(description="the same in the model's own dtype")
+    attention_bytes: int = Field(description="bytes of keys and values of a sequence of max_model_len")
+    state_bytes: int = Field(description="bytes of its states, in hybrid models; 0 in all others")
+    padding_bytes: int = Field(description="bytes that its blocks have beside these")
+    baseline_attention_bytes: int = Field(description="attention_bytes in the model's own dtype")
+    baseline_padding_bytes: int = Field(description="padding_bytes in the model's own dtype")
     pool_use: float | None = Field(description="share of the blocks in use now, 0 to 1; null without metrics")
     running: int | None = Field(description="sequences that the engine works on now; null without metrics")
     waiting: int | None = Field(description="sequences that wait for room now; null without metrics")
@@ -57,10 +63,16 @@ class Pool:
     blocks: int
     tokens: int
     concurrency: float
+    attention_bytes: int
+    state_bytes: int
+    padding_bytes: int
+    baseline_block_size: int
     baseline_block_bytes: int
     baseline_blocks: int
     baseline_tokens: int
     baseline_concurrency: float
+    baseline_attention_bytes: int
+    baseline_padding_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -68,7 +80,8 @@ class Pool:
 
     @property
     def ratio(self) -> float:
-        return self.baseline_block_bytes / self.block_bytes
+        """By token: blocks of hybrid models have other numbers of tokens in the model's own dtype."""
+        return self.baseline_block_bytes * self.block_size / (self.block_bytes * self.baseline_block_size)
 
     def capacity(self, load: Load) -> Capacity:
         fixed = vars(self) | {
@@ -89,10 +102,16 @@ def make_pool(kv_format: str, said: PoolNumbers, baseline_dtype: str, engines: i
         blocks=said["blocks"] * engines,
         tokens=said["tokens"] * engines,
         concurrency=said["concurrency"] * engines,
+        attention_bytes=said["attention_bytes"],
+        state_bytes=said["state_bytes"],
+        padding_bytes=said["padding_bytes"],
+        baseline_block_size=said["baseline_block_size"],
         baseline_block_bytes=said["baseline_block_bytes"],
         baseline_blocks=said["baseline_blocks"] * engines,
         baseline_tokens=said["baseline_tokens"] * engines,
         baseline_concurrency=said["baseline_concurrency"] * engines,
+        baseline_attention_bytes=said["baseline_attention_bytes"],
+        baseline_padding_bytes=said["baseline_padding_bytes"],
     )
 
 

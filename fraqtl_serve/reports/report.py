@@ -24,9 +24,10 @@ class KVUsage(BaseModel):
     tokens: int = Field(description="KV entries written: prompt + generated - 1, summed over the sequences")
     blocks: int = Field(description="blocks held at the end; those that sequences share count once")
     shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache")
-    bytes: int = Field(description="bytes of these blocks: all layers and ranks, scales and padding included")
+    bytes: int = Field(description="bytes of blocks of attention: all layers and ranks, scales and padding included")
     baseline_bytes: int = Field(description="bytes of the same blocks in the model's own dtype")
     saved_bytes: int = Field(description="baseline_bytes - bytes")
+    state_bytes: int = Field(0, description="bytes of blocks that hold states of hybrid models, not part of `bytes`")
 
 
 class KVReport(KVUsage):
@@ -87,14 +88,16 @@ class Ledger:
         shared = [{(a["engine"], b) for a in accounts for b in a["shared"][g]} for g in groups]
         used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
         baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
+        states = sum(len(h) * n for h, n in zip(held, sizes["state_block_bytes"], strict=True))
         return KVReport(
             kv_format=self.kv_format,
             tokens=sum(a["tokens"] for a in accounts),
             blocks=sum(map(len, held)),
-            block_size=sizes["block_size"][0],
+            block_size=next(n for n, s in zip(sizes["block_size"], sizes["state_block_bytes"], strict=True) if not s),
             shared_blocks=sum(map(len, shared)),
             bytes=used,
             baseline_bytes=baseline,
             saved_bytes=baseline - used,
+            state_bytes=states,
             ratio=round(baseline / used, 4) if used else 1.0,
         )

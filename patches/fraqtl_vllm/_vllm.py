@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+    from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.zen_cpu import ZenCpuPlatform
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
@@ -52,9 +57,12 @@ if TYPE_CHECKING:
         AttentionSpec,
         FullAttentionSpec,
         KVCacheConfig,
+        KVCacheGroupSpec,
         KVCacheLayout,
+        MambaSpec,
         SlidingWindowSpec,
         UniformTypeKVCacheSpecs,
+        iter_layer_specs,
     )
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -69,6 +77,7 @@ _HOME = {
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
+    "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "CompilationMode": "vllm.config",
     "CpuPlatform": "vllm.platforms.cpu",
     "CustomOp": "vllm.model_executor.custom_op",
@@ -79,7 +88,11 @@ _HOME = {
     "GeluAndMul": "vllm.model_executor.layers.activation",
     "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
+    "KVCacheGroupSpec": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "MambaSpec": "vllm.v1.kv_cache_interface",
+    "MambaStateShapeCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
+    "ModelRegistry": "vllm.model_executor.models",
     "RMSNorm": "vllm.model_executor.layers.layernorm",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
@@ -94,6 +107,7 @@ _HOME = {
     "WorkerWrapperBase": "vllm.v1.worker.worker_base",
     "ZenCpuPlatform": "vllm.platforms.zen_cpu",
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
+    "current_platform": "vllm.platforms",
     "current_workspace_manager": "vllm.v1.worker.workspace",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
@@ -107,6 +121,8 @@ _HOME = {
     "get_memory_node_info": "vllm.utils.cpu_resource_utils",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
+    "initialize_mamba_ssu_backend": "vllm.model_executor.layers.mamba.ops.ssu_dispatch",
+    "iter_layer_specs": "vllm.v1.kv_cache_interface",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
     "register_kernels": "vllm.triton_utils.dispatcher",
     "set_current_vllm_config": "vllm.config",
@@ -121,6 +137,7 @@ __all__ = [
     "AttentionLayerBase",
     "AttentionSpec",
     "CPUWorker",
+    "CommonAttentionMetadata",
     "CompilationMode",
     "CpuPlatform",
     "CustomOp",
@@ -131,7 +148,11 @@ __all__ = [
     "GeluAndMul",
     "GemmaRMSNorm",
     "KVCacheConfig",
+    "KVCacheGroupSpec",
     "KVCacheLayout",
+    "MambaSpec",
+    "MambaStateShapeCalculator",
+    "ModelRegistry",
     "RMSNorm",
     "Request",
     "RequestStatus",
@@ -146,6 +167,7 @@ __all__ = [
     "WorkerWrapperBase",
     "ZenCpuPlatform",
     "cached_tokenizer_from_config",
+    "current_platform",
     "current_workspace_manager",
     "engine_core",
     "flash_attn_varlen_func",
@@ -160,6 +182,8 @@ __all__ = [
     "get_memory_node_info",
     "get_tp_group",
     "init_logger",
+    "initialize_mamba_ssu_backend",
+    "iter_layer_specs",
     "merge_attn_states",
     "register_kernels",
     "scan_of_vllm_only",
@@ -184,12 +208,16 @@ def engine_core() -> Any:
 
 
 @contextmanager
-def scan_of_vllm_only() -> Iterator[None]:
+def scan_of_vllm_only(*homes: str) -> Iterator[None]:
     """Where `register_kernels` looks for references to a kernel: in vLLM's own modules.
+
+    homes: modules with kernels, which must be imported by then.
 
     It looks at every object of every module, and stumbles over those that invent attributes: llvmlite's, once Numba
     has been imported, or a client's mocks.
     """
+    for home in homes:
+        import_module(home)
     of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
     with compat.KERNEL_SCAN.put_for_now(
         import_module("vllm.triton_utils.dispatcher"), SimpleNamespace(modules=of_vllm)

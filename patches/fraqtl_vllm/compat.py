@@ -212,6 +212,30 @@ SPECS = Hook(
         Symptom("vllm.v1.attention.backend:AttentionBackend.customize_spec", lacks=("vllm_config",)),
     ),
 )
+BLOCK_SIZE = Hook(
+    target="Platform.update_block_size_for_backend",
+    user="fraqtl_vllm.hybrids",
+    without="blocks of packed hybrid models have thousands of tokens, and are cut for another format than chosen",
+    until="vLLM cuts them for block-outermost layouts, and asks backends under its configuration",
+    symptoms=(
+        Symptom(
+            "vllm.platforms.interface:Platform._align_hybrid_block_size",
+            has=("customize_spec", "attn_block_size = kernel_block_alignment_size * cdiv("),
+            lacks=("is_block_outermost",),
+        ),
+    ),
+)
+LAYOUTS = Hook(
+    target="WorkerWrapperBase.get_supported_kv_cache_layouts",
+    user="fraqtl_vllm.workers",
+    without="the backend can't know whether the model is a hybrid, whose blocks have a layout of their own",
+    until="vLLM asks for layouts under its configuration",
+    symptoms=(
+        Symptom(
+            "vllm.v1.worker.worker_base:WorkerBase.get_supported_kv_cache_layouts", lacks=("set_current_vllm_config",)
+        ),
+    ),
+)
 STOCK_CPU = Hook(
     target="CpuPlatform.check_and_update_config",
     user="fraqtl_vllm.platform.stock_cpu",

@@ -11,6 +11,7 @@ def register() -> None:
     """`vllm.general_plugins`: `--attention-backend FRAQTL`, workers that calibrate, and tell of their KV pool."""
     _register_backend_name()
     from fraqtl_vllm.accounting.pool import install as install_pool
+    from fraqtl_vllm.hybrids import install as install_blocks
     from fraqtl_vllm.platform.stock_cpu import install as install_refusal
     from fraqtl_vllm.start.orphans import end_with_parent
     from fraqtl_vllm.start.reasons import install as install_reasons
@@ -19,6 +20,7 @@ def register() -> None:
     install_reasons()
     install_calibration()
     install_pool()
+    install_blocks()
     install_refusal()
     end_with_parent()
 

@@ -8,7 +8,7 @@ from typing import Any
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, hybrids
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
@@ -44,6 +44,8 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
     ours = settings_of(config)
     for reason in _reasons(config, ours):
         raise UnsupportedError(f"the packed KV cache does not support {reason}")
+    if config.model_config is not None and config.model_config.is_hybrid:
+        hybrids.check(config)
     return ours
 
 
@@ -68,6 +70,8 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
         yield f"KV format {ours.kv_format} with {obstacle}: its static scales can't be calibrated"
     if model is not None:
         yield from _model_reasons(model)
+        if model.is_hybrid and parallel.pipeline_parallel_size > 1:
+            yield "hybrid models with pipeline parallelism yet: use --tensor-parallel-size"
 
 
 def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:
@@ -88,9 +92,7 @@ def _model_reasons(model: Any) -> Iterator[str]:
         yield f"encoder-decoder models such as this {text_config.model_type}: cross attention keeps no packed blocks"
     elif model.is_attention_free:
         yield f"models without attention such as this {text_config.model_type}: they keep no KV cache"
-    elif model.is_hybrid:
-        yield f"hybrid models such as this {text_config.model_type} yet"
-    elif getattr(model.attn_type, "value", model.attn_type) != "decoder":
+    elif getattr(model.attn_type, "value", model.attn_type) not in ("decoder", "hybrid"):
         yield f"encoder models such as this {text_config.model_type}: they keep no KV cache"
     elif _uses_alibi(text_config):
         yield f"ALiBi models such as this {text_config.model_type}"

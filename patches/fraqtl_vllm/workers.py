@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, compat, hybrids
 
 
 def install() -> None:
     """Called in a worker's process, before it is made. It is checked, calibrates and warms up with its cache there."""
     compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
+    compat.LAYOUTS.put(_vllm.WorkerWrapperBase, _get_supported_kv_cache_layouts)
     compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_made_ready)
 
 
 def _get_kv_cache_spec(self: Any) -> Any:
     """The worker's own, under its configuration."""
     with _vllm.set_current_vllm_config(self.vllm_config):
-        return self.worker.get_kv_cache_spec()
+        return hybrids.without_checkpoints(self.worker.get_kv_cache_spec())
+
+
+def _get_supported_kv_cache_layouts(self: Any) -> list[str]:
+    """The worker's own, under its configuration."""
+    with _vllm.set_current_vllm_config(self.vllm_config):
+        return self.worker.get_supported_kv_cache_layouts()
 
 
 def _then_made_ready(original: Callable[..., None]) -> Callable[..., None]:

@@ -26,7 +26,7 @@ import httpx
 
 from fraqtl_bench import results
 from fraqtl_bench.random_load import Job, Outcome, make_jobs, send_all
-from tests.e2e.random_models import NAS_KV_HEADS, random_gemma2, random_nemotron_nas
+from tests.e2e.random_models import NAS_KV_HEADS, random_gemma2, random_granite_hybrid, random_nemotron_nas
 from tests.e2e.server import running
 from tests.e2e.witness import FILE
 
@@ -86,6 +86,24 @@ def unlike_heads(folder: Path, longest: int = 3000) -> Setup:
     return Setup((model, "--trust-remote-code"), NAS_BLOCK, NAS_BASELINE, blocks=longest // 12, longest=longest)
 
 
+def hybrid(folder: Path, longest: int = 600) -> Setup:
+    """Two layers attend, four keep a state in their own groups: a block holds one of their states or 128 tokens."""
+    model = str(random_granite_hybrid(folder))
+    tokens, groups = 128, 4
+    block, baseline = tokens * 2 * 2 * 68, tokens * 2 * 2 * 256
+    flags = (model, "--mamba-ssm-cache-dtype", "float32")  # as vLLM chooses on some processors
+    return Setup(flags, block, (*[0] * groups, baseline), blocks=40, longest=longest)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """By group of layers: bytes of a block over all ranks, the same in the model's own dtype, what it holds."""
+
+    sizes: list[int]
+    baseline: tuple[int, ...]  # 0 for states
+    keeps_states: list[bool]
+
+
 @dataclass
 class Comparison:
     requests: int
@@ -114,7 +132,7 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24, secon
         lines = [json.loads(line) for line in notes.read_text().splitlines()]
     assert len(ranks) == setup.ranks, ranks
     block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
-    wrong = find_mismatches(jobs, outcomes, lines, block_bytes, setup.baseline)
+    wrong = find_mismatches(jobs, outcomes, lines, Blocks(block_bytes, setup.baseline, ranks[0]["keeps_states"]))
     return Comparison(requests, round(took, 1), count(jobs, outcomes, lines), wrong)
 
 
@@ -134,8 +152,7 @@ def find_mismatches(
     jobs: list[Job],
     outcomes: dict[str, Outcome],
     lines: list[Line],
-    block_bytes: list[int],
-    baseline: tuple[int, ...],
+    blocks: Blocks,
 ) -> list[str]:
     by_job: dict[str, dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -148,7 +165,7 @@ def find_mismatches(
             wrong.append(f"{job.id}: {outcome.error}")
             continue
         try:
-            seen = expected(job, outcome, by_job[job.id], block_bytes, baseline)
+            seen = expected(job, outcome, by_job[job.id], blocks)
         except _UnseenError as unseen:
             wrong.append(f"{job.id}: {unseen}")
             continue
@@ -162,22 +179,22 @@ def expected(
     job: Job,
     outcome: Outcome,
     sequences: dict[str, list[Line]],
-    block_bytes: list[int],
-    baseline: tuple[int, ...],
+    blocks: Blocks,
 ) -> dict[str, int] | None:
     """What the report must say, by the witness; None if the engine never saw the request."""
     ends = [line for key, seen in sequences.items() if (line := last_line(job, outcome, key, seen)) is not None]
     if not ends:
         return None
-    groups = range(len(block_bytes))
+    groups = range(len(blocks.sizes))
     held = [{number for end in ends for number in end["blocks"][g]} for g in groups]
     shared = [{number for end in ends for number in end["shared"][g]} for g in groups]
     return {
         "tokens": sum(min(end["length"] - 1, end["written"]) for end in ends),
         "blocks": sum(map(len, held)),
         "shared_blocks": sum(map(len, shared)),
-        "bytes": sum(len(numbers) * size for numbers, size in zip(held, block_bytes, strict=True)),
-        "baseline_bytes": sum(len(numbers) * size for numbers, size in zip(held, baseline, strict=True)),
+        "bytes": sum(len(held[g]) * blocks.sizes[g] for g in groups if not blocks.keeps_states[g]),
+        "baseline_bytes": sum(len(held[g]) * blocks.baseline[g] for g in groups),
+        "state_bytes": sum(len(held[g]) * blocks.sizes[g] for g in groups if blocks.keeps_states[g]),
     }
 
 

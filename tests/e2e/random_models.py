@@ -151,6 +151,78 @@ def random_nemotron_nas(folder: Path) -> Path:
     return folder
 
 
+# Hybrids: two layers attend, four or six keep a state
+
+
+def random_lfm2(folder: Path) -> Path:
+    """Short convolutions."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    kinds = ["conv", "conv", "full_attention"] * 2
+    config = _config(Lfm2Config, num_hidden_layers=6, num_attention_heads=2, layer_types=kinds, initializer_range=0.1)
+    config.conv_dim = config.block_dim = config.hidden_size  # as published checkpoints say it
+    return _save(Lfm2ForCausalLM(config), folder)
+
+
+def random_granite_hybrid(folder: Path) -> Path:
+    """Mamba2 layers, one dense layer after each."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = _config(
+        GraniteMoeHybridConfig,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+        position_embedding_type="rope",
+        attention_multiplier=0.125,
+        num_local_experts=0,
+        shared_intermediate_size=128,
+        mamba_n_heads=8,
+        mamba_d_state=32,
+        mamba_chunk_size=64,
+        initializer_range=0.1,
+    )
+    return _save(GraniteMoeHybridForCausalLM(config), folder)
+
+
+def random_falcon_h1(folder: Path) -> Path:
+    """Attention and Mamba2 beside each other in every layer."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    config = _config(
+        FalconH1Config,
+        num_attention_heads=2,
+        mamba_d_ssm=128,
+        mamba_n_heads=4,
+        mamba_d_state=32,
+        mamba_chunk_size=64,
+        initializer_range=0.1,
+    )
+    return _save(FalconH1ForCausalLM(config), folder)
+
+
+def random_qwen3_next(folder: Path) -> Path:
+    """Gated delta layers; every fourth layer attends. Experts in the last layer only: vLLM wants some."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = _config(
+        Qwen3NextConfig,
+        num_hidden_layers=8,
+        head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        mlp_only_layers=list(range(7)),
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        initializer_range=0.1,
+    )
+    return _save(Qwen3NextForCausalLM(config), folder)
+
+
 def _config(kind: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     return kind(**{**SHAPE, **HEADS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **options})

@@ -174,13 +174,19 @@ class Pages:
     """Mixed into vLLM's workers: what a block takes, from the tensors that hold the pool."""
 
     def fraqtl_pages(self) -> dict[str, Any]:
-        """Bytes from one block of a layer to the next, padding included, in a group's order of layers."""
+        """By group of layers the bytes of a block, padding included, and whether it holds states."""
         runner = self.model_runner  # type: ignore[attr-defined]
         context = runner.compilation_config.static_forward_context
-        groups = runner.kv_cache_config.kv_cache_groups
-        return {"block_bytes": [sum(_block_bytes(context[name]) for name in g.layer_names) for g in groups]}
+        layers = [[context[name] for name in g.layer_names] for g in runner.kv_cache_config.kv_cache_groups]
+        # Where blocks lie one after the other, every layer's stride is the whole block.
+        whole = max if runner.cache_config.get_resolved_kv_cache_layout().is_block_outermost else sum
+        return {
+            "block_bytes": [whole(map(_block_bytes, group)) for group in layers],
+            "keeps_states": [isinstance(group[0].kv_cache, tuple) for group in layers],
+        }
 
 
 def _block_bytes(layer: Any) -> int:
-    cache = layer.kv_cache[0] if isinstance(layer.kv_cache, list) else layer.kv_cache
+    """From one block of a layer to the next."""
+    cache = layer.kv_cache[0] if isinstance(layer.kv_cache, list | tuple) else layer.kv_cache
     return int(cache.stride(0) * cache.element_size())

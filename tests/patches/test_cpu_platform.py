@@ -18,7 +18,7 @@ from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import names, plugin
 from fraqtl_vllm.platform import cpu_platform
-from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, replace_slot_mapping
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps, compute_slot_mapping, replace_kernels
 from fraqtl_vllm.platform.native_ops import draw_tokens
 
 ours_only = pytest.mark.skipif(
@@ -248,7 +248,7 @@ def test_a_kernel_is_replaced_beside_modules_that_vllm_stumbles_over(monkeypatch
 
     name = "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel"
     monkeypatch.setattr(ComputeSlotMappingKernel, "kernel", ComputeSlotMappingKernel.kernel)  # put back afterwards
-    replace_slot_mapping.cache_clear()
+    replace_kernels.cache_clear()
     with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
         dispatcher.register_kernels({name: compute_slot_mapping})
     CpuWithoutNativeOps.register_triton_kernel_overrides()

@@ -18,6 +18,8 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -321,3 +323,27 @@ def test_memory_grows_to_half_of_what_is_free(config: Any, monkeypatch: pytest.M
     monkeypatch.setattr("fraqtl_vllm._vllm.get_memory_node_info", lambda node: free, raising=False)
     with pytest.raises(ConfigError, match=f"half of the free memory is {3 << 20}: give --kv-cache-memory-bytes {NEED}"):
         planned(ours(config, kv_memory_fits_context=True), 1 << 20)
+
+
+# ---- states of hybrid models
+
+STATE = MambaSpec(shapes=((10, 8),), dtypes=(torch.float32,), block_size=16, page_size_padded=512)
+
+
+def test_states_are_counted_apart() -> None:
+    both = [of_groups([STATE] * 3, [layer("k4v4")] * 2)] * 2
+    assert planner.group_block_bytes(both) == [0, 8704]
+    assert planner.group_block_bytes(both, torch.bfloat16) == [0, 32768]
+    assert planner.group_block_bytes(both, states=True) == [3072, 0]
+
+
+def test_blocks_that_lie_one_after_the_other_count_whole() -> None:
+    """Of 5,000 bytes here, of which the layers of a group need less."""
+    both = of_groups([STATE] * 3, [layer("k4v4")] * 2)
+    size = 5000 * both.num_blocks
+    both.kv_cache_tensors = [
+        KVCacheTensor(size, group.layer_names, layer_stride=1, block_stride=5000) for group in both.kv_cache_groups
+    ]
+    assert planner.group_block_bytes([both]) == [0, 5000]
+    assert planner.group_block_bytes([both], states=True) == [5000, 0]
+    assert planner.group_block_bytes([both], torch.bfloat16) == [0, 16384]

@@ -40,6 +40,6 @@ def test_every_worker_has_the_method_and_every_engine_plans_with_us(monkeypatch:
     )
     assert core.get_kv_cache_configs(config, [{}], [1]) == [planned]
     assert seen == [(config, [{}], [1])]
-    sizes = {"block_bytes": [3 * 2176], "baseline_block_bytes": [3 * 8192]}
+    sizes = {"block_bytes": [3 * 2176], "baseline_block_bytes": [3 * 8192], "state_block_bytes": [0]}
     assert getattr(deepcopy(planned), pool.GROUP_NOTE) == sizes  # which vLLM hands to the scheduler
     assert not hasattr(planned, pool.NOTE)  # of another backend's pool there is nothing to say

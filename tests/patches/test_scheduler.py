@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import RequestStatus
 
 from fraqtl_vllm.accounting.pool import GROUP_NOTE, group_bytes
@@ -101,6 +106,7 @@ def test_account_is_the_block_managers_table() -> None:
         "block_size": [16, 32],
         "block_bytes": [4352, 8704],
         "baseline_block_bytes": [16384, 32768],
+        "state_block_bytes": [0, 0],
     }
 
 

@@ -115,7 +115,6 @@ def test_block_sizes() -> None:
             make_model("mamba", is_attention_free=True),
             "models without attention such as this mamba: they keep no KV cache",
         ),
-        (make_model("jamba", is_hybrid=True), "hybrid models such as this jamba yet"),
         (
             make_model("bert", attn_type="encoder_only"),
             "encoder models such as this bert: they keep no KV cache",

@@ -20,6 +20,7 @@ REPORT = {
     "bytes": 26112,
     "baseline_bytes": 98304,
     "saved_bytes": 72192,
+    "state_bytes": 0,
     "ratio": 3.7647,
 }
 

@@ -18,6 +18,7 @@ def account(
     block_size: tuple[int, ...] = (16,),
     block_bytes: tuple[int, ...] = (2176,),
     baseline_block_bytes: tuple[int, ...] = (8192,),
+    state_block_bytes: tuple[int, ...] = (),
     shared: tuple[list[int], ...] = (),
     engine: int = 0,
 ) -> Account:
@@ -33,6 +34,7 @@ def account(
         "block_size": list(block_size),
         "block_bytes": list(block_bytes),
         "baseline_block_bytes": list(baseline_block_bytes),
+        "state_block_bytes": list(state_block_bytes) or [0] * len(block_bytes),
     }
 
 

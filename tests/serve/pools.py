@@ -14,10 +14,16 @@ SAID: PoolNumbers = {
     "blocks": 1000,
     "tokens": 16000,
     "concurrency": 1000 / 256,
+    "attention_bytes": 256 * 2176,
+    "state_bytes": 0,
+    "padding_bytes": 0,
+    "baseline_block_size": 16,
     "baseline_block_bytes": 8192,
     "baseline_blocks": 265,
     "baseline_tokens": 4240,
     "baseline_concurrency": 265 / 256,
+    "baseline_attention_bytes": 256 * 8192,
+    "baseline_padding_bytes": 0,
 }
 
 

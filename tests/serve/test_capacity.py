@@ -12,6 +12,7 @@ def test_capacity() -> None:
         "kv_format": "k4v4",
         "block_size": 16,
         "block_bytes": 2176,
+        "baseline_block_size": 16,
         "baseline_block_bytes": 8192,
         "baseline_dtype": "half",
         "ratio": 3.7647,
@@ -23,6 +24,11 @@ def test_capacity() -> None:
         "max_model_len": 4096,
         "concurrency": 3.91,
         "baseline_concurrency": 1.04,
+        "attention_bytes": 557056,
+        "state_bytes": 0,
+        "padding_bytes": 0,
+        "baseline_attention_bytes": 2097152,
+        "baseline_padding_bytes": 0,
         "pool_use": 0.25,
         "running": 3,
         "waiting": 1,
@@ -34,6 +40,12 @@ def test_tokens_and_sequences_are_the_engines_own_count() -> None:
     said = pool(tokens=6222, concurrency=1.519, baseline_tokens=1655, baseline_concurrency=0.404).capacity(Load())
     assert (said.tokens, said.concurrency) == (6222, 1.52)
     assert (said.baseline_tokens, said.baseline_concurrency) == (1655, 0.4)
+
+
+def test_ratio_counts_by_token() -> None:
+    """A block of a hybrid model has another number of tokens in the model's own dtype."""
+    said = pool(block_size=96, block_bytes=9600, baseline_block_size=32, baseline_block_bytes=12160)
+    assert said.ratio == 3.8
 
 
 def test_engines_beside_each_other_hold_each_their_own_blocks() -> None:

@@ -29,6 +29,7 @@ COUNTS = {
     "bytes": 4352,
     "baseline_bytes": 16384,
     "saved_bytes": 12032,
+    "state_bytes": 0,
 }
 REPORT = {**COUNTS, "version": 1, "block_size": 16, "kv_format": "k4v4", "ratio": 3.7647}
 # The second sequence shares block 1 with the first: three blocks.

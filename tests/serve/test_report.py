@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -16,6 +18,7 @@ FIELDS = {
     "bytes",
     "baseline_bytes",
     "saved_bytes",
+    "state_bytes",
     "ratio",
 }
 
@@ -38,6 +41,7 @@ def test_one_sequence() -> None:
         "bytes": 4352,
         "baseline_bytes": 16384,
         "saved_bytes": 12032,
+        "state_bytes": 0,
         "ratio": 3.7647,
     }
 
@@ -112,8 +116,19 @@ def test_groups_have_their_own_bytes_and_block_sizes() -> None:
         "bytes": 1300,
         "baseline_bytes": 3200,
         "saved_bytes": 1900,
+        "state_bytes": 0,
         "ratio": 2.4615,
     }
+
+
+def test_states_of_a_hybrid_model_are_counted_apart() -> None:
+    """Their group comes first, as its layers do; without prefix caching it has one block as long as the context."""
+    sizes: dict[str, Any] = {"block_size": (8192, 96), "block_bytes": (0, 100), "baseline_block_bytes": (0, 380)}
+    sizes |= {"state_block_bytes": (110, 0)}
+    said = {"a": account([4, 9], [1, 2, 3], **sizes), "b": account([5, 9], [1, 2, 6], **sizes)}
+    report = report_of(Ledger("k4v4", accounts=said))
+    assert (report.blocks, report.block_size, report.state_bytes) == (7, 96, 330)
+    assert (report.bytes, report.baseline_bytes, report.saved_bytes, report.ratio) == (400, 1520, 1120, 3.8)
 
 
 def test_equal_block_numbers_of_two_groups_are_two_blocks() -> None:
@@ -146,6 +161,7 @@ def test_usage_holds_integers_that_add_up() -> None:
         "bytes": 2176,
         "baseline_bytes": 8192,
         "saved_bytes": 6016,
+        "state_bytes": 0,
     }
     assert all(type(value) is int for value in usage.values())
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, compat, hybrids
 from fraqtl_vllm.accounting import planner
 from fraqtl_vllm.accounting.schema import GroupBytes, PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
@@ -40,7 +40,8 @@ def numbers(
     """The planned pools, and beside them what the same memory would hold in the model's own dtype."""
     ours = planner.describe(config, pools)
     memory = [one * ours.blocks for one in ours.rank_block_bytes]
-    baseline = planner.plan(config, [planner.unpacked(one, config.model_config.dtype) for one in specs], memory)
+    plain = [planner.unpacked(one, config.model_config.dtype) for one in specs]
+    baseline = planner.plan(config, plain, memory, layout=hybrids.PLAIN_LAYOUT)
     return {
         "max_model_len": config.model_config.max_model_len,
         "block_size": ours.block_size,
@@ -48,10 +49,16 @@ def numbers(
         "blocks": ours.blocks,
         "tokens": ours.tokens,
         "concurrency": ours.concurrency,
+        "attention_bytes": ours.attention_bytes,
+        "state_bytes": ours.state_bytes,
+        "padding_bytes": ours.padding_bytes,
+        "baseline_block_size": baseline.block_size,
         "baseline_block_bytes": baseline.block_bytes,
         "baseline_blocks": baseline.blocks,
         "baseline_tokens": baseline.tokens,
         "baseline_concurrency": baseline.concurrency,
+        "baseline_attention_bytes": baseline.attention_bytes,
+        "baseline_padding_bytes": baseline.padding_bytes,
     }
 
 
@@ -60,6 +67,7 @@ def group_bytes(config: _vllm.VllmConfig, pools: Sequence[_vllm.KVCacheConfig]) 
     return {
         "block_bytes": planner.group_block_bytes(pools),
         "baseline_block_bytes": planner.group_block_bytes(pools, config.model_config.dtype),
+        "state_block_bytes": planner.group_block_bytes(pools, states=True),
     }
 
 

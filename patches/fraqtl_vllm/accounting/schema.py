@@ -18,6 +18,9 @@ class GroupBytes(TypedDict):
     """Bytes, over all layers of the group and all ranks."""
     baseline_block_bytes: list[int]
     """The same in the model's own dtype."""
+    state_block_bytes: list[int]
+    """Bytes of a block of states, which are not packed: in groups whose layers keep states, where the two before are 0,
+    and 0 in all others."""
 
 
 class Sizes(GroupBytes):
@@ -54,10 +57,18 @@ class PoolNumbers(TypedDict):
     blocks: int
     tokens: int
     concurrency: float
+    attention_bytes: int
+    """Of one sequence of the longest context: its keys and values. The next two: its states, and all other bytes of
+    its blocks."""
+    state_bytes: int
+    padding_bytes: int
+    baseline_block_size: int
     baseline_block_bytes: int
     baseline_blocks: int
     baseline_tokens: int
     baseline_concurrency: float
+    baseline_attention_bytes: int
+    baseline_padding_bytes: int
 
 
 def brought_up_to_date(last: Account | None, news: Account | Growth) -> Account:

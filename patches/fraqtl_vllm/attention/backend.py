@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from fraqtl_kernels.formats import CPU_HEAD_SIZES, DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
+from fraqtl_vllm import hybrids
 from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, get_current_vllm_config_or_none
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import BACKEND_NAME
@@ -72,7 +73,9 @@ class FraqtlBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         # [H, N, C] contiguous in a block: the inside of a head's page is ours to arrange.
-        return (KVCacheLayout.LBHNC,)
+        config = get_current_vllm_config_or_none()
+        is_hybrid = config is not None and hybrids.are_interleaved(config)
+        return (KVCacheLayout[hybrids.LAYOUT if is_hybrid else hybrids.PLAIN_LAYOUT],)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

@@ -46,9 +46,10 @@ def check_worker(worker: Any) -> None:
 
 
 def attention_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
-    """vLLM's layers that attend, whatever serves them, by name."""
+    """vLLM's layers that attend, whatever serves them, by name: not those that keep a state."""
     layers = config.compilation_config.static_forward_context.items()
-    return {name: layer for name, layer in layers if isinstance(layer, _vllm.AttentionLayerBase)}
+    attending = {name: layer for name, layer in layers if isinstance(layer, _vllm.AttentionLayerBase)}
+    return {name: layer for name, layer in attending.items() if not layer.get_attn_backend().is_ssm()}
 
 
 def _check_backend(name: str, layer: Any) -> None:

@@ -14,6 +14,7 @@ from fraqtl_vllm.calibration import files
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.recorder import Recorder
+from fraqtl_vllm.calibration.states import metadata
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.start import progress
 from fraqtl_vllm.support import calibration_obstacle
@@ -67,14 +68,14 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
     device = next(model.parameters()).device
     if constants is not None:
         return {name: c.to(device) for name, c in constants.items()}, f"from {path}"
-    constants = run_prompt(config, model, ours)
+    constants = run_prompt(worker.model_runner, config, ours)
     saved = files.save(path, key, constants)
     return constants, "from the built-in prompt" + (f", kept in {path}" if saved else "")
 
 
-def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlConfig) -> Constants:
+def run_prompt(runner: Any, config: _vllm.VllmConfig, ours: FraqtlConfig) -> Constants:
     """One forward pass over the built-in prompt, without a KV cache. The layers' own attention is recorded."""
-    prompt = make_prompt(config.model_config)
+    model, prompt = runner.get_model(), make_prompt(config.model_config)
     device = next(model.parameters()).device
     layers = packed_layers(config)
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
@@ -82,6 +83,7 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
     targets = [layer.impl.kv_sharing_target_layer_name for layer in layers.values()]
     recorder = Recorder(ours.format, prompt.sequences, grams, targets)
     recorded = targets.count(None)
+    kept = metadata(runner, layers, prompt.sequences, len(prompt.ids))
     for layer in layers.values():
         layer.impl.recorder = recorder
     try:
@@ -89,7 +91,7 @@ def run_prompt(config: _vllm.VllmConfig, model: torch.nn.Module, ours: FraqtlCon
             progress.counted(_line(ours, len(prompt.ids)), recorded) as recorder.on_layer,
             torch.inference_mode(),
             _vllm.set_current_vllm_config(config),
-            _vllm.set_forward_context(None, config, num_tokens=len(prompt.ids), skip_compiled=True),
+            _vllm.set_forward_context(kept, config, num_tokens=len(prompt.ids), skip_compiled=True),
         ):
             model(input_ids=prompt.ids.to(device), positions=prompt.positions.to(device))
     finally:

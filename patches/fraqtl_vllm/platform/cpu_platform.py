@@ -4,8 +4,8 @@ Everything that is replaced is listed here:
   attention backend       ours, whatever is asked for: the stock one needs the CPU extension
   custom_ops              "none": layers run their torch versions
   torch.compile           off: it would compile C++ for minutes at every first start
-  slot mapping            a torch version of the one Triton kernel that the model runner needs
-  torch.ops._C            torch versions of the native ops that are left (`native_ops`)
+  slot mapping, states    versions without Triton of the two kernels that the model runner needs
+  torch.ops._C            torch versions of the native ops that are left (`native_ops`, `state_ops`)
   worker                  ours (`cpu_worker`): the stock one dies of a request with a seed and a long prompt
   executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
   default block size      16 tokens, as on GPUs: the stock kernels that want 128 are not there
@@ -15,6 +15,7 @@ vLLM's CPU builds have that extension: there it is `native_cpu_platform`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import cache
 from typing import Any
@@ -27,6 +28,11 @@ from fraqtl_vllm import _vllm
 from fraqtl_vllm.names import BACKEND_NAME
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
+from fraqtl_vllm.platform.state_ops import STATE_OPS
+
+DELTA_FAMILIES = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+STATE_FAMILIES = ("falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", *DELTA_FAMILIES)
+"""Hybrid models whose layers `state_ops` has operators for, by the model type of their text part."""
 
 
 def compute_slot_mapping(  # noqa: PLR0917 (vLLM's order)
@@ -58,6 +64,12 @@ def compute_slot_mapping(  # noqa: PLR0917 (vLLM's order)
     slot_mapping[num_tokens:max_num_tokens] = pad_id
 
 
+def copy_states(sources: Tensor, targets: Tensor, sizes: Tensor, **_: Any) -> None:
+    """Bytes from address to address: how vLLM carries a state into the next block. (copies,) integers each."""
+    for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
+        ctypes.memmove(target, source, size)
+
+
 class CpuWithoutNativeOps(PackedCpu):
     """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
 
@@ -83,6 +95,7 @@ class CpuWithoutNativeOps(PackedCpu):
     @classmethod
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
         super().check_and_update_config(vllm_config)
+        check_states(vllm_config.model_config)
         cls.configure_packed(vllm_config)
         if vllm_config.attention_config.backend is None:
             vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
@@ -95,24 +108,45 @@ class CpuWithoutNativeOps(PackedCpu):
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
-        replace_slot_mapping()
+        replace_kernels()
+
+
+def check_states(model: Any) -> None:
+    """Raises UnsupportedError for a hybrid model with layers that there are no operators for. model: ModelConfig."""
+    if model is None or not model.is_hybrid:
+        return
+    family = model.hf_text_config.model_type
+    if family not in STATE_FAMILIES:
+        raise UnsupportedError(
+            f"hybrid models such as this {family} need a GPU or vLLM's CPU build: without them choose one of "
+            f"{', '.join(STATE_FAMILIES)}"
+        )
+    if family in DELTA_FAMILIES and model.dtype != torch.bfloat16:
+        raise UnsupportedError(
+            f"gated delta layers, as of this {family}, run in bfloat16 only on a CPU: leave --dtype out"
+        )
 
 
 @cache
 def native_ops() -> torch.library.Library:
     """The library of torch versions, which lives as long as the process; vLLM asks for it many times."""
     library = torch.library.Library("_C", "FRAGMENT")
-    for schema, function in NATIVE_OPS.items():
+    for schema, function in (NATIVE_OPS | STATE_OPS).items():
         library.define(schema)
         library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
     return library
 
 
 @cache
-def replace_slot_mapping() -> None:
+def replace_kernels() -> None:
     """Once in a process; vLLM asks for it with every worker."""
-    with _vllm.scan_of_vllm_only():
-        _vllm.register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+    with _vllm.scan_of_vllm_only("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils"):
+        _vllm.register_kernels(
+            {
+                "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
+                "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": copy_states,
+            }
+        )
 
 
 def _bind_ranks_to_cores(world_size: int) -> None:

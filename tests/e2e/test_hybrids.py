@@ -1,0 +1,100 @@
+"""Hybrid models with random weights: attention packed, states as they are, against transformers on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e import random_models
+from tests.e2e.engine import Run, run
+
+Maker = Callable[[Path], Path]
+
+PROMPTS = [[(7 * i * (i + n) + 3) % 2000 + 3 for i in range(n)] for n in (3, 40, 150, 333)]
+SAMPLING = {"max_tokens": 12, "ignore_eos": True, "prompt_logprobs": 0}
+FIRST = 4
+"""Tokens of an answer that `k8v8` must have, too."""
+
+# The family, and the dtype in which texts are compared. States in float32: in 16 bits a cut of the prompt rounds them.
+FAMILIES: dict[str, tuple[Maker, str]] = {
+    "lfm2": (random_models.random_lfm2, "float32"),
+    "granite": (random_models.random_granite_hybrid, "float32"),
+    "falcon_h1": (random_models.random_falcon_h1, "float32"),
+    "qwen3_next": (random_models.random_qwen3_next, "bfloat16"),  # the only one that vLLM's CPU layers take
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("hybrids")
+
+    def model(family: str) -> Path:
+        return folder / family if (folder / family).exists() else FAMILIES[family][0](folder / family)
+
+    return model
+
+
+def served(model: Path, family: str, kv_format: str, **options: Any) -> Run:
+    options = {"sampling": SAMPLING, "mamba_ssm_cache_dtype": "float32", "max_model_len": 512, **options}
+    return run(PROMPTS, model=model, kv_format=kv_format, dtype=FAMILIES[family][1], **options)
+
+
+def by_transformers(model: Path, dtype: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens, and log-probabilities of the prompts' tokens after the first."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    tokens, prompts = [], []
+    for ids in PROMPTS:
+        with torch.inference_mode():
+            whole = list(ids)
+            for _ in range(SAMPLING["max_tokens"]):
+                logits = network(torch.tensor([whole])).logits[0].float()
+                whole.append(int(logits[-1].argmax()))
+        logits = logits[: len(ids) - 1].log_softmax(-1)
+        prompts.append([float(logits[i, token]) for i, token in enumerate(ids[1:])])
+        tokens.append(whole[len(ids) :])
+    return tokens, prompts
+
+
+def largest_difference(a: list[list[float]], b: list[list[float]]) -> float:
+    return max(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+
+
+@every_family
+def test_logits_and_text_are_those_of_transformers(models: Callable[[str], Path], family: str) -> None:
+    model, dtype = models(family), FAMILIES[family][1]
+    tokens, logprobs = by_transformers(model, dtype)
+    plain = served(model, family, "bf16")
+    tolerance = {"float32": 0.05, "bfloat16": 0.3}[dtype]  # the cache is in bfloat16 in either
+    assert largest_difference(plain.prompt_logprobs, logprobs) < tolerance
+    assert [text[:FIRST] for text in plain.tokens] == [text[:FIRST] for text in tokens]
+    packed = served(model, family, "k8v8")
+    assert [text[:FIRST] for text in packed.tokens] == [text[:FIRST] for text in tokens]
+    assert 0 < largest_difference(packed.prompt_logprobs, plain.prompt_logprobs) < tolerance
+
+
+@every_family
+def test_chunks_prefix_hits_and_preemption_leave_the_text(models: Callable[[str], Path], family: str) -> None:
+    model = models(family)
+    sampling = {"max_tokens": 150, "ignore_eos": True}
+    free = served(model, family, "k4v4", sampling=sampling)
+    sequence = free.kv_pool["attention_bytes"] + free.kv_pool["state_bytes"] + free.kv_pool["padding_bytes"]
+    tight = served(
+        model,
+        family,
+        "k4v4",
+        sampling=sampling,
+        rounds=2,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=max(64, free.kv_pool["block_size"]),
+        kv_cache_memory_bytes=2 * sequence + 4 * free.kv_pool["block_bytes"],
+    )
+    assert free.preemptions == 0 and tight.preemptions > 0
+    assert max(tight.cached_tokens) > 0
+    assert tight.tokens == free.tokens
