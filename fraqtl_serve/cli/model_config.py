@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_serve.cli.model_states import ATTENTION_LAYERS, STATE_LAYERS, layer_kinds, read_states
 from fraqtl_serve.cli.sizing import LayerKind, ModelShape
 
 # The names that model families use for the same number.
@@ -23,9 +24,12 @@ def read_shape(source: str) -> ModelShape:
     """The shape of the model at `source`. Raises ConfigError or UnsupportedError in one sentence."""
     text = _text_config(_load(source))
     _check_kind(source, text)
+    states = read_states(source, text)
     sizes: dict[tuple[int, int], Counter[int]] = {}
     for kv_heads, head_size, window in _layers(source, text):
         sizes.setdefault((kv_heads, head_size), Counter())[window] += 1
+    if not sizes:
+        raise UnsupportedError(f"{source}: the packed KV cache does not support models without attention")
     (kv_heads, head_size), windows = max(sizes.items(), key=lambda size: size[1].total())  # the rest are the others
     if len([window for window in windows if window]) > 1:
         raise UnsupportedError(f"{source}: windows of different lengths can't be planned")
@@ -45,6 +49,7 @@ def read_shape(source: str) -> ModelShape:
         window=window,
         windowed_layers=windows[window] if window else 0,
         others=tuple(others),
+        states=states,
     )
 
 
@@ -58,11 +63,13 @@ def _layers(source: str, text: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     if not isinstance(head_size, int):
         raise ConfigError(f"{source}: no head_dim and no hidden_size: give --layers, --kv-heads and --head-size")
     kv_heads, windows = _kv_heads(source, text, count, heads), _windows(text, count)
+    kinds = layer_kinds(text)[:count] or ["full_attention"] * count
     layers = [
         (n, head_size, window)
         if window or not any(windows)  # what Gemma 4 has beside its windows may be of another size
         else (int(text.get("num_global_key_value_heads") or n), int(text.get("global_head_dim") or head_size), 0)
-        for n, window in zip(kv_heads, windows, strict=True)
+        for n, window, kind in zip(kv_heads, windows, kinds, strict=True)
+        if kind not in STATE_LAYERS
     ]
     kept = layers[: count - int(text.get("num_kv_shared_layers") or 0)]  # the last ones read the cache of others
     return [layer for layer in kept if layer[0]]
@@ -133,11 +140,11 @@ def _text_config(config: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_kind(source: str, text: Mapping[str, Any]) -> None:
-    kinds = set(text.get("layer_types") or ())
+    kinds = set(layer_kinds(text))
     if text.get("kv_lora_rank"):
         raise UnsupportedError(f"{source}: the packed KV cache does not support MLA models")
-    if kinds - {"full_attention", "sliding_attention"}:
-        unknown = ", ".join(sorted(kinds - {"full_attention", "sliding_attention"}))
+    if kinds - ATTENTION_LAYERS - STATE_LAYERS:
+        unknown = ", ".join(sorted(kinds - ATTENTION_LAYERS - STATE_LAYERS))
         raise UnsupportedError(f"{source}: the packed KV cache does not support layers of type {unknown}")
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_serve.cli.model_config import read_shape
-from fraqtl_serve.cli.sizing import BASELINE, LayerKind, ModelShape, plan
+from fraqtl_serve.cli.sizing import BASELINE, LayerKind, ModelShape, StateKind, plan
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -45,6 +45,12 @@ def add_command(commands: Any) -> None:
         dest="async_scheduling",
         action="store_false",
         help="as vLLM is on a CPU: sliding windows keep blocks for the tokens of one step, not of two",
+    )
+    parser.add_argument(
+        "--no-enable-prefix-caching",
+        dest="prefix_caching",
+        action="store_false",
+        help="sequences of hybrid models hold their states once then, not twice",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -83,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
                 ranks=args.tensor_parallel_size,
                 batched_tokens=args.max_num_batched_tokens,
                 async_scheduling=args.async_scheduling,
+                prefix_caching=args.prefix_caching,
             )
             for shape in shapes(args)
         ]
@@ -125,7 +132,8 @@ def read_shapes(path: Path) -> list[ModelShape]:
 
 def _shape(numbers: dict[str, Any]) -> ModelShape:
     others = tuple(LayerKind(**other) for other in numbers.get("others", ()))
-    return ModelShape(**{**numbers, "others": others})
+    states = StateKind(**numbers["states"]) if numbers.get("states") else None
+    return ModelShape(**{**numbers, "others": others, "states": states})
 
 
 def heading(planned: dict[str, Any]) -> str:
@@ -140,16 +148,28 @@ def heading(planned: dict[str, Any]) -> str:
     )
     return (
         f"{model['name']}: {model['layers']} layers{windows}, {model['kv_heads']} KV heads, head size "
-        f"{model['head_size']}{others}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
+        f"{model['head_size']}{others}{_states(model)}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
     )
 
 
+def _states(model: dict[str, Any]) -> str:
+    states = model.get("states")
+    return f"; {states['layers']} layers that keep a state" if states else ""
+
+
 def table(planned: dict[str, Any]) -> Table:
+    is_hybrid = "states" in planned["model"]
     lines = Table()
     lines.add_column("format", no_wrap=True)
-    for column in ("bytes a block", "tokens", f"users at {planned['context']:,}", "factor"):
+    columns = ["bytes a block", "tokens", f"users at {planned['context']:,}", "factor"]
+    columns += ["tokens a block", "MiB a user: tokens", "states", "padding"] if is_hybrid else []
+    for column in columns:
         lines.add_column(column, justify="right")
     for row in planned["formats"]:
         factor = "" if row["tokens_vs_baseline"] is None else f"{row['tokens_vs_baseline']:.2f}"
-        lines.add_row(row["name"], f"{row['block_bytes']:,}", f"{row['tokens']:,}", f"{row['users']:,}", factor)
+        cells = [f"{row['block_bytes']:,}", f"{row['tokens']:,}", f"{row['users']:,}", factor]
+        if is_hybrid:
+            parts = (row["attention_bytes"], row["state_bytes"], row["padding_bytes"])
+            cells += [f"{row['block_size']:,}", *(f"{part / 2**20:,.1f}" for part in parts)]
+        lines.add_row(row["name"], *cells)
     return lines

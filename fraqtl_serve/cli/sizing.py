@@ -11,7 +11,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from fraqtl_kernels.errors import ConfigError
+from fraqtl_kernels.errors import ConfigError, one_of
 from fraqtl_kernels.formats import FORMATS, KVFormat, check_head_size
 
 BLOCK_SIZE = 16
@@ -35,6 +35,35 @@ class LayerKind:
                 raise ConfigError(f"{model}: {name} must be at least 1, not {getattr(self, name)}")
 
 
+STATE_KINDS = {
+    "delta": "gated_delta_net_state_shape",
+    "mamba2": "mamba2_state_shape",
+    "conv": "short_conv_state_shape",
+}
+"""Kinds of layers that keep a state, and the function of vLLM's that knows its shape on one rank."""
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """Layers that keep a state of one size, however long the sequence is."""
+
+    layers: int
+    kind: str
+    sizes: dict[str, int]
+    """What vLLM's function takes beside the number of ranks."""
+    dtypes: tuple[str, ...]
+    """Of the parts of a state, by torch's names."""
+
+    def shapes(self, ranks: int) -> tuple[tuple[int, ...], ...]:
+        """Of the parts of a state on one rank."""
+        from fraqtl_vllm import _vllm
+
+        if self.kind not in STATE_KINDS:
+            raise one_of("kind of state", self.kind, STATE_KINDS)
+        of = getattr(_vllm.MambaStateShapeCalculator, STATE_KINDS[self.kind])
+        return tuple(of(tp_world_size=ranks, **self.sizes))
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What of a model decides the size of its KV cache. A layer that reads the cache of another doesn't count."""
@@ -50,6 +79,8 @@ class ModelShape:
     windowed_layers: int = 0
     others: tuple[LayerKind, ...] = ()
     """Layers beside these with another number of KV heads or another head size."""
+    states: StateKind | None = None
+    """Of a hybrid model: layers that keep a state in the place of keys and values."""
 
     def __post_init__(self) -> None:
         if self.context < 1:
@@ -68,10 +99,9 @@ class ModelShape:
 
     def numbers(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
-        others = [vars(other) for other in self.others]
-        return {name: value for name, value in vars(self).items() if name != "others"} | (
-            {"others": others} if others else {}
-        )
+        plain = {name: value for name, value in vars(self).items() if name not in ("others", "states")}
+        plain |= {"others": [vars(other) for other in self.others]} if self.others else {}
+        return plain | ({"states": vars(self.states)} if self.states else {})
 
     def check_ranks(self, ranks: int) -> None:
         for kind in self.kinds():
@@ -86,12 +116,21 @@ class Fit:
     """What a pool of one format holds."""
 
     name: str
+    block_size: int
     block_bytes: int
     """Of one block: all layers of a group, one rank."""
     blocks: int
     tokens: int
     """In sequences of the planned context."""
     concurrency: float
+    attention_bytes: int
+    """Of one such sequence on one rank: its keys and values."""
+    state_bytes: int
+    padding_bytes: int
+
+    def split(self) -> dict[str, int]:
+        """What a sequence of a hybrid model takes."""
+        return {name: vars(self)[name] for name in ("block_size", "attention_bytes", "state_bytes", "padding_bytes")}
 
     @property
     def users(self) -> int:
@@ -107,36 +146,46 @@ def fit(
     ranks: int = 1,
     batched_tokens: int = 8192,
     async_scheduling: bool = True,
+    prefix_caching: bool = True,
 ) -> Fit:
     """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
 
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
-    async_scheduling: whether two steps may be on their way, vLLM's default on GPUs.
+    async_scheduling: whether two steps may be on their way, vLLM's default on GPUs. prefix_caching: with it a sequence
+    of a hybrid model holds its states twice.
     """
+    from fraqtl_vllm import hybrids
     from fraqtl_vllm.accounting import planner
 
     config = _config()
     config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
     config.scheduler_config.max_num_batched_tokens = batched_tokens
     config.scheduler_config.async_scheduling = async_scheduling
-    pool = planner.plan(config, [_specs(shape, kv_format, ranks)], [memory])
-    return Fit(kv_format.name, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency)
+    config.cache_config.mamba_cache_mode = "align" if prefix_caching else "none"
+    specs, layout = _specs(shape, kv_format, ranks, config.cache_config.mamba_cache_mode), hybrids.PLAIN_LAYOUT
+    if not kv_format.is_quantized:
+        specs = hybrids.cut_as_vllm_does(specs)
+    elif shape.states is not None:
+        specs, layout = hybrids.cut(specs), hybrids.LAYOUT
+    pool = planner.plan(config, [specs], [memory], layout=layout)
+    parts = {name: getattr(pool, name) for name in ("attention_bytes", "state_bytes", "padding_bytes")}
+    return Fit(kv_format.name, pool.block_size, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency, **parts)
 
 
 @cache
 def _config() -> Any:
     """A configuration of vLLM without a model, as far as its planner reads it."""
     try:
-        from fraqtl_vllm import _vllm
+        from fraqtl_vllm import _vllm, hybrids
 
         config: Any = _vllm.VllmConfig()
     except ImportError as error:
         raise ConfigError(f"vLLM's own planner counts what fits, and it can't be imported: {error}") from error
-    config.cache_config.kv_cache_layout = "LBHNC"
+    config.cache_config.kv_cache_layout = hybrids.PLAIN_LAYOUT
     return config
 
 
-def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int) -> dict[str, Any]:
+def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int, mode: str) -> dict[str, Any]:
     """The layers of one rank, as our backend describes them to vLLM."""
     import torch
 
@@ -151,6 +200,17 @@ def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int) -> dict[str, Any]
             _vllm.SlidingWindowSpec(sliding_window=kind.window, **of) if kind.window else _vllm.FullAttentionSpec(**of)
         )
         specs |= {f"layers.{len(specs) + i}": spec for i in range(kind.layers)}
+    if (states := shape.states) is not None:
+        dtypes = tuple(getattr(torch, name) for name in states.dtypes)
+        # In the middle of a prompt vLLM keeps a state of Mamba2 layers for the prefix cache.
+        spec = _vllm.MambaSpec(
+            shapes=states.shapes(ranks),
+            dtypes=dtypes,
+            block_size=shape.context,
+            mamba_cache_mode=mode,
+            num_prefill_checkpoint_blocks=int(states.kind == "mamba2"),
+        )
+        specs |= {f"states.{i}": spec for i in range(states.layers)}
     return specs
 
 
@@ -175,6 +235,7 @@ def plan(shape: ModelShape, memory: int, *, context: int, ranks: int = 1, **opti
                 "tokens": one.tokens,
                 "users": one.users,
                 "tokens_vs_baseline": round(one.tokens / baseline.tokens, 2) if baseline.tokens else None,
+                **(one.split() if shape.states else {}),
             }
             for one in fits.values()
         ],
