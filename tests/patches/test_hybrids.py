@@ -35,6 +35,11 @@ def specs(kv_format: str, attending: int = 16, states: int = 48, heads: int = 4,
     return {f"states.{i}": state for i in range(states)} | {f"layers.{i}": full for i in range(attending)}
 
 
+@pytest.fixture(autouse=True)
+def _planned_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fraqtl_vllm.platform.cpu_platform.STATE_FAMILIES", ("qwen3_next",))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Any:
     return engine_config(tmp_path)

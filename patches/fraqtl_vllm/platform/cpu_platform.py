@@ -30,9 +30,8 @@ from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.state_ops import STATE_OPS
 
-DELTA_FAMILIES = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-STATE_FAMILIES = ("falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", *DELTA_FAMILIES)
-"""Hybrid models whose layers `state_ops` has operators for, by the model type of their text part."""
+STATE_FAMILIES = ("lfm2",)
+"""Hybrid models that were compared with transformers on the same weights, by the model type of their text part."""
 
 
 def compute_slot_mapping(  # noqa: PLR0917 (vLLM's order)
@@ -120,10 +119,6 @@ def check_states(model: Any) -> None:
         raise UnsupportedError(
             f"hybrid models such as this {family} need a GPU or vLLM's CPU build: without them choose one of "
             f"{', '.join(STATE_FAMILIES)}"
-        )
-    if family in DELTA_FAMILIES and model.dtype != torch.bfloat16:
-        raise UnsupportedError(
-            f"gated delta layers, as of this {family}, run in bfloat16 only on a CPU: leave --dtype out"
         )
 
 
