@@ -2,13 +2,14 @@
 
 `fit` makes the constants from calibration vectors, `encode` what is kept of each vector, `decode`
 the vectors again from those two alone. All measurements go through all three. `serialize` writes what is
-kept as bytes; tests count them against `vector_bits` and `constant_bits`.
+kept as bytes; tests count them against `sequence_bits` and `all_constant_bits`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,16 +21,30 @@ from fraqtl_kernels.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class Rope:
+    """The rotation of keys by their position. frequencies: (R/2,), radians a position, of the first R dimensions.
+
+    halves: whether dimensions i and i + R/2 make a pair, as in Llama; otherwise neighbors do.
+    """
+
+    frequencies: Tensor
+    halves: bool
+
+
+@dataclass(frozen=True)
 class LayerSample:
     """Calibration vectors of one layer: query (query heads, T, D), key and value (KV heads, T, D).
 
-    importance: of its queries and values; None: all alike.
+    importance: of its queries and values; None: all alike. gradient: of the text's loss, by stream, like key and value;
+    None if no method asked for it. rope: how keys were rotated, None for not at all.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     importance: Importance | None = None
+    gradient: dict[str, Tensor] | None = None
+    rope: Rope | None = None
 
     def stream(self, name: str) -> Tensor:
         """The vectors of stream "key" or "value"."""
@@ -37,11 +52,16 @@ class LayerSample:
 
 
 class Codec(ABC):
-    """Shapes: H KV heads, T tokens, D head size; `...` is the batch."""
+    """Shapes: H KV heads, T tokens, D head size; `...` is the batch.
+
+    needs_gradient: whether `fit` takes the sample's gradient.
+    """
+
+    needs_gradient: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, sample: LayerSample, stream: str) -> Kept:
-        """Constants, (H, ...) each, for a stream of the layer."""
+        """Constants for a stream of the layer: (H, ...) each, or (1, ...) if all heads share one."""
 
     @abstractmethod
     def encode(self, x: Tensor, constants: Kept) -> Kept:
@@ -58,6 +78,29 @@ class Codec(ABC):
     @abstractmethod
     def constant_bits(self, size: int, constants: Kept) -> int:
         """Bits of constants per KV head. `constants` only tells which of them there are."""
+
+    def shared_token_bits(self, size: int) -> int:
+        """Bits kept per token for all heads together."""
+        return 0
+
+    def shared_constant_bits(self, size: int, constants: Kept) -> int:
+        """Bits of constants that all heads share."""
+        return 0
+
+    def token_bits(self, size: int, heads: int) -> int:
+        """Bits that one more token takes in a long sequence, all heads together."""
+        return heads * self.vector_bits(size) + self.shared_token_bits(size)
+
+    def sequence_bits(self, size: int, heads: int, tokens: int) -> int:
+        """Bits kept of a sequence, all heads together, without constants."""
+        return tokens * self.token_bits(size, heads)
+
+    def all_constant_bits(self, size: int, heads: int, constants: Kept) -> int:
+        """Bits of all constants of the stream."""
+        return heads * self.constant_bits(size, constants) + self.shared_constant_bits(size, constants)
+
+    def check(self, size: int) -> None:  # noqa: B027 (most codecs take any size)
+        """Raises ConfigError or UnsupportedError if vectors of `size` dimensions can't be stored so."""
 
     def round_trip(self, x: Tensor, constants: Kept) -> Tensor:
         """x (..., H, T, D) as the cache gives it back, in x's dtype."""
@@ -96,6 +139,9 @@ class Coordinates(Codec):
     rank: int | None = None
     centered: bool = False
     seed: int = 0
+
+    def check(self, size: int) -> None:
+        self.rank_of(size)
 
     def rank_of(self, size: int) -> int:
         """The rank at a head size. Raises ConfigError if it is above it."""
@@ -145,7 +191,8 @@ def deserialize(data: bytes, like: Kept) -> Kept:
     at = 0
     for name in sorted(like):
         end = at + like[name].numel() * like[name].element_size()
-        flat = torch.frombuffer(bytearray(data[at:end]), dtype=like[name].dtype)
+        part = bytearray(data[at:end])
+        flat = torch.frombuffer(part, dtype=like[name].dtype) if part else like[name].new_empty(0)
         found[name], at = flat.view(like[name].shape), end
     if at != len(data):
         raise ValueError(f"{len(data)} bytes given, {at} expected")

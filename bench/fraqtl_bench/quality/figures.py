@@ -27,6 +27,8 @@ def kind(row: Row) -> str:
         return "int, per " + ("channel" if "channel" in row.method else "token")
     if row.family == "hybrid":
         return f"rank at {row.method.split('x')[1].split('@')[0]} bits"
+    if row.family == "rival":
+        return row.method
     return {"rank": "rank at 16 bits", "server": "server formats", "baseline": "fp16"}[row.family]
 
 

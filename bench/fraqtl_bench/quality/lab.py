@@ -58,7 +58,8 @@ class Lab:
         if "needle" in settings.measures:
             self.needle_items  # noqa: B018
         self.skipped: dict[str, str] = {}
-        self.samples = calibration_samples(subject.model, self.calibration_ids)
+        gradients = any(parse(name).needs_gradient for name in settings.methods or ())
+        self.samples = calibration_samples(subject.model, self.calibration_ids, gradients=gradients)
         self.methods = list(self._methods())
         selfcheck.check(subject, self.methods, self.samples, self.calibration_ids)
 

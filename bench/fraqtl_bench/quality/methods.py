@@ -6,6 +6,7 @@
 - `rankR`: R coordinates in fp16; basis pca
 - `rankRxC`: R coordinates at C bits, static scales per channel; basis pca
 - a format of the server; it has its own basis
+- a rival of `rivals`, under its own name: q4_0, kivi-2, turboquant-4bit
 - SIDE k or v: only the keys or only the values, the others stay fp16
 
 At budget b (bits per dimension, scales and constants left out) rank b·D/16 at 16 bits and rank b·D/C at C bits
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from fraqtl_bench.quality.bases import BASES
 from fraqtl_bench.quality.codecs import Codec, Coordinates, Exact
 from fraqtl_bench.quality.grids import FP16_BITS, Float16, Symmetric
+from fraqtl_bench.quality.rivals import RIVALS, Rival
 from fraqtl_bench.quality.server_codec import ServerStream
 from fraqtl_kernels.errors import ConfigError, one_of
 from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
@@ -40,13 +42,19 @@ class Method:
     """One way of storing keys and values."""
 
     name: str
-    family: str  # baseline, quantisation, rank, hybrid or server
+    family: str  # baseline, quantisation, rank, hybrid, server or rival
     basis: str
     side: str  # kv, k or v
     key: Codec
     value: Codec
     dims: int | None = None  # how many coordinates are kept, None: all
     code_bits: float = FP16_BITS
+    exact_ends: int = 0  # how many first and how many last layers stay fp16
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether its codecs are fitted with gradients of the calibration text."""
+        return self.key.needs_gradient or self.value.needs_gradient
 
     def budget(self, head_size: int) -> float:
         """Bits per dimension of the codes alone, on the side that is stored."""
@@ -56,9 +64,8 @@ class Method:
         """Raises ConfigError or UnsupportedError if vectors of this size can't be stored so."""
         if self.family in ("server", "baseline") and head_size not in CPU_HEAD_SIZES:
             raise ConfigError(f"{self.name}: the server has no pages for head size {head_size}")
-        for codec in (self.key, self.value):
-            if isinstance(codec, Coordinates):
-                codec.rank_of(head_size)
+        self.key.check(head_size)
+        self.value.check(head_size)
 
 
 def parse(name: str, seed: int = 0) -> Method:
@@ -71,14 +78,24 @@ def parse(name: str, seed: int = 0) -> Method:
         basis = "hadamard" if format.k.rotated else "identity"
         key, value = ServerStream(format, "key"), ServerStream(format, "value")
         return Method(name, "server", basis, "kv", key, value, code_bits=bits)
+    rival, _, side = name.partition(":")
+    if rival in RIVALS and name in (rival, *(f"{rival}:{s}" for s in SIDES if s)):
+        return _rival(name, RIVALS[rival], SIDES[side])
     match = _NAME.fullmatch(name)
     if match is None:
-        formats = ", ".join(FORMATS)
+        formats, rivals = ", ".join(FORMATS), ", ".join(RIVALS)
         raise ConfigError(
             f"unknown method {name!r}: give {formats}, int4-channel, int4-token, rank32 or rank64x8, the last four "
-            f"with other numbers, a basis (@identity, @random, @hadamard, @pca) and a side (:k, :v) if you like"
+            f"with other numbers and a basis (@identity, @random, @hadamard, @pca) if you like, or a rival: {rivals}; "
+            f"these and those four also with a side (:k, :v)"
         )
     return _parsed(name, match, seed)
+
+
+def _rival(name: str, rival: Rival, side: str) -> Method:
+    key = rival.key if "k" in side else Exact()
+    value = rival.value if "v" in side else Exact()
+    return Method(name, "rival", rival.basis, side, key, value, code_bits=rival.bits, exact_ends=rival.exact_ends)
 
 
 def _parsed(name: str, match: re.Match[str], seed: int) -> Method:

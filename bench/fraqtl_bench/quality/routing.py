@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quality.cache import Fitted
+from fraqtl_bench.quality.cache import Fitted, FittedStream
+from fraqtl_bench.quality.recent import Recent
 from fraqtl_bench.quality.watch import Seen, watching
 
 MARGINS = (0.0, 0.01, 0.05, 0.2, 0.5)  # lower ends; the last bin reaches to 1
@@ -62,6 +63,14 @@ def compare(exact: Tensor, stored: Tensor) -> Routing:
     )
 
 
+def stored_scores(seen: Seen, rows: Tensor, stream: FittedStream) -> Tensor:
+    """(query heads, rows, T): scores of the queries at `rows` with the keys as each finds them stored."""
+    if not isinstance(stream.codec, Recent):
+        return seen.scores(rows, stream.round_trip(seen.key[None])[0])
+    old, new = (seen.scores(rows, x[0]) for x in stream.codec.states(seen.key[None], stream.constants))
+    return torch.where(stream.codec.is_new(rows[:, None], torch.arange(old.shape[-1])).to(old.device), new, old)
+
+
 @torch.inference_mode()
 def measure_routing(model: Any, ids: tuple[int, ...], methods: list[Fitted], queries: int) -> dict[str, Routing]:
     """Routing of every method whose keys are stored, over the tokens of one window and `queries` of its positions."""
@@ -71,8 +80,8 @@ def measure_routing(model: Any, ids: tuple[int, ...], methods: list[Fitted], que
         rows = seen.rows(queries)
         exact = seen.scores(rows)
         for fitted in methods:
-            key = fitted.layers[seen.layer].key.round_trip(seen.key[None])[0]
-            found[fitted.method.name].add(compare(exact, seen.scores(rows, key)))
+            stored = stored_scores(seen, rows, fitted.layers[seen.layer].key)
+            found[fitted.method.name].add(compare(exact, stored))
 
     with watching(model, handle):
         model(torch.tensor([ids], device=model.device), use_cache=False)

@@ -81,7 +81,7 @@ def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
     layers = [
         FittedLayer(
             *(
-                FittedStream(part.codec, {k: v.to(device) for k, v in own[stream].items()})
+                FittedStream(part.codec, {k: v.to(device) for k, v in own[stream].items()}, part.heads)
                 for stream, part in (("key", layer.key), ("value", layer.value))
             )
         )
