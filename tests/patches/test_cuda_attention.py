@@ -56,8 +56,9 @@ def worker() -> Iterator[None]:
     reset_workspace_manager()
 
 
-def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any:
-    """What vLLM's flash attention computes, in float64: causal masks aligned to the last key."""
+def plain_flash(scale: float, window: int | None, soft_cap: float | None, sinks: Tensor | None = None) -> Any:
+    """What vLLM's flash attention computes, in float64: causal masks aligned to the last key. sinks: beside the keys,
+    which none stands for in the stand-in."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, call: cuda_prefill.DevicePass, out: Tensor | None) -> Any:
         output = torch.empty_like(q) if out is None else out
@@ -77,7 +78,11 @@ def plain_flash(scale: float, window: int | None, soft_cap: float | None) -> Any
                 if window is not None:
                     seen &= torch.arange(d - c) > last - window
                 scores = scores.masked_fill(~seen, -torch.inf)
-            output[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).to(output.dtype)
+            sink = scores.new_empty(*scores.shape[:2], 0)
+            if sinks is not None:
+                sink = sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., : d - c]
+            output[a:b] = torch.einsum("hqk,khd->qhd", weights, value).to(output.dtype)
             lse[:, a:b] = scores.logsumexp(-1).float()
         return output, lse
 
@@ -164,7 +169,7 @@ def expected(batch: PagedBatch, layer: cuda_attention.Impl, *, raw: bool, center
         reference.stored_keys(planes, layout.format.k, constants),
         reference.stored_values(planes, layout.format.v),
     ]
-    flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap)
+    flash = plain_flash(layer.scale, layer.sliding_window, layer.soft_cap, layer.sinks)
     rows = []
     for r, n in enumerate(batch.seq_lens.tolist()):
         a, b = batch.query_start[r : r + 2].tolist()
@@ -194,10 +199,18 @@ def attend(layer: cuda_attention.Impl, batch: PagedBatch, key: Tensor, value: Te
     return out
 
 
-VARIANTS = [{}, {"logits_soft_cap": 5.0}, {"sliding_window": 30}]
+SINKS = torch.tensor([-1.0, 1.0, 3.0, 4.0], dtype=torch.bfloat16)
+VARIANTS = [
+    {},
+    {"logits_soft_cap": 5.0},
+    {"sliding_window": 30},
+    {"sinks": SINKS},
+    {"sinks": SINKS, "sliding_window": 30},
+]
+IDS = ["plain", "soft cap", "window", "sinks", "sinks and window"]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["plain", "soft cap", "window"])
+@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
 @pytest.mark.parametrize("format_name", ["k4v4", "bf16"])
 def test_mixed_batch(monkeypatch: pytest.MonkeyPatch, format_name: str, options: dict[str, Any]) -> None:
     """A workspace of 96 keys cuts the prefix of 187 into pieces; windows and soft caps reach across them."""
@@ -211,7 +224,7 @@ def test_mixed_batch(monkeypatch: pytest.MonkeyPatch, format_name: str, options:
         assert relative_error(out, expected(batch, layer, raw=False)) > 2e-2
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["plain", "soft cap", "window"])
+@pytest.mark.parametrize("options", VARIANTS, ids=IDS)
 def test_mixed_batch_over_packed_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     layer = make_layer(monkeypatch, settings={"prefill_keys": "packed"}, **options)
     assert not hasattr(layer, "workspace")
@@ -221,9 +234,11 @@ def test_mixed_batch_over_packed_keys(monkeypatch: pytest.MonkeyPatch, options: 
     assert relative_error(out, expected(batch, layer, raw=False)) < 1e-2
 
 
-def test_lse_agrees_with_a_key_center(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large constant on every key: without it on the prefix, pieces and chunk would be weighed wrongly."""
-    layer = make_layer(monkeypatch)
+@pytest.mark.parametrize("options", [{}, {"sinks": SINKS}], ids=["plain", "sinks"])
+def test_lse_agrees_with_a_key_center(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """A large constant on every key: without it on the prefix, pieces and chunk would be weighed wrongly. A sink is
+    compared with it, too."""
+    layer = make_layer(monkeypatch, **options)
     batch, key, value = mixed_batch()
     center = torch.randn(KV_HEADS, SIZE) * 4
     constants = only_center(center)

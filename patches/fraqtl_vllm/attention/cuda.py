@@ -144,8 +144,6 @@ class Impl(FraqtlImpl[Metadata]):
         super().__init__(*args, **kwargs)
         if self.head_size not in HEAD_SIZES:
             raise UnsupportedError(f"the packed KV cache does not support head size {self.head_size} on a GPU yet")
-        if self.sinks is not None:
-            raise UnsupportedError("the packed KV cache does not support attention sinks on a GPU yet")
         config = get_current_vllm_config()
         packed = self.settings.prefill_keys == "packed"
         if packed:  # the pages don't hold the residuals of a chunk
@@ -192,7 +190,7 @@ class Impl(FraqtlImpl[Metadata]):
 
     @property
     def _prefill_layer(self) -> cuda_prefill.Layer:
-        return cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands)
+        return cuda_prefill.Layer(self.flash, self.workspace, self.sliding_window, self.operands, self.sinks)
 
     def warm_up(self, kv_cache: Tensor) -> None:
         self.reserved = None  # also without calibration
@@ -255,6 +253,7 @@ class Impl(FraqtlImpl[Metadata]):
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
+            sink_logits=self.sinks,
         )
 
     def _prefill_packed(self, query: Tensor, pool: Tensor, layout: PageLayout, batch: Metadata, output: Tensor) -> None:
@@ -271,6 +270,7 @@ class Impl(FraqtlImpl[Metadata]):
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.soft_cap,
+            sink_logits=self.sinks,
         )
 
     def plan(self, layout: PageLayout, requests: int, queries: int) -> DecodePlan:

@@ -1,7 +1,8 @@
 """Prompt chunks on a GPU: vLLM's flash attention over the chunk's raw keys and the dequantized prefix.
 
 The prefix comes back from its pages in the model's own basis, center included, into a workspace of fixed size
-that all layers share. So its scores are those of the raw keys, and pieces can be joined. See `passes.py`.
+that all layers share. So its scores are those of the raw keys, and pieces can be joined. See `passes.py`. Sink logits
+come last, when all keys of a chunk are joined.
 """
 
 from __future__ import annotations
@@ -121,12 +122,13 @@ def _to_device(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """What of a layer its prefill needs."""
+    """What of a layer its prefill needs. sink_logits: (query heads,)."""
 
     flash: Flash
     workspace: Workspace
     window: int | None
     operands: LayerOperands
+    sink_logits: Tensor | None = None
 
 
 def warm_up(layer: Layer, pool: Tensor, layout: PageLayout) -> None:
@@ -161,12 +163,12 @@ def attend(
         if plan.from_pages:
             k, v = _restore(layer, call, k, v, pool, layout, block_table)
         target = output[plan.tokens]
-        if not plan.joined:
-            layer.flash(query[plan.tokens], k, v, call, target)
-            continue
-        pieces = [_join([*pieces, layer.flash(query[plan.tokens], k, v, call, None)], target if plan.causal else None)]
-        if plan.causal:
-            pieces = []
+        found = layer.flash(query[plan.tokens], k, v, call, None if plan.joined else target)
+        if plan.joined:
+            found = _join([*pieces, found], target if plan.causal else None)
+        pieces = [] if plan.causal else [found]
+        if plan.causal and layer.sink_logits is not None:
+            _add_sinks(target, found[1], layer.sink_logits)
 
 
 def _restore(
@@ -181,6 +183,14 @@ def _restore(
         k.index_copy_(0, call.chunk_rows, key)
         v.index_copy_(0, call.chunk_rows, value)
     return k, v
+
+
+def _add_sinks(output: Tensor, lse: Tensor, sink_logits: Tensor) -> None:
+    """Outputs (queries, heads, D) of all their keys, beside a sink: times Σ e^score / (Σ e^score + e^sink).
+
+    lse: (heads, queries), log Σ e^score, of scores with the center's constant in them, as a sink is compared with.
+    """
+    output.mul_(torch.sigmoid(lse.float() - sink_logits.float()[:, None]).T[..., None])
 
 
 def _join(pieces: Sequence[tuple[Tensor, Tensor]], target: Tensor | None) -> tuple[Tensor, Tensor]:
