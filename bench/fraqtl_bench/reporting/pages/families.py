@@ -1,0 +1,53 @@
+"""Families of models that were tried, and those that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fraqtl_bench.reporting.markdown import table
+from fraqtl_bench.reporting.pages.numbers import times
+from fraqtl_bench.reporting.pages.results import block, load, source
+
+HEAD = [
+    "family",
+    "attention layers of the model that was tried",
+    "`bf16`: nat from transformers, same texts",
+    "`k8v8`: the same with its codec; texts that begin as with an exact cache",
+    "`k4v4`: error, of its codec alone",
+    "changes the text",
+    "tokens in the memory of `bf16`",
+    "accounts that are wrong",
+]
+
+
+@block("families")
+def families() -> Iterator[str]:
+    file = load("cpu/families.json")
+    rows = file.data["families"].values()
+    yield from table(HEAD, [_served(row) for row in rows if row["formats"] and not row["problems"]])
+    refused = [[row["title"], f"`{row['refused']}`"] for row in rows if row["refused"]]
+    if refused:
+        yield from table(["family", "refused with"], refused)
+    failed = [[row["title"], "; ".join(row["problems"])] for row in rows if row["problems"] and not row["refused"]]
+    if failed:
+        yield from table(["family", "what is wrong"], failed)
+    versions = sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()})
+    yield from source(file, model=f"small ones with random weights; {', '.join(versions)}")
+
+
+def _served(row: dict[str, Any]) -> list[str]:
+    formats, served, accounts = row["formats"], row["served"], row["accounts"]
+    changed = sorted({what for one in formats.values() for what in one["scheduling"]["changed"]})
+    cells = [row["title"], "<br>".join(row["layers"])]
+    alike = formats["k8v8"]["texts_that_begin_alike"]
+    cells += [_exact(formats["bf16"]), f"{_exact(formats['k8v8'])}; {alike}"]
+    cells.append(f"{formats['k4v4']['error']:.3f}, {formats['k4v4']['codec_error']:.3f}")
+    cells.append(", ".join(changed) or "nothing")
+    cells.append(times(served["tokens"] / served["tokens_with_bf16"]))
+    cells.append(f"{len(accounts['mismatches'])} of {accounts['requests']}")
+    return cells
+
+
+def _exact(result: dict[str, Any]) -> str:
+    return f"{result['largest_difference']:.4f}, {result['texts_of_transformers']} of {result['texts']}"
