@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fraqtl_kernels.cpu.layers import linear as linear_module
+from fraqtl_kernels.cpu.layers import mxfp4 as mxfp4_module
 from fraqtl_kernels.cpu.layers.gate import GELU_TANH, SILU, gate
 from fraqtl_kernels.cpu.layers.linear import FEW_ROWS, WideLinear
+from fraqtl_kernels.cpu.layers.mxfp4 import MXFP4Linear
 from fraqtl_kernels.cpu.layers.norm import PARALLEL_NUMBERS, RMSNorm
 from fraqtl_kernels.cpu.layers.rotary import RotaryEmbedding
 
@@ -54,6 +56,34 @@ def test_a_row_of_few_does_not_depend_on_the_others() -> None:
     together = linear(x)
     for start in range(0, 16, 4):
         assert torch.equal(linear(x[start : start + 4]), together[start : start + 4])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(192, 64), (33, 96), (1500, 320)])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_mxfp4_linear(rows: int, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mxfp4_module, "PANEL_BYTES", 1 << 16)  # several panels, the last one shorter
+    codes = torch.randint(0, 256, (shape[0], shape[1] // 2))
+    scales = torch.randint(124, 130, (shape[0], shape[1] // 32))
+    # By the standard: a sign, two bits of exponent, one of mantissa, whose leading one is hidden but for exponent 0.
+    halves = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+    exponent, mantissa = (halves >> 1) & 3, (halves & 1) / 2
+    magnitude = torch.where(exponent == 0, mantissa, (1 + mantissa) * 2.0 ** (exponent - 1))
+    weight = torch.where(halves < 8, magnitude, -magnitude) * (2.0 ** (scales - 127)).repeat_interleave(32, -1)
+    linear = MXFP4Linear(codes.byte(), scales.byte())
+    x, bias = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape[0])
+    expected = x.double() @ weight.double().T
+    limit = 2 * TOLERANCE[dtype] + 1e-4  # of the last, what float32 sums of large and small weights lose
+    if rows:
+        assert worst(linear(x), expected) < limit
+        assert worst(linear(x, bias), expected + bias.double()) < limit
+    assert linear(x).shape == expected.shape
+
+
+def test_an_mxfp4_scale_may_be_nan_or_tiny() -> None:
+    codes, scales = torch.full((3, 16), 0x42).byte(), torch.tensor([[255], [0], [200]]).byte()
+    found = MXFP4Linear(codes, scales)(torch.ones(1, 32))
+    assert found[0, 0].isnan() and found[0, 1] == 48 * 2.0**-127 and found[0, 2] == 48 * 2.0**73
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
