@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
@@ -76,6 +77,7 @@ _HOME = {
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "AttentionSpec": "vllm.v1.kv_cache_interface",
+    "CPUExpertsMxfp4": "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
     "CPUWorker": "vllm.v1.worker.cpu_worker",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "CompilationMode": "vllm.config",
@@ -136,6 +138,7 @@ __all__ = [
     "AttentionBackendEnum",
     "AttentionLayerBase",
     "AttentionSpec",
+    "CPUExpertsMxfp4",
     "CPUWorker",
     "CommonAttentionMetadata",
     "CompilationMode",

@@ -279,6 +279,18 @@ FORWARD = Hook(
         Symptom("vllm.model_executor.custom_op:CustomOp", has=("return self._forward_method(*args, **kwargs)",)),
     ),
 )
+MXFP4_EXPERTS = Hook(
+    target="CPUExpertsMxfp4._supports_current_device",
+    user="fraqtl_vllm.platform.cpu_worker",
+    without="MXFP4 weights of gpt-oss have no experts on a processor without AMX, whatever operators there are",
+    until="vLLM's CPU build multiplies MXFP4 weights on every processor",
+    symptoms=(
+        Symptom(
+            "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUExpertsMxfp4._supports_current_device",
+            has=("torch.cpu._is_amx_tile_supported()",),
+        ),
+    ),
+)
 KERNEL_SCAN = Hook(
     target="dispatcher.sys",
     user="fraqtl_vllm._vllm",

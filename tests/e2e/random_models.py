@@ -95,6 +95,69 @@ def random_mixtral(folder: Path) -> Path:
     return _save(MixtralForCausalLM(_config(MixtralConfig, **options)), folder)
 
 
+def random_qwen3_moe(folder: Path) -> Path:
+    """Its last layer has no experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    options: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    }
+    options |= {"head_dim": 64, "initializer_range": 0.1, "num_hidden_layers": 3, "mlp_only_layers": [2]}
+    return _save(Qwen3MoeForCausalLM(_config(Qwen3MoeConfig, **options)), folder)
+
+
+def random_gpt_oss(folder: Path, *, mxfp4: bool = False) -> Path:
+    """The same numbers either way: MXFP4 weights in float32 range, written as bfloat16, or as they lie in files."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64, "initializer_range": 0.1}
+    model = GptOssForCausalLM(_config(GptOssConfig, **options, intermediate_size=96, sliding_window=64))
+    packed: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        for bias in (experts.gate_up_proj_bias, experts.down_proj_bias, layer.mlp.router.bias, layer.self_attn.sinks):
+            bias.data.normal_()
+        experts.gate_up_proj.data *= 8  # so that what the activation clamps shows
+        for name in ("gate_up_proj", "down_proj"):
+            blocks, scales = to_mxfp4(getattr(experts, name).detach().transpose(1, 2).contiguous())
+            getattr(experts, name).data = convert_moe_packed_tensors(blocks, scales).float()
+            of_file = f"model.layers.{i}.mlp.experts.{name}"
+            packed |= {f"{of_file}_blocks": blocks, f"{of_file}_scales": scales}
+    _save(model, folder)
+    if mxfp4:
+        _replace_experts(folder, packed)
+    return folder
+
+
+MXFP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., K) -> codes (..., K / 32, 16), the even weight in the low half, and scales (..., K / 32), both uint8."""
+    blocks = weight.unflatten(-1, (-1, 32))
+    exponent = (blocks.abs().amax(-1) / 6).clamp_min(2.0**-100).log2().ceil()
+    scaled = blocks / 2.0 ** exponent[..., None]
+    codes = (scaled.abs()[..., None] - MXFP4_VALUES).abs().argmin(-1) + 8 * (scaled < 0)
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8), (exponent + 127).to(torch.uint8)
+
+
+def _replace_experts(folder: Path, packed: dict[str, torch.Tensor]) -> None:
+    """Put MXFP4 weights in the place of those that they stand for, as in OpenAI's own checkpoints."""
+    from safetensors.torch import load_file, save_file
+
+    file, config = folder / "model.safetensors", folder / "config.json"
+    replaced = {name.removesuffix("_blocks") for name in packed}
+    kept = {name: weight for name, weight in load_file(file).items() if name not in replaced}
+    save_file(kept | packed, file, metadata={"format": "pt"})
+    excepted = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": excepted}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantization}))
+
+
 NAS_CONFIG = '''
 from transformers import LlamaConfig
 

@@ -47,7 +47,9 @@ def test_new_weights_reach_layers_that_keep_a_copy(change: str, monkeypatch: pyt
     layer: Any = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
     layer.cpu_linear = None
     worker = FraqtlCpuWorker.__new__(FraqtlCpuWorker)
-    worker.vllm_config = SimpleNamespace(additional_config={"fraqtl": {"cpu_weight_copies": True}})
+    worker.vllm_config = SimpleNamespace(
+        additional_config={"fraqtl": {"cpu_weight_copies": True}}, model_config=SimpleNamespace(quantization=None)
+    )
     worker.model_runner = SimpleNamespace(get_model=lambda: layer)
     monkeypatch.setattr(CPUWorker, "load_model", lambda _: None)
     monkeypatch.setattr(CPUWorker, change, lambda _: layer.weight.data.copy_(torch.randn(96, 64)))

@@ -27,6 +27,7 @@ import torch
 from fraqtl_bench import results
 from fraqtl_bench.server import STOCK_SERVER, Server, remove_log, running, start, stop
 from fraqtl_vllm.platform import native_ops
+from fraqtl_vllm.platform.experts import ACTIVATIONS
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "fraqtl_serve" / "demo_model"
@@ -171,7 +172,7 @@ def same_experts() -> Found:
         packed = [torch.empty_like(w) for w in (w13, w2)]
         for weight, target in zip((w13, w2), packed, strict=True):
             compiled.prepack_moe_weight(weight, target, "vec")
-        for activation in native_ops.EXPERT_ACTIVATIONS:
+        for activation in ACTIVATIONS:
             theirs, own = torch.empty_like(x), torch.empty_like(x)
             compiled.cpu_fused_moe(theirs, x, *packed, None, None, weights, chosen, False, activation, "vec")
             native_ops.fused_experts(own, x, w13, w2, None, None, weights, chosen, False, activation, "vec")

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, with layers of `cpu_layers.py`, and which survives a seed.
+"""vLLM's CPU worker, with layers of `cpu_layers.py` and experts of `experts.py`, and which survives a seed.
 
 A request with a `seed` has a generator of its own. Where a step ends before its prompt does, vLLM draws a
 token for it all the same, throws it away and turns the generator back, which the CPU's generators can't:
@@ -13,9 +13,10 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from fraqtl_vllm import compat
+from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.config import settings_of
+from fraqtl_vllm.names import GPT_OSS_WEIGHTS
 from fraqtl_vllm.platform.cpu_layers import replace_layers
 from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
@@ -32,8 +33,18 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
         generators.update(aside)
 
 
+def _has_no_native_ops() -> bool:
+    return issubclass(type(current_platform), CpuWithoutNativeOps)
+
+
+def _on_every_processor() -> bool:
+    return True
+
+
 class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        if _has_no_native_ops() and self.vllm_config.model_config.quantization == GPT_OSS_WEIGHTS:
+            compat.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
         loaded = super().load_model(*args, **kwargs)
         self._replace_layers()
         return loaded
@@ -48,7 +59,7 @@ class FraqtlCpuWorker(CPUWorker):
 
     def _replace_layers(self) -> None:
         """After every change of weights, of which layers of ours may have copies."""
-        if issubclass(type(current_platform), CpuWithoutNativeOps):  # a CPU build has fast layers of its own
+        if _has_no_native_ops():  # a CPU build has fast layers of its own
             replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
 
     def init_device(self) -> None:

@@ -1,12 +1,14 @@
 """Torch versions of vLLM's compiled operators, for wheels that have no CPU extension.
 
-Those of `torch.ops._C` that vLLM 0.32's decoders reach on x86 and ARM without quantized weights:
+Those of `torch.ops._C` that vLLM 0.32's decoders reach on x86 and ARM, with weights that are not quantized or those
+of gpt-oss:
 
   init_cpu_memory_env                           the CPU worker, when it is made
   greedy_argmax, fused_gumbel_argmax            the sampler
   gelu_new, gelu_fast, gelu_quick               activations look them up when they are made, and then run other code
   convert_weight_packed, weight_packed_linear   small linear layers on processors with AMX
   prepack_moe_weight, cpu_fused_moe             mixtures of experts
+  convert_scale_packed, fused_experts_cpu       the same with MXFP4 weights, which also take `convert_weight_packed`
 
 Where vLLM's own are loaded these must not be registered. Schemas are theirs.
 """
@@ -19,8 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from fraqtl_kernels.errors import UnsupportedError
 
 _CHUNK = 256  # probabilities
 
@@ -80,50 +80,18 @@ def keep_expert_weight(weight: Tensor, packed: Tensor, isa: str) -> None:
     packed.copy_(weight)
 
 
-def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return activation(gate) * up
+def fused_experts(*operands: Any) -> None:
+    """`experts.fused_experts`, which is imported where a model has some: Numba comes with it."""
+    from fraqtl_vllm.platform import experts
 
-    return run
-
-
-EXPERT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": _gated(F.silu),
-    "gelu": _gated(F.gelu),
-    "gelu_tanh": _gated(lambda x: F.gelu(x, approximate="tanh")),
-}
+    experts.fused_experts(*operands)
 
 
-def fused_experts(
-    out: Tensor,
-    x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
-    weights: Tensor,
-    experts: Tensor,
-    skip_weighted: bool,
-    activation: str,
-    isa: str,
-) -> None:
-    """Every token through its experts, one expert after the other over all its tokens. Raises UnsupportedError.
+def fused_quantized_experts(*operands: Any) -> None:
+    """`experts.fused_quantized_experts`, in the same way."""
+    from fraqtl_vllm.platform import experts
 
-    out, x: (tokens, hidden). w13: (experts, 2 · inner, hidden), w2: (experts, hidden, inner), their biases without
-    the last axis. weights, experts: (tokens, k). skip_weighted: the router's weights are in `x` already.
-    """
-    if activation not in EXPERT_ACTIVATIONS:
-        valid = ", ".join(EXPERT_ACTIVATIONS)
-        raise UnsupportedError(f"experts with activation {activation} need vLLM's CPU build: without it choose {valid}")
-    activate = EXPERT_ACTIVATIONS[activation]
-    total = torch.zeros(x.shape, dtype=torch.float32)
-    for expert in experts.unique().tolist():
-        rows, choices = (experts == expert).nonzero(as_tuple=True)
-        inner = activate(F.linear(x[rows], w13[expert], None if w13_bias is None else w13_bias[expert].to(x.dtype)))
-        product = F.linear(inner, w2[expert], None if w2_bias is None else w2_bias[expert].to(x.dtype)).float()
-        total.index_add_(0, rows, product if skip_weighted else product * weights[rows, choices, None].float())
-    out.copy_(total)
+    experts.fused_quantized_experts(experts.Quantized(*operands))
 
 
 NATIVE_OPS: dict[str, Callable[..., Any]] = {
@@ -138,5 +106,10 @@ NATIVE_OPS: dict[str, Callable[..., Any]] = {
     "prepack_moe_weight(Tensor weight, Tensor(a!) packed_weight, str isa) -> ()": keep_expert_weight,
     "cpu_fused_moe(Tensor(a!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
     "Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, str isa) -> ()": fused_experts,
+    "convert_scale_packed(Tensor(a) scale) -> Tensor(a)": keep_weight,
+    "fused_experts_cpu(Tensor(a!) output, Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, "
+    "Tensor topk_ids, int moe_comp_method, Tensor? w1_scale, Tensor? w2_scale, Tensor? w1_zero, Tensor? w2_zero, "
+    "Tensor? a1_scale, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, float? alpha, float? limit, bool is_vnni) "
+    "-> ()": fused_quantized_experts,
 }
 """By schema."""
