@@ -192,7 +192,7 @@ def test_activations_and_weights_of_experts_that_are_not_there_are_refused() -> 
         UnsupportedError, match=r"^experts with activation relu2 need vLLM's CPU build: .* choose silu, "
     ):
         native_ops.fused_experts(x, x, x, x, None, None, x, x, False, "relu2", "vec")
-    others = x, x, None, None, None, None, None, None, None, None, True
+    others = x, x, None, None, None, None, None, None, None, None, True, 0
     with pytest.raises(UnsupportedError, match=r"^experts with quantized weights need vLLM's CPU build"):
         native_ops.fused_quantized_experts(x, x, x, x, x, x, 2, *others)
 

@@ -112,6 +112,8 @@ class Quantized(NamedTuple):
     alpha: float | None
     limit: float | None
     is_packed: bool
+    activation: int
+    """Which one, where there are neither alpha nor limit. vLLM 0.32 has no such operand."""
 
 
 def fused_quantized_experts(given: Quantized) -> None:

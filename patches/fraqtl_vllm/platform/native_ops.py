@@ -109,7 +109,7 @@ NATIVE_OPS: dict[str, Callable[..., Any]] = {
     "convert_scale_packed(Tensor(a) scale) -> Tensor(a)": keep_weight,
     "fused_experts_cpu(Tensor(a!) output, Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, "
     "Tensor topk_ids, int moe_comp_method, Tensor? w1_scale, Tensor? w2_scale, Tensor? w1_zero, Tensor? w2_zero, "
-    "Tensor? a1_scale, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, float? alpha, float? limit, bool is_vnni) "
-    "-> ()": fused_quantized_experts,
+    "Tensor? a1_scale, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, float? alpha, float? limit, bool is_vnni, "
+    "int act_method=0) -> ()": fused_quantized_experts,
 }
 """By schema."""
