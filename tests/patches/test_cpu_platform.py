@@ -184,9 +184,9 @@ def test_registering_twice_is_harmless() -> None:
     assert list(AttentionBackendEnum.__members__).count("FRAQTL") == 1
 
 
-def choose(backend: str | None, *, has_sink: bool = False) -> str:
+def choose(backend: str | None) -> str:
     selected = None if backend is None else SimpleNamespace(name=backend)
-    chosen: str = CpuWithoutNativeOps.get_attn_backend_cls(selected, SimpleNamespace(has_sink=has_sink))
+    chosen: str = CpuWithoutNativeOps.get_attn_backend_cls(selected, SimpleNamespace())
     return chosen
 
 
@@ -198,8 +198,6 @@ def test_attention_is_always_ours(backend: str | None) -> None:
 def test_attention_that_needs_a_gpu_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"^--attention-backend FLASH_ATTN needs a GPU: .* choose FRAQTL$"):
         choose("FLASH_ATTN")
-    with pytest.raises(UnsupportedError, match="attention sinks"):
-        choose("FRAQTL", has_sink=True)
 
 
 @ours_only

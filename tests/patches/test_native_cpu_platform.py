@@ -94,11 +94,6 @@ def test_settings_without_the_backend_are_refused() -> None:
         configured(NativeCpu, "CPU_ATTN", additional_config={"fraqtl": {}})
 
 
-def test_attention_sinks_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="attention sinks"):
-        choose(NativeCpu, "FRAQTL", has_sink=True)
-
-
 def test_zen_stays_zen() -> None:
     assert NativeZenCpu().is_zen_cpu()
     assert not NativeCpu().is_zen_cpu()

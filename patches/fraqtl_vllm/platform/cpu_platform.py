@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.names import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.state_ops import STATE_OPS
@@ -80,7 +80,7 @@ class CpuWithoutNativeOps(PackedCpu):
             raise UnsupportedError(
                 f"--attention-backend {selected_backend.name} needs a GPU: on this machine choose {BACKEND_NAME}"
             )
-        return cls.packed_backend(attn_selector_config)
+        return BACKEND_CLASS
 
     @classmethod
     def opaque_attention_op(cls) -> bool:

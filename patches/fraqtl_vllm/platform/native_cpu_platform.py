@@ -10,7 +10,7 @@ from typing import Any
 
 from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import ZenCpuPlatform
-from fraqtl_vllm.names import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen
 
@@ -23,7 +23,7 @@ class NativeCpu(PackedCpu):
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
-            return cls.packed_backend(attn_selector_config)
+            return BACKEND_CLASS
         path: str = super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         return path
 

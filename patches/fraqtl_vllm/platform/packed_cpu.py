@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import CpuPlatform
-from fraqtl_vllm.names import BACKEND_CLASS
 from fraqtl_vllm.support import check_supported
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -20,13 +16,6 @@ WORKER = "fraqtl_vllm.platform.cpu_worker.FraqtlCpuWorker"
 
 class PackedCpu(CpuPlatform):
     """vLLM's CPU platform with our backend on offer."""
-
-    @classmethod
-    def packed_backend(cls, attn_selector_config: Any) -> str:
-        """The class that serves a layer. Raises UnsupportedError for a layer that it can't serve."""
-        if attn_selector_config.has_sink:
-            raise UnsupportedError("the packed KV cache does not support attention sinks yet")
-        return BACKEND_CLASS
 
     @classmethod
     def configure_packed(cls, vllm_config: _vllm.VllmConfig) -> None:
