@@ -112,7 +112,7 @@ class Quantized(NamedTuple):
     alpha: float | None
     limit: float | None
     is_packed: bool
-    activation: int
+    activation: int = 0
     """Which one, where there are neither alpha nor limit. vLLM 0.32 has no such operand."""
 
 
