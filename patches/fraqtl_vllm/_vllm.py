@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         KVCacheConfig,
         KVCacheGroupSpec,
         KVCacheLayout,
+        KVQuantMode,
         MambaSpec,
         SlidingWindowSpec,
         UniformTypeKVCacheSpecs,
@@ -92,6 +94,7 @@ _HOME = {
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheGroupSpec": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
+    "KVQuantMode": "vllm.v1.kv_cache_interface",
     "MambaSpec": "vllm.v1.kv_cache_interface",
     "MambaStateShapeCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
     "ModelRegistry": "vllm.model_executor.models",
@@ -127,6 +130,7 @@ _HOME = {
     "iter_layer_specs": "vllm.v1.kv_cache_interface",
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
     "register_kernels": "vllm.triton_utils.dispatcher",
+    "resolve_kv_cache_dtype_string": "vllm.utils.torch_utils",
     "set_current_vllm_config": "vllm.config",
     "set_forward_context": "vllm.forward_context",
 }
@@ -153,6 +157,7 @@ __all__ = [
     "KVCacheConfig",
     "KVCacheGroupSpec",
     "KVCacheLayout",
+    "KVQuantMode",
     "MambaSpec",
     "MambaStateShapeCalculator",
     "ModelRegistry",
@@ -189,6 +194,7 @@ __all__ = [
     "iter_layer_specs",
     "merge_attn_states",
     "register_kernels",
+    "resolve_kv_cache_dtype_string",
     "scan_of_vllm_only",
     "set_current_vllm_config",
     "set_forward_context",

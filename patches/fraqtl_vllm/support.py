@@ -9,6 +9,7 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm, hybrids
+from fraqtl_vllm.checkpoint import gets_ours_instead
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
@@ -51,7 +52,7 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
 
 def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
-    if cache.cache_dtype != "auto":
+    if cache.cache_dtype != "auto" and not gets_ours_instead(config):
         yield (
             f"--kv-cache-dtype {cache.cache_dtype}: it stores its own formats, "
             "choose one with --kv-format and leave --kv-cache-dtype out"

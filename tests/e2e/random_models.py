@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.engine import DEMO_MODEL
 
@@ -15,10 +16,10 @@ SHAPE = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 128, "num_
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 
-def random_llama(folder: Path, head_size: int) -> Path:
+def random_llama(folder: Path, head_size: int, **options: Any) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _save(LlamaForCausalLM(_config(LlamaConfig, head_dim=head_size)), folder)
+    return _save(LlamaForCausalLM(_config(LlamaConfig, head_dim=head_size, **options)), folder)
 
 
 def random_gemma2(folder: Path) -> Path:
@@ -133,6 +134,52 @@ def random_gpt_oss(folder: Path, *, mxfp4: bool = False) -> Path:
     return folder
 
 
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""What compressed-tensors says of a KV cache in FP8."""
+
+
+def ask_for_fp8_cache(folder: Path) -> Path:
+    """The checkpoint in `folder`, with a scheme and scales for an FP8 cache; weights stay as they are."""
+    weights = load_file(folder / "model.safetensors")
+    layers = [name.removesuffix("k_proj.weight") for name in weights if name.endswith("k_proj.weight")]
+    scales = {f"{layer}{kind}_scale": torch.tensor([0.5]) for layer in layers for kind in "kv"}
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": FP8_CACHE,
+    }
+    return _quantized(folder, weights | scales, scheme)
+
+
+def round_to_fp8(folder: Path) -> tuple[Path, Path]:
+    """The checkpoint in `folder` with FP8 weights, a scale a channel; and beside it the same numbers in float32."""
+    weights, wide = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        scale = weights[name].float().abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        weights[name] = (weights[name].float() / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale"] = scale
+        wide[name] = weights[name].float() * scale
+    kept = {name: weight.float() for name, weight in weights.items() if "_proj" not in name}
+    of_weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
+    of_inputs = of_weights | {"dynamic": True, "strategy": "token"}
+    group = {"targets": ["Linear"], "weights": of_weights, "input_activations": of_inputs}
+    scheme = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+    plain = folder.with_name(f"{folder.name}-wide")
+    shutil.copytree(folder, plain)
+    save_file(kept | wide, plain / "model.safetensors", metadata={"format": "pt"})
+    return _quantized(
+        folder, weights, scheme | {"config_groups": {"group_0": group}, "kv_cache_scheme": FP8_CACHE}
+    ), plain
+
+
+def _quantized(folder: Path, weights: dict[str, torch.Tensor], scheme: dict[str, Any]) -> Path:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": scheme}))
+    return folder
+
+
 MXFP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -147,15 +194,11 @@ def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _replace_experts(folder: Path, packed: dict[str, torch.Tensor]) -> None:
     """Put MXFP4 weights in the place of those that they stand for, as in OpenAI's own checkpoints."""
-    from safetensors.torch import load_file, save_file
-
-    file, config = folder / "model.safetensors", folder / "config.json"
+    file = folder / "model.safetensors"
     replaced = {name.removesuffix("_blocks") for name in packed}
     kept = {name: weight for name, weight in load_file(file).items() if name not in replaced}
-    save_file(kept | packed, file, metadata={"format": "pt"})
     excepted = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": excepted}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantization}))
+    _quantized(folder, kept | packed, {"quant_method": "mxfp4", "modules_to_not_convert": excepted})
 
 
 NAS_CONFIG = '''

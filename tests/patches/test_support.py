@@ -39,6 +39,7 @@ def make_config(**parts: Any) -> Any:
         "speculative_config": None,
         "kv_transfer_config": None,
         "lora_config": None,
+        "quant_config": None,
         "additional_config": {},
     }
     return SimpleNamespace(**{**served, **parts})

@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from fraqtl_kernels.formats import CPU_HEAD_SIZES, DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import hybrids
-from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, get_current_vllm_config_or_none
+from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, KVQuantMode, get_current_vllm_config_or_none
+from fraqtl_vllm.checkpoint import FP8_CACHES
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
@@ -36,7 +37,7 @@ class FraqtlBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:
@@ -67,6 +68,11 @@ class FraqtlBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """A checkpoint may have them: nothing here reads them."""
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 
@@ -80,7 +86,8 @@ class FraqtlBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         content = _kv_format().bytes_per_token(spec.head_size)
-        return replace(spec, dtype=torch.uint8, state_content_bytes=content)
+        # vLLM's own quantization is none: a checkpoint may have asked for it.
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content, kv_quant_mode=KVQuantMode.NONE)
 
 
 def _kv_format() -> KVFormat:

@@ -13,6 +13,7 @@ from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.calibration.recorder import Recorder
+from fraqtl_vllm.checkpoint import warn_of_unused_scales
 from fraqtl_vllm.start import progress
 from fraqtl_vllm.support import check_supported
 
@@ -39,7 +40,9 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        self.settings = check_supported(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.settings = check_supported(config)
+        warn_of_unused_scales(config, self.settings.kv_format)
         check_head_size(head_size)
         progress.say_once("loading the model")
         if alibi_slopes is not None:

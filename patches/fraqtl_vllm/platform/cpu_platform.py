@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.checkpoint import check_weights
 from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
@@ -95,6 +96,7 @@ class CpuWithoutNativeOps(PackedCpu):
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
         super().check_and_update_config(vllm_config)
         check_states(vllm_config.model_config)
+        check_weights(vllm_config)
         cls.configure_packed(vllm_config)
         if vllm_config.attention_config.backend is None:
             vllm_config.attention_config.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
