@@ -10,7 +10,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fraqtl_bench.quality.options import MEASURES, QUICK, STANDARD
+from fraqtl_bench.quality.options import DEFAULT_MEASURES, MEASURES, QUICK, STANDARD
+from fraqtl_bench.quality.ruler.names import RULER_TASKS
+
+MEASURES_HELP = f"of {', '.join(MEASURES)} (default: {', '.join(DEFAULT_MEASURES)})"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +34,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="few methods on little text, within two minutes")
     _add_texts(parser)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="instead of the standard set")
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=MEASURES_HELP)
+    _add_ruler(parser)
     parser.add_argument(
         "--budget", type=float, metavar="BITS", help="also search the best formats per layer for a budget"
     )
@@ -59,3 +63,11 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passages", type=int, help=f"of the last-word task {defaults['passages']}")
     parser.add_argument("--needle-lengths", nargs="+", type=int, help=f"in tokens {defaults['needle_lengths']}")
     parser.add_argument("--needle-repeats", type=int, help=f"a length and depth {defaults['needle_repeats']}")
+
+
+def _add_ruler(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(RULER_TASKS)
+    lengths, repeats = (f"(default: {STANDARD[n]}, quick: {QUICK[n]})" for n in ("ruler_lengths", "ruler_repeats"))
+    parser.add_argument("--ruler-tasks", nargs="+", metavar="TASK", help=f"of {names} (default: all)")
+    parser.add_argument("--ruler-lengths", nargs="+", type=int, help=f"in tokens, with the reply {lengths}")
+    parser.add_argument("--ruler-repeats", type=int, help=f"a task and length {repeats}")

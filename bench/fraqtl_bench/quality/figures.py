@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fraqtl_bench.quality.heatmaps import save_heatmaps
 from fraqtl_bench.quality.schema import ModelReport, Report, Row
 from fraqtl_bench.reporting.figures import pyplot
 from fraqtl_bench.reporting.figures import save as write_figure
@@ -43,7 +44,7 @@ def curves(model: ModelReport) -> dict[str, list[Row]]:
 
 def save(report: Report, folder: Path) -> list[Path]:
     """Write every figure; returns the files."""
-    return [*_bits(report, folder), *_law(report, folder), *_groups(report, folder)]
+    return [*_bits(report, folder), *_law(report, folder), *_groups(report, folder), *save_heatmaps(report, folder)]
 
 
 def _bits(report: Report, folder: Path) -> Iterator[Path]:

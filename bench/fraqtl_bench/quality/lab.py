@@ -19,6 +19,8 @@ from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.options import LEAST_CALIBRATION
 from fraqtl_bench.quality.routing import MARGINS, Routing, measure_routing
+from fraqtl_bench.quality.ruler.measure import lab_items, measure_ruler
+from fraqtl_bench.quality.ruler.question import Item as RulerItem
 from fraqtl_bench.quality.schema import Margin, ModelReport, Row, Settings
 from fraqtl_bench.quality.score import Score, compare_perplexity, perplexity, score, score_rows
 from fraqtl_bench.quality.watch import calibration_samples
@@ -57,6 +59,8 @@ class Lab:
             self.last_word_items  # noqa: B018
         if "needle" in settings.measures:
             self.needle_items  # noqa: B018
+        if "ruler" in settings.measures:
+            self.ruler_items  # noqa: B018
         self.skipped: dict[str, str] = {}
         gradients = any(parse(name).needs_gradient for name in settings.methods or ())
         self.samples = calibration_samples(subject.model, self.calibration_ids, gradients=gradients)
@@ -176,6 +180,10 @@ class Lab:
         )
 
     @cached_property
+    def ruler_items(self) -> list[RulerItem]:
+        return lab_items(self)
+
+    @cached_property
     def last_word_items(self) -> list[tasks.Item]:
         s = self.settings
         generated = s.last_word == texts.GENERATED
@@ -251,11 +259,10 @@ class Lab:
                 rows[name].last_word_perplexity = perplexity(s for _, s in answers)
         if "needle" in measures:
             for name, answers in self.answers("needle", self.needle_items).items():
-                cells: dict[str, list[bool]] = defaultdict(list)
-                for item, result in answers:
-                    cells[item.cell].append(result.right)
-                rows[name].needle_accuracy = fmean(s.right for _, s in answers)
-                rows[name].needle = {cell: fmean(right) for cell, right in cells.items()}
+                add_needle(rows[name], answers)
+        if "ruler" in measures:
+            for name, own in measure_ruler(self, self.ruler_items).items():
+                rows[name].ruler = own
         if "routing" in measures:
             for name, routing in self.routing().items():
                 add_routing(rows[name], routing)
@@ -289,6 +296,14 @@ def add_windows(rows: dict[str, Row], results: dict[str, list[WindowResult]]) ->
             row.divergence = summarize(divergences)
     first = next(iter(scores.values()))
     return sum(s.tokens for s in first), len(first)
+
+
+def add_needle(row: Row, answers: list[tuple[tasks.Item, Score]]) -> None:
+    cells: dict[str, list[bool]] = defaultdict(list)
+    for item, result in answers:
+        cells[item.cell].append(result.right)
+    row.needle_accuracy = fmean(result.right for _, result in answers)
+    row.needle = {cell: fmean(right) for cell, right in cells.items()}
 
 
 def add_routing(row: Row, routing: Routing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fraqtl_bench.quality.methods import BASELINE
+from fraqtl_bench.quality.ruler.tables import ruler_lines, through_lines
 from fraqtl_bench.quality.schema import Allocation, Law, ModelReport, Report, Row, Through
 from fraqtl_bench.quality.verdict import MAIN_BUDGET, Duel, best_at, duels, spreads
 from fraqtl_bench.reporting.markdown import number, share, table
@@ -45,12 +46,14 @@ def model_lines(model: ModelReport) -> Iterator[str]:
         yield "Left out: " + "; ".join(f"`{name}` ({why})" for name, why in model.skipped.items()) + "."
         yield ""
     yield from verdict_lines(model)
+    yield from ruler_lines(model)
     if model.law:
         yield from law_lines(model.law)
     if model.allocation:
         yield from allocation_lines(model.allocation)
     if model.through_server:
         yield from server_lines(model.through_server)
+        yield from through_lines(model)
 
 
 def divergence_lines(model: ModelReport) -> Iterator[str]:

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fraqtl_bench.quality.ruler.names import RULER_TASKS
 from fraqtl_kernels.errors import ConfigError, one_of
 
-MEASURES = ("perplexity", "divergence", "last-word", "needle", "routing", "law")
+MEASURES = ("perplexity", "divergence", "last-word", "needle", "routing", "law", "ruler")
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "ruler")  # which takes as long as all others
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 STANDARD: dict[str, Any] = {
     "window": 1024,
@@ -19,6 +21,9 @@ STANDARD: dict[str, Any] = {
     "needle_lengths": [256, 1024],
     "needle_depths": DEPTHS,
     "needle_repeats": 5,
+    "ruler_tasks": list(RULER_TASKS),
+    "ruler_lengths": [1024],
+    "ruler_repeats": 10,
     "routing_windows": 2,
     "queries": 128,
 }
@@ -31,6 +36,9 @@ QUICK: dict[str, Any] = {
     "needle_lengths": [256],
     "needle_depths": [0.0, 0.5, 1.0],
     "needle_repeats": 2,
+    "ruler_tasks": ["niah_single_2", "niah_multikey_1", "vt"],
+    "ruler_lengths": [512],
+    "ruler_repeats": 2,
     "routing_windows": 1,
     "queries": 32,
 }
@@ -75,7 +83,7 @@ def settings_of(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], 
         "calibration": chosen.get("calibration", text),
         "last_word": chosen.get("last_word", "generated"),
         "methods": chosen.get("methods"),
-        "measures": list(chosen.get("measures", MEASURES)),
+        "measures": list(chosen.get("measures", DEFAULT_MEASURES)),
         "dtype": chosen.get("dtype"),
         "device": chosen.get("device", device),
         "seed": chosen.get("seed", 0),
@@ -85,10 +93,13 @@ def settings_of(args: argparse.Namespace, device: str) -> tuple[dict[str, Any], 
 
 
 def _check(settings: dict[str, Any]) -> None:
-    least = {"window": 16, "stride": 1, "tokens": 0, "passages": 1, "needle_repeats": 1}
+    least = {"window": 16, "stride": 1, "tokens": 0, "passages": 1, "needle_repeats": 1, "ruler_repeats": 1}
     for name, low in {**least, "calibration_tokens": LEAST_CALIBRATION}.items():
         if settings[name] < low:
             raise ConfigError(f"--{name.replace('_', '-')} {settings[name]} is too small: give {low} or more")
     for measure in settings["measures"]:
         if measure not in MEASURES:
             raise one_of("measure", measure, MEASURES)
+    for task in settings["ruler_tasks"]:
+        if task not in RULER_TASKS:
+            raise one_of("RULER task", task, RULER_TASKS)

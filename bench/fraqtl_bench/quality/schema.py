@@ -31,6 +31,9 @@ class Settings(Part):
     needle_lengths: list[int]
     needle_depths: list[float]
     needle_repeats: int
+    ruler_tasks: list[str] = []
+    ruler_lengths: list[int] = []
+    ruler_repeats: int = 0
     passages: int
     routing_windows: int
     queries: int
@@ -73,6 +76,24 @@ class DivergenceSummary(DivergenceMeans):
     by_context: list[ContextDivergence]
 
 
+class RulerCell(Part):
+    """Items of one of RULER's tasks and lengths.
+
+    found: of all their `answers`. accuracy: mean over the items of the share found, with its standard error, which is
+    the binomial one where an item has one answer. lost, gained: answers found with fp16 alone, and without it alone.
+    """
+
+    task: str
+    length: int
+    items: int
+    answers: int
+    found: int
+    accuracy: float
+    standard_error: float
+    lost: int
+    gained: int
+
+
 class Row(Part):
     """One method on one model.
 
@@ -99,6 +120,7 @@ class Row(Part):
     last_word_perplexity: float | None = None
     needle_accuracy: float | None = None
     needle: dict[str, float] | None = None
+    ruler: list[RulerCell] | None = None
     flips: float | None = None
     flips_by_margin: list[Margin] | None = None
     attention_divergence: float | None = None
@@ -161,6 +183,8 @@ class Through(Part):
     tokens: int
     needle_accuracy: float | None
     simulated_needle_accuracy: float | None
+    ruler: list[RulerCell] | None = None
+    simulated_ruler: list[RulerCell] | None = None
 
 
 class ModelReport(Part):

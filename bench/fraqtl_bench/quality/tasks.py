@@ -65,9 +65,13 @@ def needle_items(
         for depth in depths:
             for i in range(repeats):
                 rng = random.Random(f"needle-{seed}-{length}-{depth}-{i}")
-                cell = f"{length} tokens, depth {depth:.0%}"
+                cell = cell_name(length, depth)
                 items.append(_needle(tokenizer, rng, f"{cell}, {i}", cell, length, depth))
     return items
+
+
+def cell_name(length: int, depth: float) -> str:
+    return f"{length} tokens, depth {depth:.0%}"
 
 
 def _needle(tokenizer: Any, rng: random.Random, name: str, cell: str, length: int, depth: float) -> Item:

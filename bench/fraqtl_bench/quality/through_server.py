@@ -17,6 +17,8 @@ from fraqtl_bench.quality import texts, uncertainty
 from fraqtl_bench.quality.cache import Fitted, FittedLayer, FittedStream, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import parse
+from fraqtl_bench.quality.ruler.measure import measure_through
+from fraqtl_bench.quality.ruler.question import Item as RulerItem
 from fraqtl_bench.quality.schema import Through
 from fraqtl_bench.quality.score import Score, perplexity
 from fraqtl_bench.quality.server_codec import read_constants
@@ -39,13 +41,16 @@ class Endpoint:
             raise ConfigError(f"no server answers at {url!r}: give the URL of a running fraqtl-serve") from error
 
     def _complete(self, ids: Sequence[int], **options: Any) -> dict[str, Any]:
-        body = {"model": self.model["id"], "prompt": list(ids), "temperature": 0, **options}
+        return self._post("completions", f"a prompt of {len(ids)} tokens", prompt=list(ids), **options)
+
+    def _post(self, path: str, what: str, **options: Any) -> dict[str, Any]:
+        body = {"model": self.model["id"], "temperature": 0, **options}
         try:
-            reply = self.client.post(f"{self.url}/v1/completions", json=body, timeout=TIMEOUT)
+            reply = self.client.post(f"{self.url}/v1/{path}", json=body, timeout=TIMEOUT)
         except httpx.HTTPError as error:
             raise ConfigError(f"the server at {self.url!r} stopped answering: {type(error).__name__}") from error
         if reply.is_error:
-            raise ConfigError(f"the server at {self.url!r} refused a prompt of {len(ids)} tokens: {reply.text[:200]}")
+            raise ConfigError(f"the server at {self.url!r} refused {what}: {reply.text[:200]}")
         found: dict[str, Any] = reply.json()
         return found
 
@@ -69,6 +74,23 @@ class Endpoint:
         reply = self._complete(item.ids[: item.first], max_tokens=len(answer), ignore_eos=True)
         said = reply["choices"][0]["text"]
         return bool(said.strip() == tokenizer.decode(list(answer)).strip())
+
+    def reply(self, item: RulerItem) -> str:
+        """What it replies to one of RULER's questions: by chat, or by completion where the lab's item is no chat.
+
+        Raises ConfigError if the chat became another prompt there than here.
+        """
+        if not item.is_chat:
+            return str(self._complete(item.prompt, max_tokens=item.limit)["choices"][0]["text"])
+        go_on = {"continue_final_message": True, "add_generation_prompt": False, "max_tokens": item.limit}
+        found = self._post("chat/completions", f"a chat, {item.name}", messages=item.question.messages, **go_on)
+        tokens = found["usage"]["prompt_tokens"]
+        if tokens != len(item.prompt):
+            raise ConfigError(
+                f"the server at {self.url!r} makes {tokens} tokens of a chat that has {len(item.prompt)} here: serve "
+                f"the same model with its own chat template"
+            )
+        return found["choices"][0]["message"]["content"] or ""
 
 
 def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
@@ -113,6 +135,9 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
     needles = lab.needle_items if "needle" in lab.settings.measures else []
     said = [endpoint.says(item, lab.subject.tokenizer) for item in needles]
     expected = [lab.scored(f"{key}needle {item.name}", item.ids, item.first, fitted).right for item in needles]
+    ruler = simulated_ruler = None
+    if "ruler" in lab.settings.measures:
+        ruler, simulated_ruler = measure_through(lab, lab.ruler_items, endpoint.reply, fitted, key)
     return Through(
         kv_format=name,
         perplexity=found,
@@ -122,4 +147,6 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
         tokens=sum(s.tokens for s in there),
         needle_accuracy=sum(said) / len(said) if said else None,
         simulated_needle_accuracy=sum(expected) / len(expected) if expected else None,
+        ruler=ruler,
+        simulated_ruler=simulated_ruler,
     )
