@@ -135,6 +135,7 @@ def test_columns_sort_both_ways(page: Any) -> None:
 def test_columns_without_a_measurement_are_left_out(page: Any) -> None:
     titles = [node.text_content() for node in page.query_selector_all("#head button")]
     assert "needle" in titles and "last word" not in titles and "KL" not in titles
+    assert page.is_hidden("#heat")  # no needle by depth, nor RULER's tasks
 
 
 def test_filters_leave_what_they_name(page: Any) -> None:

@@ -18,6 +18,7 @@ from fraqtl_bench.quality.ruler.tasks import ruler_items
 from fraqtl_bench.quality.schema import Report, RulerCell
 from fraqtl_bench.quality.watch import calibration_samples
 from tests.bench.quality_models import demo, random_subject, token_ids, tokenizer
+from tests.browser import file_page
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["--quick", "--threads", "1", "--seed", "3", "--ruler-lengths", "400", "--needle-repeats", "1"]
@@ -103,6 +104,18 @@ def test_heat_maps_hold_the_results(report: tuple[Report, Path], tmp_path: Path)
     model.rows[0].ruler = model.rows[1].ruler = None
     names = {path.name for path in figures.save(found, tmp_path)}
     assert "needle_depth.png" in names and "ruler.png" not in names
+
+
+def test_the_page_shows_the_heat_map_that_is_picked(report: tuple[Report, Path]) -> None:
+    with file_page(report[1] / "quality.html") as page:
+        options = page.eval_on_selector_all("#heat-choice option", "all => all.map(o => o.textContent)")
+        assert options == ["demo: RULER, 400 tokens", "demo: needle, fp16", "demo: needle, rank4"]
+        assert page.is_visible("#heat")
+        cells = [cell.text_content() for cell in page.query_selector_all("#heat-table tr:nth-child(2) > *")]
+        assert cells[:2] == ["fp16", "100 % ± 0"] and len(cells) == 4
+        page.select_option("#heat-choice", "1")
+        rows = [cell.text_content() for cell in page.query_selector_all("#heat-table th[scope=row]")]
+        assert rows == ["depth 0%", "depth 50%", "depth 100%"]
 
 
 def test_cells_of_two_lengths_are_two_tables_and_two_maps(report: tuple[Report, Path]) -> None:

@@ -54,7 +54,9 @@ def _bits(report: Report, folder: Path) -> Iterator[Path]:
         ("flips", "routing flips"),
         ("needle_accuracy", "needle accuracy"),
     ):
-        shown = [m for m in report.models if any(getattr(row, value) is not None for row in m.rows)]
+        shown = [
+            m for m in report.models if any(getattr(r, value) is not None for own in curves(m).values() for r in own)
+        ]
         if not shown:
             continue
         figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
