@@ -110,7 +110,7 @@ def test_the_page_shows_the_heat_map_that_is_picked(report: tuple[Report, Path])
     with file_page(report[1] / "quality.html") as page:
         options = page.eval_on_selector_all("#heat-choice option", "all => all.map(o => o.textContent)")
         assert options == ["demo: RULER, 400 tokens", "demo: needle, fp16", "demo: needle, rank4"]
-        assert page.is_visible("#heat")
+        assert page.is_visible("#heat") and page.is_hidden("#figure")  # no perplexity to draw
         cells = [cell.text_content() for cell in page.query_selector_all("#heat-table tr:nth-child(2) > *")]
         assert cells[:2] == ["fp16", "100 % ± 0"] and len(cells) == 4
         page.select_option("#heat-choice", "1")
