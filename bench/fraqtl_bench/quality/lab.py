@@ -19,8 +19,9 @@ from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.options import LEAST_CALIBRATION
 from fraqtl_bench.quality.routing import MARGINS, Routing, measure_routing
-from fraqtl_bench.quality.ruler.measure import lab_items, measure_ruler
+from fraqtl_bench.quality.ruler.measure import items_for, measure_ruler
 from fraqtl_bench.quality.ruler.question import Item as RulerItem
+from fraqtl_bench.quality.ruler.replies import greedy
 from fraqtl_bench.quality.schema import Margin, ModelReport, Row, Settings
 from fraqtl_bench.quality.score import Score, compare_perplexity, perplexity, score, score_rows
 from fraqtl_bench.quality.watch import calibration_samples
@@ -181,7 +182,14 @@ class Lab:
 
     @cached_property
     def ruler_items(self) -> list[RulerItem]:
-        return lab_items(self)
+        return items_for(self.subject, self.settings)
+
+    def reply(self, item: RulerItem, fitted: Fitted, key: str = "") -> str:
+        """A reply from the notes, or decoded now. key: what tells apart simulations with other constants."""
+        name = f"{self.subject.name}/{key}ruler {item.name}/{fitted.method.name}"
+        said = str(self.progress.get(name, lambda: greedy(self.subject, item, fitted.layers)))
+        self.ticker.tick("ruler", f"{fitted.method.name}, {item.task}")
+        return said
 
     @cached_property
     def last_word_items(self) -> list[tasks.Item]:
@@ -261,7 +269,8 @@ class Lab:
             for name, answers in self.answers("needle", self.needle_items).items():
                 add_needle(rows[name], answers)
         if "ruler" in measures:
-            for name, own in measure_ruler(self, self.ruler_items).items():
+            self.ticker.expect("ruler", len(self.ruler_items) * len(self.methods))
+            for name, own in measure_ruler(self.ruler_items, self.methods, self.reply).items():
                 rows[name].ruler = own
         if "routing" in measures:
             for name, routing in self.routing().items():

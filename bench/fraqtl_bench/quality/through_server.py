@@ -137,7 +137,9 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
     expected = [lab.scored(f"{key}needle {item.name}", item.ids, item.first, fitted).right for item in needles]
     ruler = simulated_ruler = None
     if "ruler" in lab.settings.measures:
-        ruler, simulated_ruler = measure_through(lab, lab.ruler_items, endpoint.reply, fitted, key)
+        ruler, simulated_ruler = measure_through(
+            lab.ruler_items, endpoint.reply, lambda item: lab.reply(item, fitted, key)
+        )
     return Through(
         kv_format=name,
         perplexity=found,
