@@ -28,7 +28,7 @@ from fraqtl_serve.reports.metrics import Metrics
 from fraqtl_serve.reports.records import Records, record_of
 from fraqtl_serve.reports.report import Ledger
 from fraqtl_vllm.accounting.pool import METHOD
-from fraqtl_vllm.config import read_config
+from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.start import garbage
 
 logger = init_logger("vllm.fraqtl")
@@ -61,7 +61,7 @@ class FraqtlEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
             return
-        kv_format = read_config(args.additional_config).kv_format
+        kv_format = settings_of(engine_client.vllm_config).kv_format
         records, metrics = Records(), Metrics()
 
         def keep(ledger: Ledger) -> None:

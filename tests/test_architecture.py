@@ -31,6 +31,7 @@ EXTENSION_POINTS = {
     "fraqtl_vllm/platform/cpu_worker.py": {"vllm.platforms"},
     "fraqtl_vllm/attention/layer.py": {"vllm.v1.attention.backend"},
     "fraqtl_vllm/plugin.py": {"vllm.v1.attention.backends.registry", "vllm.platforms"},
+    "fraqtl_vllm/platform/cuda.py": {"vllm.platforms"},
     "fraqtl_vllm/platform/stock_cpu.py": {"vllm.platforms"},
     "fraqtl_serve/cli/doctor.py": {"vllm.platforms"},
 }

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+from fraqtl_vllm import compat
 from fraqtl_vllm.platform.distribution import VLLM_NAMES
 
 PACKAGES = ("fraqtl-serve", "vllm", "torch", "triton", "transformers", "fastapi", "pydantic", "numba")
-SUPPORTED_VLLM = "0.32"
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.endpoint_plugins")
 
 
@@ -59,9 +59,11 @@ def _version(package: str) -> str | None:
 def _examine_packages(report: Report) -> None:
     vllm, torch = report.packages["vllm"], report.packages["torch"]
     if vllm is None:
-        report.problems.append("vLLM is not installed: pip install vllm==0.32.0, or run make serve in a checkout")
-    elif not vllm.startswith(SUPPORTED_VLLM + "."):
-        report.problems.append(f"vLLM {vllm} is installed, but this version works with {SUPPORTED_VLLM}.x")
+        report.problems.append(
+            f"vLLM is not installed: pip install vllm=={compat.DEFAULT_VERSION}, or run make serve in a checkout"
+        )
+    elif (sentence := compat.not_supported(vllm)) is not None:
+        report.problems.append(sentence)
     if torch and "+cpu" in torch and _version("torchvision"):
         report.problems.append(
             "torchvision is installed beside the CPU build of torch and breaks transformers: pip uninstall torchvision"

@@ -24,7 +24,7 @@ from fraqtl_serve.cli.start_errors import TRACEBACK_SWITCH, explain, noted_reaso
 from fraqtl_serve.cli.start_stop import StoppedError, stoppable_start
 from fraqtl_serve.http.body_limit import DEFAULT_BYTES
 from fraqtl_vllm.config import KEY, FraqtlConfig, new_names, read_config
-from fraqtl_vllm.names import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME, format_of
 from fraqtl_vllm.start import progress
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -36,6 +36,9 @@ def serve(argv: Sequence[str]) -> None:
     """Parse, check, and run until the server is stopped. Raises FraqtlError for what the user can mend."""
     allow_plugin()
     try:
+        from fraqtl_vllm._vllm import check_version
+
+        check_version()  # before names are looked for that another vLLM has elsewhere
         from fraqtl_serve._vllm import ServeSubcommand, cli_env_setup
     except ImportError as error:
         raise ConfigError(f"vLLM can't be imported ({error}): run fraqtl-serve doctor") from error
@@ -191,7 +194,7 @@ def configure(args: argparse.Namespace) -> FraqtlConfig:
     args.attention_backend = BACKEND_NAME
     if current_platform.is_cpu():
         args.enforce_eager = True
-    return read_config(args.additional_config)
+    return read_config(args.additional_config, args.kv_cache_dtype)
 
 
 def _choose_kv_memory(args: argparse.Namespace) -> None:
@@ -228,7 +231,7 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
                 f"{inside.kv_format}: give one of them"
             )
         section["kv_format"] = args.kv_format
-    section.setdefault("kv_format", DEFAULT_FORMAT)
+    section.setdefault("kv_format", format_of(args.kv_cache_dtype) or DEFAULT_FORMAT)
     if not args.kv_calibration:
         section["calibration"] = False
     if not args.kv_residual:

@@ -8,8 +8,10 @@ half imported.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -46,11 +48,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-    from vllm.v1.core.kv_cache_utils import (
-        generate_scheduler_kv_cache_config,
-        get_kv_cache_capacity,
-        get_kv_cache_configs,
-    )
+    from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_capacity
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -72,7 +70,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
     from vllm.v1.worker.workspace import current_workspace_manager
 
-SUPPORTED_VERSION = "0.32"
+VERSION = compat.minor(VLLM_VERSION)
 
 _HOME = {
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
@@ -122,7 +120,6 @@ _HOME = {
     "get_flash_attn_version": "vllm.v1.attention.backends.fa_utils",
     "get_forward_context": "vllm.forward_context",
     "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
-    "get_kv_cache_configs": "vllm.v1.core.kv_cache_utils",
     "get_memory_node_info": "vllm.utils.cpu_resource_utils",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
@@ -136,7 +133,7 @@ _HOME = {
 }
 
 __all__ = [
-    "SUPPORTED_VERSION",
+    "VERSION",
     "VLLM_VERSION",
     "AsyncScheduler",
     "AttentionBackendEnum",
@@ -193,6 +190,7 @@ __all__ = [
     "initialize_mamba_ssu_backend",
     "iter_layer_specs",
     "merge_attn_states",
+    "register_cache_dtypes",
     "register_kernels",
     "resolve_kv_cache_dtype_string",
     "scan_of_vllm_only",
@@ -203,11 +201,46 @@ __all__ = [
 
 def check_version(version: str = VLLM_VERSION) -> None:
     """Raises UnsupportedError for a vLLM that this code was not written for."""
-    if not version.startswith(SUPPORTED_VERSION + "."):
-        raise UnsupportedError(
-            f"fraqtl-serve works with vLLM {SUPPORTED_VERSION}.x, but {version} is installed: "
-            f"pip install 'vllm=={SUPPORTED_VERSION}.0'"
-        )
+    sentence = compat.not_supported(version)
+    if sentence is not None:
+        raise UnsupportedError(sentence)
+
+
+def get_kv_cache_configs(config: Any, specs: list[dict[str, Any]], memory: list[int]) -> list[Any]:
+    """vLLM's plan of every rank's pool, from the specs of its layers. Since 0.33 vLLM groups layers before it plans."""
+    check_version()
+    if VERSION == "0.32":
+        return import_module("vllm.v1.core.kv_cache_utils").get_kv_cache_configs(config, specs, memory)
+    planning = import_module("vllm.v1.core.kv_cache_planning")
+    return planning.get_kv_cache_configs(config, specs, memory, planning.get_global_kv_cache_groups(config, specs))
+
+
+def register_cache_dtypes(names: Iterable[str]) -> None:
+    """Let `--kv-cache-dtype` take these names for caches of bytes. vLLM 0.32 has no place for that.
+
+    Their mode is that of unpacked caches: none of vLLM's own kernels sees the pages, and the mode for caches
+    that a backend keeps by itself, CUSTOM, has the number of a format for AMD's GPUs.
+    """
+    check_version()
+    if VERSION == "0.32":
+        return
+    cache = import_module("vllm.config.cache")
+    for name in names:
+        if not cache.is_known_kv_cache_dtype(name):
+            cache.register_kv_cache_dtype(name)(partial(_Bytes, name))
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """See vLLM's KVCacheDTypeHandler protocol."""
+
+    name: str
+
+    def torch_dtype(self) -> Any:
+        return import_module("torch").uint8
+
+    def quant_mode(self) -> Any:
+        return import_module("vllm.v1.kv_cache_interface").KVQuantMode.NONE
 
 
 def engine_core() -> Any:

@@ -2,10 +2,11 @@
 
 vLLM has entry points for backends, platforms, schedulers and workers. What they don't reach is replaced at run time,
 and only through this module: a wrapper lives in the module that needs it, and its `Hook` stands here with what breaks
-without it, the place in vLLM 0.32, and when it can go. tests/patches/test_compat.py looks for every symptom in the vLLM
+without it, the place in vLLM, and when it can go. tests/patches/test_compat.py looks for every symptom in the vLLM
 that is installed. Where one is gone it fails: then the hook is to be looked at, and mostly to be deleted.
 
-Nothing of vLLM is imported here. `fraqtl_serve.engine.hooks` is the same for the HTTP server.
+Which versions of vLLM these are stands here, too. Nothing of vLLM is imported here. `fraqtl_serve.engine.hooks` is the
+same for the HTTP server.
 """
 
 from __future__ import annotations
@@ -16,6 +17,26 @@ from dataclasses import dataclass
 from functools import update_wrapper
 from types import MethodType
 from typing import Any
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+"""Minor versions of vLLM, oldest first, with all their patch releases."""
+DEFAULT_VERSION = "0.32.0"
+"""What the lock files, the images and the whole test suite have."""
+
+
+def minor(version: str) -> str:
+    """Of vLLM's version the part that decides where its names are: "0.33" of "0.33.1+cpu"."""
+    return ".".join(version.split(".")[:2])
+
+
+def not_supported(version: str) -> str | None:
+    """One sentence for a vLLM that this code was not written for, or None."""
+    if minor(version) in SUPPORTED_VERSIONS:
+        return None
+    supported = " and ".join(f"{one}.x" for one in SUPPORTED_VERSIONS)
+    return (
+        f"fraqtl-serve works with vLLM {supported}, but {version} is installed: pip install 'vllm=={DEFAULT_VERSION}'"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ ENDS = Hook(
     symptoms=(
         Symptom(
             "vllm.v1.engine.core:EngineCoreProc._send_finish_outputs_to_client",
-            has=("EngineCoreOutput(req_id, [], finish_reason=finish_reason)",),
+            has=("EngineCoreOutput(req_id, [], finish_reason=finish_reason",),
             lacks=("kv_transfer_params",),
         ),
     ),
@@ -247,6 +268,13 @@ STOCK_CPU = Hook(
             has=('logger.info("Cannot use %s backend on CPU.", selected_backend)',),
         ),
     ),
+)
+NAMED_FORMATS = Hook(
+    target="CudaPlatform.check_and_update_config",
+    user="fraqtl_vllm.platform.cuda",
+    without="a format that --kv-cache-dtype names has no backend on a GPU, unless --attention-backend names it, too",
+    until="vLLM asks backends of others for a cache dtype that none of its own has",
+    symptoms=(Symptom("vllm.v1.attention.selector:get_attn_backend", has=("backend = attention_config.backend",)),),
 )
 SAMPLING = Hook(
     target="GPUModelRunner.sample_tokens",

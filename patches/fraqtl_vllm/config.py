@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
+from fraqtl_vllm.names import format_of
 
 KEY = "fraqtl"
 OLD_KEYS = {"refinement": "residual"}
@@ -72,17 +73,28 @@ class FraqtlConfig(BaseModel):
         return named if self.residual else named.without_residual
 
 
-def read_config(additional_config: Any) -> FraqtlConfig:
-    """Our part of vLLM's `additional_config`. Raises ConfigError in one sentence."""
+def read_config(additional_config: Any, cache_dtype: str = "auto") -> FraqtlConfig:
+    """Our part of vLLM's `additional_config`, with the format that `cache_dtype` may name.
+
+    Raises ConfigError in one sentence.
+    """
     section = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     if not isinstance(section, dict):
         raise ConfigError(f'--additional-config: "{KEY}" must be an object, not {section!r}')
+    named = format_of(cache_dtype)
+    if named is not None:
+        section = {"kv_format": named, **section}
+        if section["kv_format"] != named:
+            raise ConfigError(
+                f"--kv-cache-dtype {cache_dtype} contradicts KV format {section['kv_format']}, which --kv-format or "
+                "--additional-config says: give one of them"
+            )
     return _parse(json.dumps(section, default=repr))
 
 
 def settings_of(vllm_config: Any) -> FraqtlConfig:
     """Our part of vLLM's configuration. Raises ConfigError in one sentence."""
-    return read_config(vllm_config.additional_config)
+    return read_config(vllm_config.additional_config, vllm_config.cache_config.cache_dtype)
 
 
 @cache

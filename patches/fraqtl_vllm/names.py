@@ -1,4 +1,4 @@
-"""Under which names vLLM finds our backend and our platforms."""
+"""Under which names vLLM finds our backend, our platforms and our formats."""
 
 from __future__ import annotations
 
@@ -13,3 +13,15 @@ IN_PLACE_OF = {
     "vllm.platforms.zen_cpu.ZenCpuPlatform": "fraqtl_vllm.platform.native_cpu_platform.NativeZenCpu",
 }
 """Our platforms, by those of vLLM that would log at most that they can't use our backend, and serve another cache."""
+
+CACHE_DTYPE_PREFIX = "fraqtl_"
+"""Of the names that `--kv-cache-dtype` has for our formats, since vLLM 0.33."""
+
+
+def cache_dtype_of(kv_format: str) -> str:
+    return CACHE_DTYPE_PREFIX + kv_format
+
+
+def format_of(cache_dtype: str) -> str | None:
+    """The format that a `--kv-cache-dtype` names, or None if it is one of vLLM's own."""
+    return cache_dtype.removeprefix(CACHE_DTYPE_PREFIX) if cache_dtype.startswith(CACHE_DTYPE_PREFIX) else None

@@ -11,18 +11,39 @@ from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm, hybrids
 from fraqtl_vllm.checkpoint import gets_ours_instead
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
-from fraqtl_vllm.names import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME, format_of
 
 ALIBI_MODELS = ("bloom", "mpt", "baichuan")
+PLAIN_DTYPES = ("float16", "bfloat16")
+"""What `--kv-cache-dtype` says for "the model's dtype"; what is stored is what `--kv-format` says."""
 
 
 def asks_for_packed_cache(config: _vllm.VllmConfig) -> bool:
-    """Whether somebody wants this engine's KV cache packed: by the name of our backend, or by settings of ours."""
+    """Whether somebody wants this engine's KV cache packed: by our backend, one of our formats, or settings of ours."""
+    if format_of(config.cache_config.cache_dtype) is not None:
+        return True
     attention = config.attention_config
     chosen = (attention.backend, *attention.backend_per_kind.values())
     if any(backend is not None and backend.name == BACKEND_NAME for backend in chosen):
         return True
     return isinstance(config.additional_config, dict) and KEY in config.additional_config
+
+
+def choose_backend(config: _vllm.VllmConfig) -> None:
+    """Choose ours where `--kv-cache-dtype` names one of our formats, and nobody chose one.
+
+    Raises UnsupportedError if another was chosen.
+    """
+    attention, cache_dtype = config.attention_config, config.cache_config.cache_dtype
+    if format_of(cache_dtype) is None:
+        return
+    if attention.backend is None:
+        attention.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
+    elif attention.backend.name != BACKEND_NAME:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {cache_dtype} needs --attention-backend {BACKEND_NAME}, and {attention.backend.name} "
+            "was chosen: leave --attention-backend out"
+        )
 
 
 def check_backend_is_chosen(config: _vllm.VllmConfig) -> None:
@@ -52,11 +73,7 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
 
 def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
-    if cache.cache_dtype != "auto" and not gets_ours_instead(config):
-        yield (
-            f"--kv-cache-dtype {cache.cache_dtype}: it stores its own formats, "
-            "choose one with --kv-format and leave --kv-cache-dtype out"
-        )
+    yield from _cache_dtype_reasons(config)
     if config.speculative_config is not None:
         yield "speculative decoding yet: leave --speculative-config out"
     if config.kv_transfer_config is not None:
@@ -73,6 +90,22 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
         yield from _model_reasons(model)
         if model.is_hybrid and parallel.pipeline_parallel_size > 1:
             yield "hybrid models with pipeline parallelism yet: use --tensor-parallel-size"
+
+
+def _cache_dtype_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
+    cache, model = config.cache_config, config.model_config
+    given = cache.cache_dtype
+    if given in PLAIN_DTYPES and model is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        if given != dtype:
+            yield f"--kv-cache-dtype {given} for a model in {dtype}: leave it out, or add --dtype {given}"
+    elif given != "auto" and format_of(given) is None and not gets_ours_instead(config):
+        yield (
+            f"--kv-cache-dtype {given}: it stores its own formats, "
+            "choose one with --kv-format and leave --kv-cache-dtype out"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield "--kv-cache-dtype-skip-layers: it stores all layers in one format"
 
 
 def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.accounts import TINY_POOL, compare, sliding_windows, unlike_heads
 
 
+@pytest.mark.smoke
 def test_reports_equal_what_the_pool_held() -> None:
     found = compare(replace(TINY_POOL, blocks=64, longest=600), requests=60, seed=3)
     assert found.mismatches == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 
+import pytest
+
 from tests.e2e.reports import ANSWER, BASELINE_BLOCK_BYTES, BLOCK_BYTES, QUESTION
 from tests.e2e.server import Server
 from tests.terminal import CTRL_D, ROOT, fraqtl_serve, terminal
@@ -21,6 +23,7 @@ def check_saving(text: str) -> None:
     assert blocks == -(-int(found[3]) // 16)
 
 
+@pytest.mark.smoke
 def test_piped(demo_server: Server) -> None:
     done = subprocess.run(
         fraqtl_serve("chat", "--url", demo_server.url),

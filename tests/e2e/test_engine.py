@@ -39,6 +39,7 @@ def test_the_demo_model_answers() -> None:
     assert right >= 0.9 * len(ANSWERS)
 
 
+@pytest.mark.smoke
 def test_capacity_at_equal_memory() -> None:
     packed, plain = (run(PROMPTS[:1], kv_format=f, kv_cache_memory_bytes=BUDGET) for f in ("k4v4", "bf16"))
     assert cache_tokens(plain) == BUDGET // (4 * 2 * 16 * 256) * 16  # layers x heads x tokens x bytes
@@ -97,12 +98,14 @@ def test_chunked_prefill(chunk: int) -> None:
     assert result.texts == unconstrained().texts
 
 
+@pytest.mark.smoke
 def test_prefix_caching_hits_give_the_same_text() -> None:
     result = run(PROMPTS, enable_prefix_caching=True, rounds=2)
     assert sum(n > 0 for n in result.cached_tokens) >= len(PROMPTS) - 1
     assert result.texts == unconstrained().texts
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_preemption_in_a_tiny_pool(prefix_caching: bool) -> None:
     prompts = PROMPTS[:32]
@@ -122,6 +125,7 @@ def test_preemption_in_a_tiny_pool(prefix_caching: bool) -> None:
     assert tight.texts == free.texts
 
 
+@pytest.mark.smoke
 def test_tensor_parallel_2() -> None:
     result = run(PROMPTS, tensor_parallel_size=2, in_process=False)
     assert result.texts == unconstrained().texts

@@ -69,6 +69,7 @@ def no_spaces() -> dict[str, int]:
     return {str(vocabulary[token]): -100 for token in "ĠĊĉč" if token in vocabulary}
 
 
+@pytest.mark.smoke
 def test_chat(client: OpenAI) -> None:
     answer = ask(client)
     assert answer.choices[0].message.content == ANSWER
@@ -77,6 +78,7 @@ def test_chat(client: OpenAI) -> None:
     check_mirror(answer.usage.kv_cache, answer.fraqtl)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32])
 @pytest.mark.parametrize("generated", [1, 2])
 def test_blocks_are_counted_to_the_token(client: OpenAI, length: int, generated: int) -> None:
@@ -95,6 +97,7 @@ def test_headers(client: OpenAI) -> None:
     assert raw.headers["x-fraqtl-kv-saved-bytes"] == str(report["fraqtl"]["saved_bytes"])
 
 
+@pytest.mark.smoke
 def test_a_repeated_prompt_shares_its_blocks(client: OpenAI) -> None:
     question = "The code for barley is 3377. " * 20 + "\nWhat is the code for barley?"
     first, second = (ask(client, question, max_tokens=4) for _ in range(2))
@@ -105,6 +108,7 @@ def test_a_repeated_prompt_shares_its_blocks(client: OpenAI) -> None:
     check_sequence(second.fraqtl, second.usage)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("stream", STREAMS)
 def test_chat_stream(client: OpenAI, stream: dict[str, Any]) -> None:
     chunks = list(ask(client, **stream))

@@ -56,6 +56,7 @@ def totals(server: Server) -> dict[str, float]:
     return {key: metric(server.url, name) for key, name in names.items()}
 
 
+@pytest.mark.smoke
 def test_capacity(demo_server: Server) -> None:
     capacity = get(demo_server, CAPACITY)
     blocks, baseline_blocks = POOL_BYTES // BLOCK_BYTES, POOL_BYTES // BASELINE_BLOCK_BYTES
@@ -120,6 +121,7 @@ def test_refused_request_is_not_counted(demo_server: Server) -> None:
     assert totals(demo_server) == before
 
 
+@pytest.mark.smoke
 def test_gauges(demo_server: Server) -> None:
     text = httpx.get(f"{demo_server.url}/metrics").text
     assert 'fraqtl:info{kv_format="k4v4",layout="LBHNC"} 1.0' in text

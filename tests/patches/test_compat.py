@@ -19,6 +19,7 @@ PACKAGE = Path(str(fraqtl_vllm.__file__)).parent
 HOOK = Hook("Thing.method", "somewhere", "nothing", "never", ())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target)
 def test_vllm_still_needs_it(hook: Hook) -> None:
     assert [line for symptom in hook.symptoms for line in changed(symptom)] == []

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import (
-    generate_scheduler_kv_cache_config,
-    get_kv_cache_capacity,
-    get_kv_cache_configs,
-)
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -26,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
+from fraqtl_vllm._vllm import get_kv_cache_configs
 from fraqtl_vllm.accounting import planner, pool
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import CacheConfig
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -18,7 +19,10 @@ plugin.register()
 def config(backend: str | None) -> Any:
     chosen = None if backend is None else AttentionBackendEnum[backend]
     return SimpleNamespace(
-        attention_config=SimpleNamespace(backend=chosen, backend_per_kind={}), additional_config={}, seen=[]
+        attention_config=SimpleNamespace(backend=chosen, backend_per_kind={}),
+        cache_config=CacheConfig(),
+        additional_config={},
+        seen=[],
     )
 
 

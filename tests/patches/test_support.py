@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from transformers import AutoConfig
 from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
@@ -68,6 +69,21 @@ def test_stock_cache_formats(dtype: Any) -> None:
     )
 
 
+def test_the_models_own_dtype_may_be_named() -> None:
+    """What is stored is what --kv-format says; on vLLM 0.33 such a flag must name the model's dtype anyway."""
+    for dtype, other in (("bfloat16", "float16"), ("float16", "bfloat16")):
+        parts: Any = {"cache_config": CacheConfig(cache_dtype=dtype)}
+        check_supported(make_config(model_config=make_model(dtype=getattr(torch, dtype)), **parts))
+        assert refusal(model_config=make_model(dtype=getattr(torch, other)), **parts) == (
+            f"--kv-cache-dtype {dtype} for a model in {other}: leave it out, or add --dtype {dtype}"
+        )
+
+
+def test_layers_with_another_dtype() -> None:
+    said = refusal(cache_config=CacheConfig(kv_cache_dtype_skip_layers=["sliding_window"]))
+    assert said == "--kv-cache-dtype-skip-layers: it stores all layers in one format"
+
+
 def test_speculative_decoding() -> None:
     said = refusal(speculative_config=SimpleNamespace(method="ngram"))
     assert said == "speculative decoding yet: leave --speculative-config out"
@@ -97,7 +113,8 @@ def test_block_sizes() -> None:
     assert refusal(cache_config=CacheConfig(block_size=24)) == "--block-size 24: it must be a multiple of 16"
     check_supported(make_config(cache_config=CacheConfig(block_size=48)))
     # A size that vLLM chose itself is not the user's to mend: the platform sets it afterwards.
-    chosen = SimpleNamespace(cache_dtype="auto", block_size=24, user_specified_block_size=False)
+    chosen = CacheConfig()
+    chosen.block_size = 24
     check_supported(make_config(cache_config=chosen))
 
 

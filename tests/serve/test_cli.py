@@ -139,8 +139,11 @@ def test_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert problems(monkeypatch, vllm="0.32.1", torch="2.13.0+cpu", torchvision=None) == []
     (missing,) = problems(monkeypatch, vllm=None)
     assert missing.startswith("vLLM is not installed: pip install vllm==0.32.0")
-    (old,) = problems(monkeypatch, vllm="0.31.4")
-    assert old == "vLLM 0.31.4 is installed, but this version works with 0.32.x"
+    assert problems(monkeypatch, vllm="0.33.0", torch="2.14.0") == []
+    for other in ("0.31.4", "0.34.0"):
+        assert problems(monkeypatch, vllm=other) == [
+            f"fraqtl-serve works with vLLM 0.32.x and 0.33.x, but {other} is installed: pip install 'vllm==0.32.0'"
+        ]
     (vision,) = problems(monkeypatch, vllm="0.32.0", torch="2.13.0+cpu", torchvision="0.26.0")
     assert vision.endswith("pip uninstall torchvision")
     monkeypatch.setenv("VLLM_PLUGINS", "lora,other")

@@ -19,6 +19,7 @@ def name(hook: Hook) -> str:
     return f"{hook.user.rpartition('.')[2]}: {hook.target}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("hook", hooks.HOOKS, ids=name)
 def test_vllm_still_needs_it(hook: Hook) -> None:
     assert [line for symptom in hook.symptoms for line in changed(symptom)] == []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from fraqtl_kernels.errors import FraqtlError
@@ -21,6 +21,7 @@ from fraqtl_serve.cli.main import main
 from fraqtl_serve.cli.model_config import read_shape
 from fraqtl_serve.cli.plan import memory
 from fraqtl_serve.cli.sizing import LayerKind, ModelShape, fit, plan
+from fraqtl_vllm._vllm import get_kv_cache_configs
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
 GIB = 1 << 30

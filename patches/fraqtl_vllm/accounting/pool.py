@@ -153,9 +153,14 @@ def install() -> None:
     compat.PLAN.wrap(_vllm.engine_core(), _planned_with_us)
 
 
-def _planned_with_us(original: Planner) -> Planner:
-    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
-        pools = plan_pools(original, vllm_config, kv_cache_specs, available_memory)
+def _planned_with_us(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
+        """groups: of layers, one argument since vLLM 0.33. They depend on the specs only."""
+
+        def planned(config: Any, specs: Any, memory: Any) -> Any:
+            return original(config, specs, memory, *groups)
+
+        pools = plan_pools(planned, vllm_config, kv_cache_specs, available_memory)
         for pool in pools:  # whatever the backend: its scheduler may be ours
             compat.GROUP_NOTE.put(pool, group_bytes(vllm_config, pools))
         return pools

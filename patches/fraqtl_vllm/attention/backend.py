@@ -15,13 +15,14 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
 
-from fraqtl_kernels.formats import CPU_HEAD_SIZES, DEFAULT_FORMAT, KVFormat, get_format
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, DEFAULT_FORMAT, FORMATS, KVFormat, get_format
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import hybrids
 from fraqtl_vllm._vllm import AttentionSpec, KVCacheLayout, KVQuantMode, get_current_vllm_config_or_none
 from fraqtl_vllm.checkpoint import FP8_CACHES
 from fraqtl_vllm.config import settings_of
-from fraqtl_vllm.names import BACKEND_NAME
+from fraqtl_vllm.names import BACKEND_NAME, cache_dtype_of
+from fraqtl_vllm.support import PLAIN_DTYPES
 
 if TYPE_CHECKING:
     from fraqtl_vllm.attention.layer import FraqtlImpl
@@ -37,7 +38,12 @@ class FraqtlBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *FP8_CACHES]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        *PLAIN_DTYPES,
+        *FP8_CACHES,
+        *map(cache_dtype_of, FORMATS),
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -54,6 +60,11 @@ class FraqtlBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Not the 128 of CPUs, which would make prefixes coarser and waste more of a sequence's last block."""
+        return BLOCK_SIZE_MULTIPLE
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -30,6 +30,7 @@ from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.state_ops import STATE_OPS
+from fraqtl_vllm.support import choose_backend
 
 STATE_FAMILIES = ("lfm2",)
 """Hybrid models that were compared with transformers on the same weights, by the model type of their text part."""
@@ -94,6 +95,7 @@ class CpuWithoutNativeOps(PackedCpu):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
+        choose_backend(vllm_config)
         super().check_and_update_config(vllm_config)
         check_states(vllm_config.model_config)
         check_weights(vllm_config)

@@ -12,7 +12,7 @@ from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import ZenCpuPlatform
 from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
-from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen
+from fraqtl_vllm.support import asks_for_packed_cache, check_backend_is_chosen, choose_backend
 
 
 class NativeCpu(PackedCpu):
@@ -29,6 +29,7 @@ class NativeCpu(PackedCpu):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: _vllm.VllmConfig) -> None:
+        choose_backend(vllm_config)
         super().check_and_update_config(vllm_config)
         if asks_for_packed_cache(vllm_config):
             check_backend_is_chosen(vllm_config)
