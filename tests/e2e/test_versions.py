@@ -65,7 +65,7 @@ def test_vllms_own_command_serves_a_named_format() -> None:
             ("--kv-format", "k4v4", "--kv-cache-dtype", "fraqtl_k8v8"),
             "--kv-cache-dtype fraqtl_k8v8 contradicts KV format k4v4, which --kv-format or --additional-config says",
         ),
-        (("--kv-cache-dtype", "fraqtl_int3"), "fraqtl_int3"),
+        (("--kv-cache-dtype", "fraqtl_int3"), "unknown KV format 'int3': choose one of bf16, fp16, k8v8, k8v4, k4v4"),
     ],
 )
 def test_what_is_refused(flags: tuple[str, ...], said: str) -> None:
