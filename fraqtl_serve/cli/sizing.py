@@ -158,7 +158,11 @@ def fit(
     from fraqtl_vllm.accounting import planner
 
     config = _config()
-    config.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
+    config.model_config = SimpleNamespace(
+        max_model_len=context,
+        original_max_model_len=context,
+        supports_kv_cache_grouping=False,  # by itself; vLLM 0.33 asks
+    )
     config.scheduler_config.max_num_batched_tokens = batched_tokens
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.mamba_cache_mode = "align" if prefix_caching else "none"

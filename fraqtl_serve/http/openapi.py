@@ -1,6 +1,7 @@
 """The application's OpenAPI document, with what we add to the answers of /v1.
 
-vLLM leaves the schema of these answers open (`{}`), so ours names our own additions and allows everything else.
+vLLM 0.32 leaves the schema of these answers open (`{}`), and that of 0.33 knows nothing of ours: so ours takes its
+place, names our own additions and allows everything else.
 """
 
 from __future__ import annotations

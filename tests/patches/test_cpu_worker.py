@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.config import CacheConfig
 
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.platform.cpu_worker import FraqtlCpuWorker, generators_put_aside
@@ -48,7 +49,9 @@ def test_new_weights_reach_layers_that_keep_a_copy(change: str, monkeypatch: pyt
     layer.cpu_linear = None
     worker = FraqtlCpuWorker.__new__(FraqtlCpuWorker)
     worker.vllm_config = SimpleNamespace(
-        additional_config={"fraqtl": {"cpu_weight_copies": True}}, model_config=SimpleNamespace(quantization=None)
+        additional_config={"fraqtl": {"cpu_weight_copies": True}},
+        model_config=SimpleNamespace(quantization=None),
+        cache_config=CacheConfig(),
     )
     worker.model_runner = SimpleNamespace(get_model=lambda: layer)
     monkeypatch.setattr(CPUWorker, "load_model", lambda _: None)

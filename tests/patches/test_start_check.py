@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CacheConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -44,6 +45,7 @@ def worker(
     return SimpleNamespace(
         vllm_config=SimpleNamespace(
             attention_config=attention,
+            cache_config=CacheConfig(),
             additional_config={} if ours is None else {"fraqtl": ours},
             compilation_config=SimpleNamespace(static_forward_context=context),
         )

@@ -66,7 +66,8 @@ def test_schema_takes_a_decorated_answer_and_no_wrong_one(monkeypatch: pytest.Mo
 def test_switched_off_report_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = document(monkeypatch, "--no-fraqtl-report")["paths"]["/v1/completions"]["post"]["responses"]["200"]
     assert "X-Fraqtl-KV-Bytes" in answer["headers"]
-    assert answer["content"]["application/json"]["schema"] == {}
+    # What vLLM says of it: 0.32 says nothing.
+    assert answer["content"]["application/json"]["schema"] in ({}, {"$ref": "#/components/schemas/CompletionResponse"})
 
 
 def test_usage_without_counts_is_not_promised_any(monkeypatch: pytest.MonkeyPatch) -> None:
