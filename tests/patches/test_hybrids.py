@@ -11,12 +11,12 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_vllm import hybrids
+from fraqtl_vllm._vllm import get_kv_cache_configs
 from fraqtl_vllm.accounting import planner, pool
 
 GIB = 1 << 30
