@@ -32,8 +32,9 @@ from torch import Tensor
 from fraqtl_bench import results
 from fraqtl_bench.projection import output_projection
 from fraqtl_bench.quality import texts
-from fraqtl_bench.quality.cache import Fitted, fit, logits
+from fraqtl_bench.quality.cache import logits
 from fraqtl_bench.quality.codecs import LayerSample
+from fraqtl_bench.quality.fitted import Fitted, fit
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.models import Subject, load
 from fraqtl_bench.quality.watch import Seen, watching

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quality import cache, selfcheck, texts
-from fraqtl_bench.quality.cache import LabCache, fit
+from fraqtl_bench.quality.cache import LabCache
+from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.grids import Kept, Symmetric
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.selfcheck import SelfCheckError, check

@@ -12,8 +12,8 @@ import pytest
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import lab, page, through_server
-from fraqtl_bench.quality.cache import fit
 from fraqtl_bench.quality.command import NOTES
+from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Report
 from fraqtl_bench.quality.score import Score, score

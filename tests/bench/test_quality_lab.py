@@ -14,7 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from fraqtl_bench.quality import budget, lab, law, margins, models, routing, tasks, texts, verdict
-from fraqtl_bench.quality.cache import LabCache, fit, logits
+from fraqtl_bench.quality.cache import LabCache, logits
+from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import ModelReport, Row
 from fraqtl_bench.quality.score import Score, perplexity, score

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quality.bases import BASES, matrix, principal_basis, random_basis
-from fraqtl_bench.quality.cache import fit_layer
 from fraqtl_bench.quality.codecs import Coordinates, LayerSample, deserialize, serialize
+from fraqtl_bench.quality.fitted import fit_layer
 from fraqtl_bench.quality.grids import Float16, Symmetric, pack_bits, packed_bits, unpack_bits
 from fraqtl_bench.quality.methods import Method, parse, rank_at, standard_names
 from fraqtl_bench.quality.server_codec import read_constants

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fraqtl_bench.quality import attention
-from fraqtl_bench.quality.cache import Fitted, FittedLayer, fit, logits
+from fraqtl_bench.quality.cache import logits
 from fraqtl_bench.quality.codecs import Exact
+from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit
 from fraqtl_bench.quality.methods import Method, parse
 from fraqtl_bench.quality.recent import Buffer, Queue, Recent, Ring
 from fraqtl_bench.quality.rivals import RIVALS, kivi, turbo_attn

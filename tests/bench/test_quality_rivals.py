@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quality.cache import FittedLayer, fit, fit_layer
 from fraqtl_bench.quality.codecs import Codec, Exact, LayerSample, Rope, deserialize, serialize
+from fraqtl_bench.quality.fitted import FittedLayer, fit, fit_layer
 from fraqtl_bench.quality.grids import unpack_bits
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.recent import Recent

@@ -10,7 +10,8 @@ import torch
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import figures
-from fraqtl_bench.quality.cache import LabCache, fit, logits
+from fraqtl_bench.quality.cache import LabCache, logits
+from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.heatmaps import needle_maps, ruler_maps
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.ruler.replies import found, greedy

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fraqtl_bench.quality.fitted import FittedLayer, FittedStream
 from fraqtl_bench.quality.recent import Recent
 from fraqtl_bench.quality.watch import attention_of, full_mask, plain_attention
-
-if TYPE_CHECKING:
-    from fraqtl_bench.quality.cache import FittedLayer, FittedStream
 
 ROWS = 256  # queries at a time, so that memory grows with the length and not with its square
 State = tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fraqtl_bench.quality import texts
-from fraqtl_bench.quality.cache import Fitted, FittedLayer, fit
+from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import BASELINE, parse
 from fraqtl_bench.quality.schema import Allocation

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fraqtl_bench.quality import law, margins, selfcheck, tasks, texts
-from fraqtl_bench.quality.cache import Fitted, FittedLayer, fit, logits
+from fraqtl_bench.quality.cache import logits
 from fraqtl_bench.quality.divergence import Divergence, compare, summarize
+from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit
 from fraqtl_bench.quality.methods import BASELINE, parse, standard_names
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.options import LEAST_CALIBRATION

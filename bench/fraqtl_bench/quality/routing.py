@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quality.cache import Fitted, FittedStream
+from fraqtl_bench.quality.fitted import Fitted, FittedStream
 from fraqtl_bench.quality.recent import Recent
 from fraqtl_bench.quality.watch import Seen, watching
 

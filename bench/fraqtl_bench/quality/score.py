@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quality.cache import FittedLayer, logits
+from fraqtl_bench.quality.cache import logits
+from fraqtl_bench.quality.fitted import FittedLayer
 from fraqtl_bench.quality.uncertainty import standard_error
 
 ROWS_AT_ONCE = 256  # of logits that are turned to float32 together

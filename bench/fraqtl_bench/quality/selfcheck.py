@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fraqtl_bench.quality.cache import Fitted, logits
+from fraqtl_bench.quality.cache import logits
 from fraqtl_bench.quality.codecs import Coordinates, LayerSample, serialize
+from fraqtl_bench.quality.fitted import Fitted
 from fraqtl_bench.quality.grids import Symmetric
 from fraqtl_bench.quality.models import Subject
 from fraqtl_kernels.errors import FraqtlError

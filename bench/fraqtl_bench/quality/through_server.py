@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from fraqtl_bench.quality import texts, uncertainty
-from fraqtl_bench.quality.cache import Fitted, FittedLayer, FittedStream, fit
+from fraqtl_bench.quality.fitted import Fitted, FittedLayer, FittedStream, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.ruler.measure import measure_through

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fraqtl_bench.quality.cache import Fitted
+from fraqtl_bench.quality.fitted import Fitted
 from fraqtl_bench.quality.methods import BASELINE
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.ruler.cells import ruler_cells

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fraqtl_bench.quality.cache import FittedLayer, LabCache
+from fraqtl_bench.quality.cache import LabCache
+from fraqtl_bench.quality.fitted import FittedLayer
 from fraqtl_bench.quality.models import Subject
 from fraqtl_bench.quality.ruler.question import Item
 
