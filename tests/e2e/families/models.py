@@ -178,7 +178,6 @@ FAMILIES: dict[str, Family] = {
         "gpt-oss",
         "gpt_oss",
         {"sliding_window": 32, "num_local_experts": 4, **EXPERTS},
-        refused="the packed KV cache does not support attention sinks yet",
     ),
     "qwen3-moe": Family("Qwen3-MoE", "qwen3_moe", {"head_dim": 64, "num_experts": 4, **EXPERTS}),
     "gemma4": Family(
