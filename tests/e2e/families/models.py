@@ -135,7 +135,9 @@ SHARED = {
 }
 MANY_GROUPS = 84  # blocks, for models whose layers with windows form several groups
 
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+# Not of Qwen3-MoE: vLLM would make one there, too, and find no weights for it.
+SHARED_EXPERT = {"shared_expert_intermediate_size": 128}
 GATED_DELTA = {
     "num_hidden_layers": 4,
     "head_dim": 256,
@@ -193,7 +195,7 @@ FAMILIES: dict[str, Family] = {
         },
         blocks=MANY_GROUPS,
     ),
-    "qwen3-next": Family("Qwen3-Next", "qwen3_next", {**GATED_DELTA, "num_experts": 4, **EXPERTS}),
+    "qwen3-next": Family("Qwen3-Next", "qwen3_next", {**GATED_DELTA, "num_experts": 4, **EXPERTS, **SHARED_EXPERT}),
     "qwen3.5": Family("Qwen3.5", "qwen3_5_text", GATED_DELTA),
     "granite-hybrid": Family(
         "Granite 4 hybrid",
