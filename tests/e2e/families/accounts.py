@@ -7,7 +7,7 @@ from typing import Any
 
 from fraqtl_serve.reports.report import Ledger
 from fraqtl_vllm.accounting.schema import ACCOUNT_KEY, Account
-from tests.e2e.accounts import disputes
+from tests.e2e.accounts import Blocks, disputes
 from tests.e2e.families.engine import FIRST_TOKEN, Engine
 from tests.e2e.families.row import AccountsResult
 
@@ -15,6 +15,7 @@ REQUESTS = 60
 LONGEST = 150  # tokens of a prompt
 ANSWER = 40  # tokens at most
 ABORT_AFTER = 20  # steps
+REPORTED = ("tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes", "state_bytes")
 
 
 def compare(engine: Engine, kv_format: str) -> AccountsResult:
@@ -23,12 +24,12 @@ def compare(engine: Engine, kv_format: str) -> AccountsResult:
     sequences = _send(engine)
     accounts = _accounts(engine, sequences)
     lines = engine.seen()[first_line:]
-    block_bytes, baseline = _page_sizes(engine)
+    blocks = _blocks(engine)
     mismatches = disputes(lines)
     for request, sequence in sequences.items():
         end = next((line for line in lines if line["event"] == "end" and line["sequence"] == sequence), None)
         said = None if request not in accounts else _reported(kv_format, accounts[request])
-        seen = None if end is None else _expected(end, block_bytes, baseline)
+        seen = None if end is None else _expected(end, blocks)
         if said != seen or said is None:
             mismatches.append(f"{request}: said {said}, seen {seen}")
     return AccountsResult(
@@ -81,29 +82,30 @@ def _reported(kv_format: str, account: Account) -> dict[str, int]:
     """What a response would say."""
     report = Ledger(kv_format, accounts={"": account}).report()
     assert report is not None
-    return {name: getattr(report, name) for name in ("tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes")}
+    return {name: getattr(report, name) for name in REPORTED}
 
 
-def _expected(end: dict[str, Any], block_bytes: list[int], baseline: list[int]) -> dict[str, int]:
+def _expected(end: dict[str, Any], blocks: Blocks) -> dict[str, int]:
     held = list(map(len, end["blocks"]))
+    taken = [n * size for n, size in zip(held, blocks.sizes, strict=True)]
     return {
         "tokens": min(end["length"] - 1, end["written"]),
         "blocks": sum(held),
         "shared_blocks": sum(map(len, end["shared"])),
-        "bytes": sum(n * size for n, size in zip(held, block_bytes, strict=True)),
-        "baseline_bytes": sum(n * size for n, size in zip(held, baseline, strict=True)),
+        "bytes": sum(n for n, keeps in zip(taken, blocks.keeps_states, strict=True) if not keeps),
+        "baseline_bytes": sum(n * size for n, size in zip(held, blocks.baseline, strict=True)),
+        "state_bytes": sum(n for n, keeps in zip(taken, blocks.keeps_states, strict=True) if keeps),
     }
 
 
-def _page_sizes(engine: Engine) -> tuple[list[int], list[int]]:
-    """Bytes of a block of every group: by the tensors of the pool, and by heads, head sizes and the model's dtype."""
-    pages = engine.llm.collective_rpc("fraqtl_pages")[0]["block_bytes"]
-    number = engine.config.model_config.dtype.itemsize
-    layers = engine.layers
+def _blocks(engine: Engine) -> Blocks:
+    """Of every group: by the tensors of the pool, and by heads, head sizes and the model's dtype."""
+    pages = engine.llm.collective_rpc("fraqtl_pages")[0]
+    number, layers = engine.config.model_config.dtype.itemsize, engine.layers
     baseline = [
-        sum(2 * layers[name].num_kv_heads * layers[name].head_size for name in group.layer_names)
+        sum(2 * layers[name].num_kv_heads * layers[name].head_size for name in group.layer_names if name in layers)
         * number
         * group.kv_cache_spec.block_size
         for group in engine.groups
     ]
-    return pages, baseline
+    return Blocks(pages["block_bytes"], tuple(baseline), pages["keeps_states"])
