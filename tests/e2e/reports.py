@@ -15,7 +15,7 @@ BLOCK_SIZE = 16
 BLOCK_BYTES = 4 * 2 * BLOCK_SIZE * 68  # layers, KV heads, tokens, bytes of a k4v4 key and value at head size 64
 BASELINE_BLOCK_BYTES = 4 * 2 * BLOCK_SIZE * 256  # the same in bfloat16
 
-COUNTS = {"tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes", "saved_bytes"}
+COUNTS = {"tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes", "saved_bytes", "state_bytes"}
 
 
 def messages(question: str = QUESTION) -> list[Any]:
