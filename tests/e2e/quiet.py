@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ class _Ear(logging.Handler):
 @contextmanager
 def no_warnings(ignore: Ignore = lambda warning: False) -> Iterator[None]:
     """Fails at its end if a warning was given that `ignore` does not answer for."""
+    gc.collect()  # what an earlier test left open is that test's
     with warnings.catch_warnings(record=True) as seen, _listening() as ear:
         warnings.simplefilter("always")
         yield
