@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.accounts import TINY_POOL, compare, sliding_windows, unlike_heads
+from tests.e2e.accounts import TINY_POOL, compare, hybrid, sliding_windows, unlike_heads
 
 
 @pytest.mark.smoke
@@ -29,4 +29,11 @@ def test_layers_with_unlike_numbers_of_heads(tmp_path: Path) -> None:
     found = compare(replace(unlike_heads(tmp_path), blocks=64, longest=600), requests=60, seed=5)
     assert found.mismatches == []
     for event in ("aborted", "several_sequences", "with_shared_blocks", "preemptions"):
+        assert found.counts[event] > 0, found.counts
+
+
+def test_states_of_a_hybrid_model(tmp_path: Path) -> None:
+    found = compare(hybrid(tmp_path), requests=60, seed=5, concurrency=12)
+    assert found.mismatches == []
+    for event in ("aborted", "streamed", "several_sequences", "with_shared_blocks", "preemptions"):
         assert found.counts[event] > 0, found.counts
