@@ -27,6 +27,7 @@ from fraqtl_serve.reports.history import History
 from fraqtl_serve.reports.metrics import Metrics
 from fraqtl_serve.reports.records import Records, record_of
 from fraqtl_serve.reports.report import Ledger
+from fraqtl_vllm import layer_formats
 from fraqtl_vllm.accounting.pool import METHOD
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.start import garbage
@@ -61,7 +62,7 @@ class FraqtlEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
             return
-        kv_format = settings_of(engine_client.vllm_config).kv_format
+        kv_format = settings_of(engine_client.vllm_config).format_name
         records, metrics = Records(), Metrics()
 
         def keep(ledger: Ledger) -> None:
@@ -90,6 +91,7 @@ class FraqtlEndpoints:
             workers[0],
             str(engine_client.vllm_config.model_config.dtype).removeprefix("torch."),
             engines=len(engine_client.engine_core.engine_ranks_managed),
+            kv_formats=layer_formats.by_layer(engine_client.vllm_config),
         )
         metrics.set_pool(pool)
         start_is_over()

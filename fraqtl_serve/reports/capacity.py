@@ -14,7 +14,8 @@ from fraqtl_vllm.accounting.schema import PoolNumbers
 class Capacity(BaseModel):
     """The KV pool, over all engines."""
 
-    kv_format: str = Field(description="name of the KV-cache format")
+    kv_format: str = Field(description="name of the KV-cache format; k4v4+k8v8 where layers have different ones")
+    kv_formats: list[str] | None = Field(description="the format of every layer; null where all have the same")
     block_size: int = Field(description="tokens a block, in the first group of layers that attend")
     block_bytes: int = Field(description="bytes of a block: all layers and ranks, scales and padding included")
     baseline_block_size: int = Field(description="tokens a block in the model's own dtype; other in hybrid models")
@@ -56,6 +57,7 @@ class Pool:
     """What is fixed when the engine has started: vLLM's own counts (`fraqtl_vllm.accounting`), over all engines."""
 
     kv_format: str
+    kv_formats: list[str] | None
     baseline_dtype: str
     max_model_len: int
     block_size: int
@@ -91,10 +93,17 @@ class Pool:
         return Capacity(**fixed, **vars(load), ratio=round(self.ratio, 4), pool_bytes=self.total_bytes)
 
 
-def make_pool(kv_format: str, said: PoolNumbers, baseline_dtype: str, engines: int = 1) -> Pool:
+def make_pool(
+    kv_format: str,
+    said: PoolNumbers,
+    baseline_dtype: str,
+    engines: int = 1,
+    kv_formats: list[str] | None = None,
+) -> Pool:
     """From what a worker says of its engine's pool. Engines beside each other (data parallel) hold each their own."""
     return Pool(
         kv_format=kv_format,
+        kv_formats=kv_formats,
         baseline_dtype=baseline_dtype,
         max_model_len=said["max_model_len"],
         block_size=said["block_size"],

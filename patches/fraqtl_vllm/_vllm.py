@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.utils import extract_layer_index
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.zen_cpu import ZenCpuPlatform
@@ -112,6 +113,7 @@ _HOME = {
     "cached_tokenizer_from_config": "vllm.tokenizers.registry",
     "current_platform": "vllm.platforms",
     "current_workspace_manager": "vllm.v1.worker.workspace",
+    "extract_layer_index": "vllm.model_executor.models.utils",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
     "generate_scheduler_kv_cache_config": "vllm.v1.core.kv_cache_utils",
     "get_allowed_cpu_list": "vllm.utils.cpu_resource_utils",
@@ -175,6 +177,7 @@ __all__ = [
     "current_platform",
     "current_workspace_manager",
     "engine_core",
+    "extract_layer_index",
     "flash_attn_varlen_func",
     "generate_scheduler_kv_cache_config",
     "get_allowed_cpu_list",

@@ -33,6 +33,12 @@ class FraqtlConfig(BaseModel):
     kv_format: str = DEFAULT_FORMAT
     """The name of a KV-cache format, see `fraqtl_kernels.formats`."""
 
+    kv_layers: dict[int, str] = {}
+    """Formats of single layers, where they differ from `kv_format`, by the layer's number; -1 is the last one."""
+
+    kv_layer_count: int | None = None
+    """How many layers the model must have for `kv_layers` to be meant for it; None: any number."""
+
     prefill_keys: Literal["raw", "packed"] | None = None
     """Which keys and values of a running prompt chunk its queries see: the raw ones, through flash attention, or the
     packed ones, so that the text doesn't depend on how a prompt was cut into chunks. A GPU takes raw ones
@@ -61,16 +67,51 @@ class FraqtlConfig(BaseModel):
     def _known_format(cls, name: str) -> str:
         return get_format(name).name
 
+    @field_validator("kv_layers")
+    @classmethod
+    def _known_formats(cls, named: dict[int, str]) -> dict[int, str]:
+        return {layer: get_format(name).name for layer, name in named.items()}
+
     @model_validator(mode="after")
     def _calibration_is_possible(self) -> FraqtlConfig:
-        if self.format.needs_calibration and not self.calibration:
-            raise ValueError(f"KV format {self.kv_format} needs calibration: leave --no-kv-calibration out")
+        for each in self.formats:
+            if each.needs_calibration and not self.calibration:
+                raise ValueError(f"KV format {each.name} needs calibration: leave --no-kv-calibration out")
         return self
 
     @property
     def format(self) -> KVFormat:
-        named = get_format(self.kv_format)
+        """Of the layers that `kv_layers` doesn't name."""
+        return self._as_set(self.kv_format)
+
+    @property
+    def formats(self) -> tuple[KVFormat, ...]:
+        """All that are in use, each once."""
+        return tuple(self._as_set(name) for name in dict.fromkeys([self.kv_format, *self.kv_layers.values()]))
+
+    @property
+    def format_name(self) -> str:
+        """What reports and the log call it: k4v4, or k4v4+k8v8 where layers differ."""
+        return "+".join(each.name for each in self.formats)
+
+    def _as_set(self, name: str) -> KVFormat:
+        named = get_format(name)
         return named if self.residual else named.without_residual
+
+    def by_layer(self, layers: int) -> list[KVFormat]:
+        """The format of each of so many layers. Raises ConfigError if `kv_layers` is for another model."""
+        if self.kv_layer_count not in (None, layers):
+            raise ConfigError(
+                f"the KV profile is for {self.kv_layer_count} layers and the model has {layers}: make a profile of it "
+                "with fraqtl-bench quality MODEL --budget BITS"
+            )
+        named: dict[int, str] = {}
+        for layer, name in self.kv_layers.items():
+            if not -layers <= layer < layers:
+                raise ConfigError(f"kv_layers names layer {layer}: the model has {layers}, give 0 to {layers - 1}")
+            if named.setdefault(layer % layers, name) != name:
+                raise ConfigError(f"kv_layers gives layer {layer % layers} two formats: leave one of them out")
+        return [self._as_set(named.get(layer, self.kv_format)) for layer in range(layers)]
 
 
 def read_config(additional_config: Any, cache_dtype: str = "auto") -> FraqtlConfig:

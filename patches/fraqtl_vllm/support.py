@@ -8,7 +8,7 @@ from typing import Any
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
-from fraqtl_vllm import _vllm, hybrids
+from fraqtl_vllm import _vllm, hybrids, layer_formats
 from fraqtl_vllm.checkpoint import gets_ours_instead
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME, format_of
@@ -68,6 +68,8 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
         raise UnsupportedError(f"the packed KV cache does not support {reason}")
     if config.model_config is not None and config.model_config.is_hybrid:
         hybrids.check(config)
+    if config.model_config is not None:
+        layer_formats.check(config, ours)
     return ours
 
 
@@ -84,8 +86,8 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
         yield "two micro-batches at once: leave --enable-dbo and --ubatch-size out"
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
-    if ours.format.needs_calibration and (obstacle := calibration_obstacle(config)):
-        yield f"KV format {ours.kv_format} with {obstacle}: its static scales can't be calibrated"
+    if any(each.needs_calibration for each in ours.formats) and (obstacle := calibration_obstacle(config)):
+        yield f"KV format {ours.format_name} with {obstacle}: its static scales can't be calibrated"
     if model is not None:
         yield from _model_reasons(model)
         if model.is_hybrid and parallel.pipeline_parallel_size > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm, compat, hybrids
+from fraqtl_vllm import _vllm, compat, hybrids, layer_formats
 
 
 def install() -> None:
@@ -16,9 +16,12 @@ def install() -> None:
 
 
 def _get_kv_cache_spec(self: Any) -> Any:
-    """The worker's own, under its configuration."""
+    """The worker's own, under its configuration, each in the format of its layer."""
+    from fraqtl_vllm.calibration.worker import packed_layers
+
     with _vllm.set_current_vllm_config(self.vllm_config):
-        return hybrids.without_checkpoints(self.worker.get_kv_cache_spec())
+        specs = hybrids.without_checkpoints(self.worker.get_kv_cache_spec())
+    return layer_formats.in_own_formats(self.vllm_config, specs, packed_layers(self.vllm_config))
 
 
 def _get_supported_kv_cache_layouts(self: Any) -> list[str]:

@@ -65,6 +65,8 @@ DEMO_BLOCK, DEMO_BASELINE = 4 * 2 * 16 * 68, (4 * 2 * 16 * 2 * 64 * 2,)
 GEMMA_BLOCK, GEMMA_BASELINE = 2 * 16 * 260, (2 * 16 * 2 * 256 * 2,) * 2
 NAS_HEADS = sum(NAS_KV_HEADS)
 NAS_BLOCK, NAS_BASELINE = NAS_HEADS * 16 * 68, (NAS_HEADS * 16 * 2 * 64 * 2,)
+MIXED_BLOCK = 2 * 2 * 16 * (68 + 132)  # two layers in k4v4, two in k8v8
+MIXED = Setup(("--kv-layers", "0,-1=k8v8"), MIXED_BLOCK, DEMO_BASELINE, blocks=240)
 TINY_POOL = Setup((), DEMO_BLOCK, DEMO_BASELINE, blocks=240)  # one of the longest sequences
 
 

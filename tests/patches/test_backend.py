@@ -166,7 +166,7 @@ def test_sinks_are_read_once_they_are_loaded(window: int | None) -> None:
         outputs.append(impl.forward(layer, *new, pool, metadata, torch.empty_like(new[0])))
     expected = attention_with_sinks(query, key, value, sinks.detach().float(), window)
     torch.testing.assert_close(torch.cat(outputs), expected)
-    impl.recorder = Recorder(FORMATS["k4v4"], sequences=1)
+    impl.recorder = Recorder({"own": FORMATS["k4v4"]}, sequences=1)
     calibrated = impl.forward(layer, query, key, value, torch.empty(0), None, torch.empty_like(query))
     torch.testing.assert_close(calibrated, expected)
 

@@ -145,7 +145,7 @@ def test_the_recorders_attention(window: int | None, soft_cap: float | None) -> 
     """Against every row of every sequence by itself; a layer that shares keys sees those of the other one."""
     query, key, value = torch.randn(14, 4, 64), torch.randn(14, 2, 64), torch.randn(14, 2, 64)
     options, projection = {"scale": 0.2, "window": window, "soft_cap": soft_cap}, torch.randn(4, 64, 64)
-    recorder = Recorder(FORMATS["k4v4"], 2, {"a": projection @ projection.mT}, ["a"])
+    recorder = Recorder(dict.fromkeys("ab", FORMATS["k4v4"]), 2, {"a": projection @ projection.mT}, ["a"])
     out = recorder.attend("a", None, query, key, value, **options)
     shared = recorder.attend("b", "a", query, torch.empty(0), torch.empty(0), **options)
     assert torch.equal(out, shared) and recorder.constants.keys() == {"a"}
@@ -225,7 +225,7 @@ def test_weights_that_are_not_what_the_kernel_multiplies_by_are_not_believed(
 
 
 def test_a_recorder_tells_of_every_layer() -> None:
-    recorder, told = Recorder(FORMATS["k4v4"], 1), []
+    recorder, told = Recorder(dict.fromkeys("abc", FORMATS["k4v4"]), 1), []
     recorder.on_layer = told.append
     for layer in "abc":
         recorder.attend(layer, None, *torch.randn(3, 5, 2, 64), scale=1.0, window=None, soft_cap=None)

@@ -22,9 +22,21 @@ def test_format_by_name() -> None:
     assert config.format is FORMATS["k8v4"]
 
 
+def test_formats_of_single_layers() -> None:
+    config = read_config({"fraqtl": {"kv_layers": {"0": "k8v8", "-1": "bf16", "3": "k4v4"}}})
+    assert [each.name for each in config.by_layer(6)] == ["k8v8", *["k4v4"] * 4, "bf16"]
+    assert config.format_name == "k4v4+k8v8+bf16" and config.format is FORMATS["k4v4"]
+    bare = read_config({"fraqtl": {"kv_layers": {"0": "k8v8"}, "residual": False}})
+    assert not any(vector.has_residual for each in bare.formats for vector in (each.k, each.v))
+    assert any(vector.has_residual for each in config.formats for vector in (each.k, each.v))
+
+
 @pytest.mark.parametrize(
     ("section", "sentence"),
     [
+        ({"kv_layers": {"0": "int3"}}, "unknown KV format 'int3': choose one of bf16, fp16, "),
+        ({"kv_layers": {"first": "k8v8"}}, "--additional-config: fraqtl.kv_layers.first"),
+        ({"kv_layers": {"0": "k4v4-channel"}, "calibration": False}, "KV format k4v4-channel needs calibration: leave"),
         ({"kv_fromat": "k4v4"}, "--additional-config: unknown key 'kv_fromat' in \"fraqtl\": choose one of kv_format"),
         ({"kv_format": "int3"}, "unknown KV format 'int3': choose one of bf16, fp16, "),
         ({"kv_format": 4}, "--additional-config: fraqtl.kv_format: Input should be a valid string"),

@@ -199,3 +199,49 @@ def test_static_scales_where_nothing_can_be_calibrated(parts: dict[str, Any], ob
         refusal(**parts, **section) == f"KV format k4v4-channel with {obstacle}: its static scales can't be calibrated"
     )
     check_supported(make_config(**parts))  # k4v4 does without
+
+
+def decoder_of(layers: int, **config: Any) -> Any:
+    return make_model(config=AutoConfig.for_model("llama", num_hidden_layers=layers, **config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kv_layers": {4: "k8v8"}}, "kv_layers names layer 4: the model has 4, give 0 to 3"),
+        ({"kv_layers": {-5: "k8v8"}}, "kv_layers names layer -5: the model has 4, give 0 to 3"),
+        (
+            {"kv_layers": {3: "k8v8", -1: "k4v2"}},
+            "kv_layers gives layer 3 two formats: leave one of them out",
+        ),
+        (
+            {"kv_layers": {0: "k8v8"}, "kv_layer_count": 30},
+            "the KV profile is for 30 layers and the model has 4: make a profile of it with "
+            "fraqtl-bench quality MODEL --budget BITS",
+        ),
+        (
+            {"kv_format": "bf16", "kv_layers": {0: "fp16"}},
+            "all layers would be stored unpacked, in bf16+fp16: give one of them another format",
+        ),
+    ],
+)
+def test_formats_of_layers_that_the_model_has_not(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_supported(make_config(model_config=decoder_of(4), additional_config={"fraqtl": settings}))
+    assert str(error.value) == sentence
+
+
+def test_formats_of_layers_where_vllm_would_pad_pages() -> None:
+    ours = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    windows = decoder_of(4, layer_types=kinds)
+    assert refusal(model_config=windows, additional_config=ours) == (
+        "formats of single layers in models with windows on some layers only yet"
+    )
+    check_supported(make_config(model_config=decoder_of(4, layer_types=kinds[:1] * 4), additional_config=ours))
+
+
+def test_formats_of_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    ours = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
+    assert refusal(model_config=decoder_of(4), additional_config=ours) == "formats of single layers on a GPU yet"

@@ -10,6 +10,7 @@ from tests.serve.pools import pool
 def test_capacity() -> None:
     assert pool().capacity(Load(0.25, 3, 1)).model_dump() == {
         "kv_format": "k4v4",
+        "kv_formats": None,
         "block_size": 16,
         "block_bytes": 2176,
         "baseline_block_size": 16,

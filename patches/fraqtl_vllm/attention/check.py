@@ -6,6 +6,7 @@ in the log at most. So what counts is looked at in the worker itself, when its l
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -35,14 +36,15 @@ def check_worker(worker: Any) -> None:
     for name, layer in layers.items():
         _check_backend(name, layer)
         _check_pool(name, layer)
-    layer = next(iter(layers.values()))
-    logger.info(
-        "Packed KV cache: %d attention layers, all %s, in pages of %s: %d bytes a token and KV head",
-        len(layers),
-        BACKEND_NAME,
-        layer.impl.kv_format.name,
-        layer.kv_cache.shape[-1],
-    )
+    kinds = Counter((layer.impl.kv_format.name, layer.kv_cache.shape[-1]) for layer in layers.values())
+    for (kv_format, size), count in kinds.items():
+        logger.info(
+            "Packed KV cache: %d attention layers, all %s, in pages of %s: %d bytes a token and KV head",
+            count,
+            BACKEND_NAME,
+            kv_format,
+            size,
+        )
 
 
 def attention_layers(config: _vllm.VllmConfig) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Impl(FraqtlImpl[Metadata]):
         if self.settings.prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
-            cpu.warm_up(self.kv_format, torch.get_default_dtype())  # vLLM builds a model under its dtype
+            for each in self.settings.formats:
+                cpu.warm_up(each, torch.get_default_dtype())  # vLLM builds a model under its dtype
         self.residuals: cpu.Residuals | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._operands: cpu.LayerOperands | None = None

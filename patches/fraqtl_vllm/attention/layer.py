@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import check_head_size
+from fraqtl_kernels.formats import KVFormat, check_head_size
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.calibration.recorder import Recorder
@@ -42,7 +42,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
     ) -> None:
         config = get_current_vllm_config()
         self.settings = check_supported(config)
-        warn_of_unused_scales(config, self.settings.kv_format)
+        warn_of_unused_scales(config, self.settings.format_name)
         check_head_size(head_size)
         progress.say_once("loading the model")
         if alibi_slopes is not None:
@@ -65,6 +65,10 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.constants = IDENTITY
         self.recorder: Recorder | None = None
         self.kv_format = self.settings.format
+
+    def use_format(self, kv_format: KVFormat) -> None:
+        """In the place of the settings' own, before there is a pool. The layer's number isn't known to begin with."""
+        self.kv_format = kv_format
 
     def use_constants(self, constants: LayerConstants) -> None:
         """What calibration found for this layer, once, before the first page is written."""

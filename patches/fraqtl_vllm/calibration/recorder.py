@@ -18,14 +18,14 @@ class Recorder:
 
     def __init__(
         self,
-        format: KVFormat,
+        formats: Mapping[str, KVFormat],
         sequences: int,
         projections: Mapping[str, Tensor] = MappingProxyType({}),
         shared: Collection[str | None] = (),
     ) -> None:
-        """projections: (query heads, D, D) by layer, see `projection.py`; not all need be there. shared: layers whose
-        keys others use: only theirs are kept, since the pool has left little memory."""
-        self.format = format
+        """formats: of the layers, by name. projections: (query heads, D, D) by layer, see `projection.py`; not all need
+        be there. shared: layers whose keys others use: only theirs are kept, since the pool has left little memory."""
+        self.formats = formats
         self.sequences = sequences
         self.projections = projections
         self.shared = shared
@@ -65,7 +65,7 @@ class Recorder:
             projection=self.projections.get(layer),
         )
         if shared_layer is None:
-            self.constants[layer] = calibrate(self.format, key, query, value, importance)
+            self.constants[layer] = calibrate(self.formats[layer], key, query, value, importance)
             if layer in self.shared:
                 self._keys[layer] = key, value
             self.on_layer(len(self.constants))

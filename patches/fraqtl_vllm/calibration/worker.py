@@ -29,11 +29,11 @@ def calibrate_worker(worker: Any) -> None:
     config = worker.vllm_config
     ours = settings_of(config)
     layers = packed_layers(config)
-    if not layers or not ours.format.is_calibrated:
+    if not layers or not any(each.is_calibrated for each in ours.formats):
         return
     obstacle = "it is switched off" if not ours.calibration else calibration_obstacle(config)
     if obstacle is not None:
-        logger.warning("The KV cache is not calibrated: %s. %s is coarser without.", obstacle, ours.kv_format)
+        logger.warning("The KV cache is not calibrated: %s. %s is coarser without.", obstacle, ours.format_name)
         return
     start = time.perf_counter()
     try:
@@ -59,8 +59,12 @@ def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
 def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
     """The constants of every layer, by name, and where they come from."""
     config, model = worker.vllm_config, worker.model_runner.get_model()
+    layers = packed_layers(config)
     group = _vllm.get_tp_group()
-    key = files.make_key(model, ours.kv_format, group.rank_in_group, config)
+    stored_as = " ".join(
+        [ours.format_name, *(layer.impl.kv_format.name for layer in layers.values() if ours.kv_layers)]
+    )
+    key = files.make_key(model, stored_as, group.rank_in_group, config)
     path = files.path_of(ours.calibration_cache, key)
     constants = files.load(path, key)
     if not all_ranks(group, constants is not None):
@@ -81,7 +85,8 @@ def run_prompt(runner: Any, config: _vllm.VllmConfig, ours: FraqtlConfig) -> Con
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         grams = projections(model, layers, config.model_config.dtype)
     targets = [layer.impl.kv_sharing_target_layer_name for layer in layers.values()]
-    recorder = Recorder(ours.format, prompt.sequences, grams, targets)
+    formats = {name: layer.impl.kv_format for name, layer in layers.items()}
+    recorder = Recorder(formats, prompt.sequences, grams, targets)
     recorded = targets.count(None)
     kept = metadata(runner, layers, prompt.sequences, len(prompt.ids))
     for layer in layers.values():
@@ -101,7 +106,7 @@ def run_prompt(runner: Any, config: _vllm.VllmConfig, ours: FraqtlConfig) -> Con
 
 
 def _line(ours: FraqtlConfig, tokens: int) -> str:
-    return f"calibrating the KV cache for {ours.kv_format} with {tokens} tokens, once for this model, layer"
+    return f"calibrating the KV cache for {ours.format_name} with {tokens} tokens, once for this model, layer"
 
 
 def all_ranks(group: Any, has_file: bool) -> bool:

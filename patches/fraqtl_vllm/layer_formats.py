@@ -1,0 +1,68 @@
+"""A format for each layer: what `kv_layers` of our settings says, carried to vLLM's layers and their part of the pool.
+
+Layers that attend all tokens share blocks, and a block has as many bytes of each layer as its pages take: nothing is
+lost where they differ. Where windows are unlike, vLLM pads all pages to the largest, which would be the saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_vllm import _vllm
+from fraqtl_vllm.config import FraqtlConfig, settings_of
+
+UNLIKE_WINDOWS = (
+    "the packed KV cache does not support formats of single layers in models with windows on some layers only yet"
+)
+
+
+def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:
+    """Raises ConfigError or UnsupportedError if `kv_layers` can't be had for this model, before it is loaded."""
+    if not ours.kv_layers and ours.kv_layer_count is None:
+        return
+    model = config.model_config
+    ours.by_layer(_layers_of(config))
+    if not any(each.is_quantized for each in ours.formats):
+        raise ConfigError(
+            f"all layers would be stored unpacked, in {ours.format_name}: give one of them another format"
+        )
+    if not _vllm.current_platform.is_cpu():
+        raise UnsupportedError("the packed KV cache does not support formats of single layers on a GPU yet")
+    if model.is_hybrid:
+        raise UnsupportedError("the packed KV cache does not support formats of single layers in hybrid models yet")
+    if len(set(getattr(model.hf_text_config, "layer_types", None) or ())) > 1:
+        raise UnsupportedError(UNLIKE_WINDOWS)
+
+
+def in_own_formats(config: _vllm.VllmConfig, specs: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's specs by layer, each with the bytes of its layer's own format, which the layer is told of, too.
+
+    layers: those that our backend serves, by name. Raises UnsupportedError if vLLM would pad their pages.
+    """
+    ours = settings_of(config)
+    if not ours.kv_layers:
+        return dict(specs)
+    formats = ours.by_layer(_layers_of(config))
+    for name, layer in layers.items():
+        pages_of = layer.impl.kv_sharing_target_layer_name or name
+        layer.impl.use_format(formats[_vllm.extract_layer_index(pages_of)])
+    own = {
+        name: replace(spec, state_content_bytes=layers[name].impl.kv_format.bytes_per_token(spec.head_size))
+        for name, spec in specs.items()
+    }
+    if own and not _vllm.UniformTypeKVCacheSpecs.is_uniform_type(own):
+        raise UnsupportedError(UNLIKE_WINDOWS)
+    return own
+
+
+def by_layer(config: _vllm.VllmConfig) -> list[str] | None:
+    """The format's name of every layer; None where they are alike."""
+    ours = settings_of(config)
+    return [each.name for each in ours.by_layer(_layers_of(config))] if ours.kv_layers else None
+
+
+def _layers_of(config: _vllm.VllmConfig) -> int:
+    return int(config.model_config.hf_text_config.num_hidden_layers)
