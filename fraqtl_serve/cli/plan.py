@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fraqtl_kernels.errors import ConfigError
+from fraqtl_serve.cli import layer_formats
 from fraqtl_serve.cli.model_config import read_shape
 from fraqtl_serve.cli.sizing import BASELINE, LayerKind, ModelShape, StateKind, plan
+from fraqtl_vllm.config import FraqtlConfig
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -52,6 +54,7 @@ def add_command(commands: Any) -> None:
         action="store_false",
         help="sequences of hybrid models hold their states once then, not twice",
     )
+    layer_formats.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -80,6 +83,8 @@ def only_errors_of_vllm() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> None:
+    chosen = layer_formats.chosen(args)
+    own = FraqtlConfig(**chosen) if chosen else None
     with only_errors_of_vllm():
         plans = [
             plan(
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
                 batched_tokens=args.max_num_batched_tokens,
                 async_scheduling=args.async_scheduling,
                 prefix_caching=args.prefix_caching,
+                own=own,
             )
             for shape in shapes(args)
         ]

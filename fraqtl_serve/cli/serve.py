@@ -16,7 +16,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve.cli import quiet_log, smollm2
+from fraqtl_serve.cli import layer_formats, quiet_log, smollm2
 from fraqtl_serve.cli.checkpoint import check_checkpoint
 from fraqtl_serve.cli.front_end import check_front_end
 from fraqtl_serve.cli.plugin_names import allow_plugin
@@ -50,7 +50,7 @@ def serve(argv: Sequence[str]) -> None:
             args = build_parser().parse_args(["serve", *argv])  # reads the file of --config, too
             _settle_output(args)
             ours = configure(args)
-            progress.say(f"starting the engine for {args.model}, KV cache in {ours.kv_format}")
+            progress.say(f"starting the engine for {args.model}, KV cache in {ours.format_name}")
             ServeSubcommand().validate(args)
             with stoppable_start():
                 ServeSubcommand.cmd(args)
@@ -76,13 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and seven more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and nine more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
         metavar="FORMAT",
         help=f"how KV blocks are stored: {', '.join(FORMATS)} (default: {DEFAULT_FORMAT}); see fraqtl-serve formats",
     )
+    layer_formats.add_flags(group)
     group.add_argument(
         "--no-fraqtl-report",
         dest="fraqtl_report",
@@ -232,6 +233,7 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
             )
         section["kv_format"] = args.kv_format
     section.setdefault("kv_format", format_of(args.kv_cache_dtype) or DEFAULT_FORMAT)
+    section |= _formats_of_layers(args, inside)
     if not args.kv_calibration:
         section["calibration"] = False
     if not args.kv_residual:
@@ -239,3 +241,17 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.kv_calibration_cache is not None:
         section["calibration_cache"] = args.kv_calibration_cache
     return {**config, KEY: section}
+
+
+def _formats_of_layers(args: argparse.Namespace, inside: FraqtlConfig) -> dict[str, Any]:
+    """What `--kv-layers` or `--kv-profile` adds to our settings. inside: those of --additional-config."""
+    others = {
+        "--kv-format": args.kv_format is not None,
+        "the KV format of --additional-config": bool({"kv_format", "kv_layers"} & inside.model_fields_set),
+    }
+    for name, is_given in others.items():
+        if is_given and args.kv_profile is not None:
+            raise ConfigError(
+                f"{name} contradicts --kv-profile, which says the format of every layer: give one of them"
+            )
+    return layer_formats.chosen(args)

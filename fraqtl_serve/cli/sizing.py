@@ -6,13 +6,14 @@ Bytes come from the formats' own descriptors, everything else from the planner t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, one_of
 from fraqtl_kernels.formats import FORMATS, KVFormat, check_head_size
+from fraqtl_vllm.config import FraqtlConfig
 
 BLOCK_SIZE = 16
 BASELINE = "bf16"
@@ -147,12 +148,13 @@ def fit(
     batched_tokens: int = 8192,
     async_scheduling: bool = True,
     prefix_caching: bool = True,
+    own: FraqtlConfig | None = None,
 ) -> Fit:
     """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
 
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
     async_scheduling: whether two steps may be on their way, vLLM's default on GPUs. prefix_caching: with it a sequence
-    of a hybrid model holds its states twice.
+    of a hybrid model holds its states twice. own: settings with formats of single layers, in the place of `kv_format`.
     """
     from fraqtl_vllm import hybrids
     from fraqtl_vllm.accounting import planner
@@ -171,9 +173,12 @@ def fit(
         specs = hybrids.cut_as_vllm_does(specs)
     elif shape.states is not None:
         specs, layout = hybrids.cut(specs), hybrids.LAYOUT
+    if own is not None:
+        specs = _in_own_formats(shape, specs, own)
     pool = planner.plan(config, [specs], [memory], layout=layout)
     parts = {name: getattr(pool, name) for name in ("attention_bytes", "state_bytes", "padding_bytes")}
-    return Fit(kv_format.name, pool.block_size, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency, **parts)
+    name = kv_format.name if own is None else own.format_name
+    return Fit(name, pool.block_size, pool.block_bytes, pool.blocks, pool.tokens, pool.concurrency, **parts)
 
 
 @cache
@@ -218,12 +223,36 @@ def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int, mode: str) -> dic
     return specs
 
 
-def plan(shape: ModelShape, memory: int, *, context: int, ranks: int = 1, **options: Any) -> dict[str, Any]:
-    """Every format's fit (`options`: see there), and the model and memory it is for; plain numbers, ready for JSON."""
+def _in_own_formats(shape: ModelShape, specs: dict[str, Any], own: FraqtlConfig) -> dict[str, Any]:
+    """The specs of `_specs` with each layer's own format. Raises ConfigError for a model that isn't served so."""
+    if len(shape.kinds()) > 1 or shape.states is not None:
+        raise ConfigError("formats of single layers are for models whose layers all attend alike: leave them out")
+    formats = own.by_layer(len(specs))
+    return {
+        name: replace(spec, state_content_bytes=each.bytes_per_token(shape.head_size))
+        for (name, spec), each in zip(specs.items(), formats, strict=True)
+    }
+
+
+def plan(
+    shape: ModelShape,
+    memory: int,
+    *,
+    context: int,
+    ranks: int = 1,
+    own: FraqtlConfig | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Every format's fit (`options`: see there), and the model and memory it is for; plain numbers, ready for JSON.
+
+    own: settings with formats of single layers, for a fit of their own.
+    """
     shape.check_ranks(ranks)
     if context < 1:
         raise ConfigError(f"the context must be at least 1 token, not {context}")
     fits = {name: fit(shape, f, memory, context=context, ranks=ranks, **options) for name, f in FORMATS.items()}
+    if own is not None:
+        fits[own.format_name] = fit(shape, own.format, memory, context=context, ranks=ranks, own=own, **options)
     baseline = fits[BASELINE]
     return {
         "model": shape.numbers(),

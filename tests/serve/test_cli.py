@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,9 +369,61 @@ def test_format_beside_the_users_own_additional_config(parser: argparse.Argument
     assert (args.additional_config["other"], settings(args)) == (1, {"kv_format": "bf16"})
 
 
+def test_formats_of_single_layers(parser: argparse.ArgumentParser) -> None:
+    args = configured(parser, "org/model", "--kv-layers", "0,-1=k8v8", "--kv-layers", "2=k4v2")
+    assert settings(args) == {"kv_format": "k4v4", "kv_layers": {0: "k8v8", -1: "k8v8", 2: "k4v2"}}
+
+
+def profile(folder: Path, formats: Sequence[str], version: int = 1) -> str:
+    layers = [{"layer": i, "kv_format": name} for i, name in enumerate(formats)]
+    path = folder / "fraqtl-profile.json"
+    path.write_text(json.dumps({"schema_version": version, "layers": layers}))
+    return str(path)
+
+
+def test_a_profile(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    args = configured(parser, "org/model", "--kv-profile", profile(tmp_path, ["k8v8", "k4v2", "k4v2"]))
+    assert settings(args) == {"kv_format": "k4v2", "kv_layers": {0: "k8v8"}, "kv_layer_count": 3}
+
+
+def test_profiles_that_are_refused(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    broken, good = tmp_path / "broken.json", profile(tmp_path, ["k8v8", "k4v2"])
+    broken.write_text('{"schema_version": 1, "layers": [{"layer": 1, "kv_format": "k4v4"}]}')
+    old = tmp_path / "old"
+    old.mkdir()
+    for arguments, sentence in {
+        (
+            "--kv-profile",
+            "nowhere",
+        ): "--kv-profile nowhere can't be read: give the fraqtl-profile.json of a quality run",
+        ("--kv-profile", __file__): f"--kv-profile {__file__} is no profile: give the fraqtl-profile.json",
+        ("--kv-profile", str(broken)): f"--kv-profile {broken} does not name every layer once, from 0 on: make it anew",
+        (
+            "--kv-profile",
+            profile(old, ["k4v4"], version=2),
+        ): f"--kv-profile {old / 'fraqtl-profile.json'} has version 2",
+        ("--kv-profile", good, "--kv-format", "k4v4"): "--kv-format contradicts --kv-profile, which says the format of",
+        ("--kv-profile", good, "--kv-layers", "0=k4v4"): "--kv-layers contradicts --kv-profile",
+        (
+            *("--kv-profile", good, "--additional-config"),
+            '{"fraqtl": {"kv_format": "k4v4"}}',
+        ): "the KV format of --additional-config contradicts --kv-profile",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            configured(parser, "org/model", *arguments)
+        assert str(error.value).startswith(sentence)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--kv-layers", "first=k8v8"], "--kv-layers 'first=k8v8': give numbers of layers and a format, such as 0,-1="),
+        (["--kv-layers", "0"], "--kv-layers '0': give numbers of layers and a format, such as 0,-1=k8v8"),
+        (["--kv-layers", "0=int3"], "unknown KV format 'int3': choose one of bf16,"),
+        (
+            ["--kv-layers", "0=k8v8", "--kv-layers", "0,1=k4v2"],
+            "--kv-layers gives layer 0 two formats, k8v8 and k4v2: give one",
+        ),
         (
             ["--kv-format", "k8v8", "--additional-config", '{"fraqtl": {"kv_format": "k8v4"}}'],
             "--kv-format k8v8 contradicts --additional-config, which says k8v4: give one of them",

@@ -22,6 +22,7 @@ from fraqtl_serve.cli.model_config import read_shape
 from fraqtl_serve.cli.plan import memory
 from fraqtl_serve.cli.sizing import LayerKind, ModelShape, fit, plan
 from fraqtl_vllm._vllm import get_kv_cache_configs
+from fraqtl_vllm.config import FraqtlConfig
 
 DEMO = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
 GIB = 1 << 30
@@ -291,3 +292,22 @@ def test_models_that_cannot_be_downloaded(capsys: pytest.CaptureFixture[str], mo
         run("--model-config", "nobody/nothing")
     err = capsys.readouterr().err
     assert err.startswith("fraqtl-serve: no config.json of nobody/nothing: ") and err.count("\n") == 1
+
+
+def test_formats_of_single_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ("--layers", "4", "--kv-heads", "2", "--head-size", "64", "--context", "8192", "--json")
+    run(*numbers, "--kv-layers", "0,-1=k8v8")
+    [*_, mixed] = json.loads(capsys.readouterr().out)["formats"]
+    assert (mixed["name"], mixed["block_bytes"]) == ("k4v4+k8v8", 2 * 16 * (2 * 68 + 2 * 132))
+    layers = [{"layer": i, "kv_format": name} for i, name in enumerate(["k4v2", "k4v2", "k4v4", "k4v2"])]
+    (tmp_path / "profile.json").write_text(json.dumps({"schema_version": 1, "layers": layers}))
+    run(*numbers, "--kv-profile", str(tmp_path / "profile.json"))
+    [*_, found] = json.loads(capsys.readouterr().out)["formats"]
+    bytes_of = {name: FORMATS[name].bytes_per_token(64) for name in ("k4v2", "k4v4")}
+    assert found["block_bytes"] == 2 * 16 * (3 * bytes_of["k4v2"] + bytes_of["k4v4"])
+
+
+def test_formats_of_layers_that_are_not_alike() -> None:
+    shape = ModelShape("windows", 4, 2, 64, 8192, window=128, windowed_layers=3)
+    with pytest.raises(FraqtlError, match="for models whose layers all attend alike"):
+        plan(shape, GIB, context=8192, own=FraqtlConfig(kv_layers={0: "k8v8"}))
