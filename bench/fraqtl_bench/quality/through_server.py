@@ -8,6 +8,7 @@ is prefilled in one chunk may attend its own raw keys and then measures nothing:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ class Endpoint:
             raise ConfigError(f"the server at {self.url!r} sends no fraqtl report: give the URL of a fraqtl-serve")
         return str(found)
 
+    def formats(self) -> list[str] | None:
+        """The format of every layer, None where they are alike."""
+        try:
+            found = self.client.get(f"{self.url}/plugins/fraqtl/capacity", timeout=TIMEOUT).raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ConfigError(f"the server at {self.url!r} does not say what its pool holds: {error}") from error
+        return list(found["kv_formats"]) if found.get("kv_formats") else None
+
     def score(self, ids: Sequence[int], first: int) -> Score:
         """The same as `score.score`, from the log-probabilities that the server gives to the prompt's tokens."""
         given = self._complete(ids, max_tokens=1, prompt_logprobs=0)["choices"][0]["prompt_logprobs"]
@@ -93,9 +102,12 @@ class Endpoint:
         return found["choices"][0]["message"]["content"] or ""
 
 
-def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
-    """A server's format with the constants in its calibration file, or with those of the lab's calibration text."""
-    fitted = fit(parse(name, lab.settings.seed), lab.samples)
+def simulation(lab: Lab, name: str, calibration: Path | None, formats: Sequence[str] | None = None) -> Fitted:
+    """A server's format with the constants in its calibration file, or with those of the lab's calibration text.
+
+    formats: of every layer, where they differ.
+    """
+    fitted = _fitted(lab, name, formats)
     if calibration is None or not any(s.constants for layer in fitted.layers for s in (layer.key, layer.value)):
         return fitted
     constants = read_constants(calibration, lab.subject.layers)
@@ -112,6 +124,14 @@ def simulation(lab: Lab, name: str, calibration: Path | None) -> Fitted:
     return Fitted(fitted.method, tuple(layers))
 
 
+def _fitted(lab: Lab, name: str, formats: Sequence[str] | None) -> Fitted:
+    if formats is None:
+        return fit(parse(name, lab.settings.seed), lab.samples)
+    by_format = {each: fit(parse(each, lab.settings.seed), lab.samples) for each in dict.fromkeys(formats)}
+    method = replace(by_format[formats[0]].method, name=" ".join(formats))
+    return Fitted(method, tuple(by_format[each].layers[i] for i, each in enumerate(formats)))
+
+
 def standard_error(there: Sequence[Score], here: Sequence[Score]) -> float | None:
     """Of the mean difference in nats a token, which is the relative one of two perplexities as long as it is small."""
     return uncertainty.standard_error(
@@ -123,7 +143,7 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
     """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
     endpoint = Endpoint(url, client)
     name = endpoint.kv_format()
-    fitted = simulation(lab, name, calibration)
+    fitted = simulation(lab, name, calibration, endpoint.formats())
     key = f"simulated with {calibration}, " if calibration else ""
     windows: list[texts.Window] = list(lab.windows())
     there, here = [], []
