@@ -8,7 +8,7 @@ from typing import Any
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
-from fraqtl_vllm import _vllm, hybrids, layer_formats
+from fraqtl_vllm import _vllm, hybrids, layer_formats, speculation
 from fraqtl_vllm.checkpoint import gets_ours_instead
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME, format_of
@@ -76,8 +76,7 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
 def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     yield from _cache_dtype_reasons(config)
-    if config.speculative_config is not None:
-        yield "speculative decoding yet: leave --speculative-config out"
+    yield from speculation.reasons(config)
     if config.kv_transfer_config is not None:
         yield "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:

@@ -19,6 +19,7 @@ from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from fraqtl_vllm import config, workers
 from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.backend import FraqtlBackend
+from fraqtl_vllm.attention.turns import Turn
 from fraqtl_vllm.calibration.recorder import Recorder
 
 # Bytes per (token, KV head), key and value and scales, at head sizes 64, 80, 96, 128, 256 and 512.
@@ -134,7 +135,7 @@ def test_layers_that_share_pages_read_them_alike(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu_attention, "get_forward_context", lambda: SimpleNamespace(no_compile_layers=layers))
     query, key, value = torch.randn(20, 4, 64), *torch.randn(2, 20, 2, 64).unbind()
     plan = cpu.plan_attention([0, 20], [20])
-    metadata = cpu_attention.Metadata(torch.tensor([[1, 2]]), plan, plan.prompts, None)
+    metadata = cpu_attention.Metadata(torch.tensor([[1, 2]]), torch.arange(16, 36), plan, plan, ())
     outputs = []
     for impl in (own, alone):
         pool = torch.zeros(3, 2, 16, 68, dtype=torch.uint8)
@@ -159,8 +160,9 @@ def test_sinks_are_read_once_they_are_loaded(window: int | None) -> None:
     layer, outputs = SimpleNamespace(layer_name="own", impl=impl), []
     for first, last in ((0, 20), (20, 21)):
         plan, slots = cpu.plan_attention([0, last - first], [last]), torch.arange(16 + first, 16 + last)
-        step = cpu.StepPlan(torch.tensor([last]), table, slots) if last - first == 1 else None
-        metadata = cpu_attention.Metadata(table, plan, plan.prompts, step)
+        step = Turn(0, torch.arange(1), cpu.StepPlan(torch.tensor([last]), table, slots))
+        turns = (step,) if last - first == 1 else ()
+        metadata = cpu_attention.Metadata(table, slots, plan, plan.longer_than(1), turns)
         new = query[first:last], key[first:last], value[first:last]
         impl.do_kv_cache_update(None, *new[1:], pool, slots)
         outputs.append(impl.forward(layer, *new, pool, metadata, torch.empty_like(new[0])))

@@ -13,6 +13,7 @@ from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConf
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_vllm import _vllm
 from fraqtl_vllm.support import check_supported
 
 PREFIX = "the packed KV cache does not support "
@@ -84,9 +85,35 @@ def test_layers_with_another_dtype() -> None:
     assert said == "--kv-cache-dtype-skip-layers: it stores all layers in one format"
 
 
+def speculation(method: str = "ngram", **options: Any) -> Any:
+    return SimpleNamespace(**{"method": method, "rejection_sample_method": "standard", **options})
+
+
+@pytest.fixture
+def on_a_bare_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm, "current_platform", SimpleNamespace(serves_drafts=True), raising=False)
+
+
+@pytest.mark.usefixtures("on_a_bare_cpu")
 def test_speculative_decoding() -> None:
-    said = refusal(speculative_config=SimpleNamespace(method="ngram"))
-    assert said == "speculative decoding yet: leave --speculative-config out"
+    check_supported(make_config(speculative_config=speculation()))
+    assert refusal(speculative_config=speculation("eagle3")) == "speculative decoding by eagle3 yet: choose ngram"
+    synthetic = speculation(rejection_sample_method="synthetic")
+    assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
+    for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
+        said = refusal(speculative_config=speculation(), parallel_config=ParallelConfig(**ranks))
+        assert said == "speculative decoding on several ranks yet: leave --speculative-config out"
+    said = refusal(speculative_config=speculation(), use_v2_model_runner=True)
+    assert said == "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
+    said = refusal(speculative_config=speculation(), model_config=make_model(is_hybrid=True))
+    assert said == "speculative decoding of hybrid models yet: leave --speculative-config out"
+
+
+def test_speculative_decoding_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm, "current_platform", SimpleNamespace(), raising=False)
+    assert refusal(speculative_config=speculation()) == (
+        "speculative decoding on GPUs and vLLM's CPU builds yet: leave --speculative-config out"
+    )
 
 
 def test_connectors() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,10 +57,9 @@ class AttentionPlan:
 
     buckets: tuple[Bucket, ...]
 
-    @property
-    def prompts(self) -> AttentionPlan:
-        """Without the requests that have one query token."""
-        return AttentionPlan(tuple(b for b in self.buckets if b.tokens.shape[1] > 1))
+    def longer_than(self, tokens: int) -> AttentionPlan:
+        """Without the requests that have at most so many query tokens."""
+        return AttentionPlan(tuple(b for b in self.buckets if b.tokens.shape[1] > tokens))
 
 
 def plan_attention(query_start: list[int], seq_lens: list[int]) -> AttentionPlan:
@@ -118,13 +116,6 @@ class StepPlan:
         self.positions = (self.seq_lens.long() - 1)[:, None].numpy()
         self.table = self.block_table.int().contiguous().numpy()
         self.slots = self.slot_mapping.long().contiguous().numpy()
-
-    @cached_property
-    def other_slots(self) -> Tensor:
-        """The slot mapping of the tokens that other requests have in the batch; -1 for those of this plan."""
-        slots = self.slot_mapping.clone()
-        slots[torch.from_numpy(self.rows)] = -1
-        return slots
 
     def runs(self, block_size: int, heads: int, window: int) -> tuple[Any, Any]:
         """(runs, 3), see `split_runs`, and (requests + 1,) the first run of each request."""

@@ -10,6 +10,7 @@ would hold, so that chunking, prefix hits and preemption can't change what is at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from fraqtl_kernels import cpu
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.pages import PageLayout
-from fraqtl_vllm._vllm import get_forward_context
+from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config, get_forward_context
 from fraqtl_vllm.attention.layer import FraqtlImpl
+from fraqtl_vllm.attention.turns import Displaced, Turn, plan_turns, without
+from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.start import progress
 
 _SHARED: set[str] = set()  # names of layers whose pages other layers read, too
@@ -32,11 +35,17 @@ class Metadata(AttentionMetadata):
     """One step's batch, shared by all layers of a KV-cache group."""
 
     block_table: Tensor
+    slot_mapping: Tensor
     plan: cpu.AttentionPlan
     prompts: cpu.AttentionPlan
-    """The part of the plan that is left when `step` is done."""
-    step: cpu.StepPlan | None
-    """The requests with one new token, if there are any."""
+    """The part of the plan that is left when the turns are over."""
+    turns: tuple[Turn, ...]
+    """Of the requests with one new token, or with drafts, if there are any."""
+
+    @cached_property
+    def prompt_slots(self) -> Tensor:
+        """The slot mapping of the tokens that no turn takes; -1 for the others."""
+        return without(self.slot_mapping, self.turns)
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -44,23 +53,20 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._most = most_in_turns(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
         batch = common_attn_metadata
         plan = cpu.plan_attention(batch.query_start_loc.tolist(), batch.seq_lens.tolist())
-        return Metadata(batch.block_table_tensor, plan, plan.prompts, _plan_step(batch))
+        prompts, turns = plan.longer_than(self._most), plan_turns(batch, self._most)
+        return Metadata(batch.block_table_tensor, batch.slot_mapping, plan, prompts, turns)
 
 
-def _plan_step(batch: CommonAttentionMetadata) -> cpu.StepPlan | None:
-    if batch.max_query_len == 1:
-        return cpu.StepPlan(batch.seq_lens, batch.block_table_tensor, batch.slot_mapping)
-    single = batch.query_start_loc.diff() == 1
-    if not bool(single.any()):
-        return None
-    rows = batch.query_start_loc[:-1][single].long()
-    return cpu.StepPlan(batch.seq_lens[single], batch.block_table_tensor[single], batch.slot_mapping, rows)
+def most_in_turns(config: VllmConfig) -> int:
+    """Requests with so many new tokens or fewer take turns: those of a speculation, where pages hold residuals."""
+    return 1 + config.num_speculative_tokens if settings_of(config).format.has_residual else 1
 
 
 class Impl(FraqtlImpl[Metadata]):
@@ -77,7 +83,13 @@ class Impl(FraqtlImpl[Metadata]):
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._operands: cpu.LayerOperands | None = None
         self._step: cpu.DecodeStep | None = None
+        self._displaced: Displaced | None = None
         if self.kv_sharing_target_layer_name is not None:
+            if most_in_turns(get_current_vllm_config()) > 1:
+                raise UnsupportedError(
+                    "the packed KV cache does not support speculative decoding of models whose layers share a cache "
+                    "yet: leave --speculative-config out"
+                )
             _SHARED.add(self.kv_sharing_target_layer_name)
 
     def do_kv_cache_update(
@@ -108,19 +120,40 @@ class Impl(FraqtlImpl[Metadata]):
             self.residuals = cpu.write(kv_cache, layout, key, value, slot_mapping, self._operands_of(layout))
             self._unwritten = None
 
-    def _decode(self, query: Tensor, kv_cache: Tensor, plan: cpu.StepPlan, output: Tensor) -> bool:
-        """Write and attend for the requests of a plan in one call, where the format and the tensors allow that."""
+    def _decode(self, query: Tensor, kv_cache: Tensor, turns: tuple[Turn, ...], output: Tensor) -> bool:
+        """Write and attend for the requests of all turns, where the format and the tensors allow that."""
         if self._step is None or self._step.pool is not kv_cache:
             layout = self.layout(kv_cache)
             if not cpu.DecodeStep.supports(layout.format, query.dtype):
                 return False
             softmax = cpu.Softmax(self.scale, self.sliding_window, self.soft_cap, self.sinks)
             self._step = cpu.DecodeStep(kv_cache, layout, query.dtype, self._operands_of(layout), softmax)
+            self._displaced = Displaced(layout)
         key, value, _ = self._unwritten or (None, None, None)
-        if not self._step.takes(query, key, value, output):
+        if self._step.takes(query, key, value, output):
+            self._take_turns(turns, query, key, value, output)
+        elif len(turns) > 1:  # drafts can go no other way
+            plain = torch.empty(output.shape, dtype=query.dtype)
+            new = [x if x is None else x.to(query.dtype).contiguous() for x in (query, key, value)]
+            self._take_turns(turns, new[0], new[1], new[2], plain)
+            output.copy_(plain)
+        else:
             return False
-        self._step(query, key, value, output, plan)
         return True
+
+    def _take_turns(
+        self, turns: tuple[Turn, ...], query: Tensor, key: Tensor | None, value: Tensor | None, output: Tensor
+    ) -> None:
+        assert self._step is not None and self._displaced is not None
+        self._displaced.forget()
+        for turn in turns:
+            self._displaced.copy(self._step.pool, turn)
+            self._step(query, key, value, output, turn.plan)
+
+    def take_back(self, kept: Tensor) -> None:
+        """Undo what rejected drafts of the last step did to the pages. kept: (requests,) new tokens that stay."""
+        if self._step is not None and self._displaced is not None:
+            self._displaced.take_back(self._step.pool, kept)
 
     def _take_residuals(self, layer: Any) -> cpu.Residuals | None:
         """What this layer's pages were last given, or those that it shares; forgotten where no other layer asks."""
@@ -145,13 +178,13 @@ class Impl(FraqtlImpl[Metadata]):
     ) -> Tensor:
         if attn_metadata is None:
             return self.attend_without_cache(layer, query, key, value, output)
-        plan, step, slots = attn_metadata.plan, attn_metadata.step, None
-        if step is not None and self._decode(query, kv_cache, step, output):
+        plan, turns, slots = attn_metadata.plan, attn_metadata.turns, None
+        if turns and self._decode(query, kv_cache, turns, output):
             plan = attn_metadata.prompts
             if not plan.buckets:
                 self._unwritten = None
                 return output
-            slots = step.other_slots
+            slots = attn_metadata.prompt_slots
         self._write(kv_cache, slots)
         layout = self.layout(kv_cache)
         cpu.attend(

@@ -27,6 +27,7 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.checkpoint import check_weights
 from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
+from fraqtl_vllm.platform.draft_ops import DRAFT_KERNELS, DRAFT_MODULES
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.state_ops import STATE_OPS
@@ -73,6 +74,8 @@ def copy_states(sources: Tensor, targets: Tensor, sizes: Tensor, **_: Any) -> No
 
 class CpuWithoutNativeOps(PackedCpu):
     """See the module's docstring. Active only where `plugin.platform` finds no other platform."""
+
+    serves_drafts = True
 
     @classmethod
     def get_attn_backend_cls(
@@ -139,13 +142,13 @@ def native_ops() -> torch.library.Library:
 @cache
 def replace_kernels() -> None:
     """Once in a process; vLLM asks for it with every worker."""
-    with _vllm.scan_of_vllm_only("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils"):
-        _vllm.register_kernels(
-            {
-                "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
-                "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": copy_states,
-            }
-        )
+    kernels = {
+        "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
+        "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": copy_states,
+        **DRAFT_KERNELS,
+    }
+    with _vllm.scan_of_vllm_only("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils", *DRAFT_MODULES):
+        _vllm.register_kernels(kernels)
 
 
 def _bind_ranks_to_cores(world_size: int) -> None:

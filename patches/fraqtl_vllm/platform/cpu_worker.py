@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.platforms import current_platform
 
 from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm._vllm import CPUWorker
+from fraqtl_vllm.calibration.worker import packed_layers
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import GPT_OSS_WEIGHTS
 from fraqtl_vllm.platform.cpu_layers import replace_layers
@@ -31,6 +34,16 @@ def generators_put_aside(runner: Any) -> Iterator[None]:
         yield
     finally:
         generators.update(aside)
+
+
+def kept_tokens(drafts: list[int], sampled: Tensor) -> Tensor:
+    """(requests,) how many new tokens of each stay: the first, and the drafts that were accepted.
+
+    drafts: of each request; one without keeps all it has, which may be a chunk of its prompt. sampled: (requests,
+    longest draft + 1) token ids, negative where there is none.
+    """
+    counts = (sampled >= 0).sum(1)
+    return counts.where(torch.tensor(drafts) > 0, torch.iinfo(counts.dtype).max)
 
 
 def _has_no_native_ops() -> bool:
@@ -74,3 +87,11 @@ class FraqtlCpuWorker(CPUWorker):
             return careful_sample_tokens
 
         compat.SAMPLING.wrap(runner, careful)
+        if self.vllm_config.speculative_config is not None:
+            runner.rejection_sampler.register_forward_hook(self._take_back)
+
+    def _take_back(self, sampler: Any, given: tuple[Any, ...], sampled: Any) -> None:
+        """Called when the sampler has said which drafts are rejected: see `attention/turns.py`."""
+        kept = kept_tokens(given[0].num_draft_tokens, sampled.sampled_token_ids)
+        for layer in packed_layers(self.vllm_config).values():
+            layer.impl.take_back(kept)
