@@ -2,9 +2,9 @@
 
     python -m tests.e2e.accounts --requests 300 --out bench/results/cpu/accounting.json
 
-Three servers: the demo model in a pool so small that requests are preempted; a model whose layers with
-sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no answer when the
-server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
+Four servers: the demo model in a pool so small that requests are preempted, with and without speculation; a model
+whose layers with sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no
+answer when the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ NAS_BLOCK, NAS_BASELINE = NAS_HEADS * 16 * 68, (NAS_HEADS * 16 * 2 * 64 * 2,)
 MIXED_BLOCK = 2 * 2 * 16 * (68 + 132)  # two layers in k4v4, two in k8v8
 MIXED = Setup(("--kv-layers", "0,-1=k8v8"), MIXED_BLOCK, DEMO_BASELINE, blocks=240)
 TINY_POOL = Setup((), DEMO_BLOCK, DEMO_BASELINE, blocks=240)  # one of the longest sequences
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+DRAFTS_IN_TINY_POOL = replace(TINY_POOL, arguments=("--speculative-config", json.dumps(DRAFTS)))
 
 
 def two_ranks(longest: int = 3000) -> Setup:
@@ -131,11 +134,20 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24, secon
             began = time.monotonic()
             outcomes = asyncio.run(send_all(server.url, jobs, concurrency, seconds, Progress(len(jobs))))
             took = time.monotonic() - began
+            accepted = accepted_drafts(server.url)
         lines = [json.loads(line) for line in notes.read_text().splitlines()]
     assert len(ranks) == setup.ranks, ranks
     block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
     wrong = find_mismatches(jobs, outcomes, lines, Blocks(block_bytes, setup.baseline, ranks[0]["keeps_states"]))
-    return Comparison(requests, round(took, 1), count(jobs, outcomes, lines), wrong)
+    counts = {**count(jobs, outcomes, lines), "accepted_drafts": accepted}
+    return Comparison(requests, round(took, 1), counts, wrong)
+
+
+def accepted_drafts(url: str) -> int:
+    """By vLLM's own counter, which is there only with speculation."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).raise_for_status().text.splitlines()
+    found = (line for line in lines if line.startswith("vllm:spec_decode_num_accepted_tokens_total"))
+    return sum(int(float(line.rpartition(" ")[2])) for line in found)
 
 
 class Progress:
@@ -265,7 +277,12 @@ def main() -> None:
     args = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        setups = {"tiny pool": TINY_POOL, "sliding windows": sliding_windows(Path(folder)), "two ranks": two_ranks()}
+        setups = {
+            "tiny pool": TINY_POOL,
+            "speculation": DRAFTS_IN_TINY_POOL,
+            "sliding windows": sliding_windows(Path(folder)),
+            "two ranks": two_ranks(),
+        }
         for name, setup in setups.items():
             requests = args.requests if setup is TINY_POOL else max(1, args.requests // 5)
             comparison = compare(setup, requests, args.seed, seconds=args.seconds)

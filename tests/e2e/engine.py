@@ -30,6 +30,9 @@ class Run:
     prompt_logprobs: list[list[float]]
     kv_transfer_params: list[Any]
     kv_pool: dict[str, Any]
+    choices: list[list[list[int]]]
+    logprobs: list[list[float]]
+    accepted: int
     log: str
 
 
@@ -78,8 +81,12 @@ def run(
 
 def _main(job: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     llm = LLM(**job["engine"])
+    if "json_schema" in job["sampling"]:
+        schema = job["sampling"].pop("json_schema")
+        job["sampling"]["structured_outputs"] = StructuredOutputsParams(json=schema)
     pools = _pools(llm)
     before = [_digest(pool) for pool in pools]
     params = SamplingParams(**{"temperature": 0, "max_tokens": 16, **job["sampling"]})
@@ -97,6 +104,9 @@ def _main(job: dict[str, Any]) -> None:
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
         "kv_transfer_params": [o.kv_transfer_params for o in outputs],
         "kv_pool": llm.collective_rpc("fraqtl_kv_pool")[0],
+        "choices": [[list(choice.token_ids) for choice in o.outputs] for o in outputs],
+        "logprobs": [_logprobs(o) for o in outputs],
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens") or 0,
         "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),
@@ -115,6 +125,12 @@ def _prompt_logprobs(output: Any) -> list[float]:
     """The log-probability of every prompt token after the first, if it was asked for."""
     tokens = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
     return [found[token].logprob for token, found in tokens]
+
+
+def _logprobs(output: Any) -> list[float]:
+    """The log-probability of every token of a text, if it was asked for."""
+    text = output.outputs[0]
+    return [found[token].logprob for token, found in zip(text.token_ids, text.logprobs or [], strict=False)]
 
 
 def _pools(llm: Any) -> list[Any]:
