@@ -1,0 +1,124 @@
+"""What speculative decoding does to the text, and how many drafts are accepted, by KV format.
+
+    python bench/examples/speculation.py MODEL --text wikitext2-test.txt --out speculation.json
+
+For each arm, a model dtype and a KV format, on vLLM's engine with greedy decoding: the model is asked to copy passages
+of a text, once plainly and once with n-grams as drafts. The pool is small, prompts come in chunks, and share their
+beginning: there are preemptions and prefix hits.
+
+- `acceptance_length`: tokens a request and step with drafts, 1 + accepted / drafts
+- `differing`: texts that are not the same token by token; of each, where, and how near the two best tokens are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+
+ARMS = [("float32", "k4v4"), ("bfloat16", "bf16"), ("bfloat16", "k4v4")]
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+PASSAGE, TOKENS = 30, 24  # words, new tokens
+TASK = "Copy the following passage word by word, and write nothing else.\n\n"
+
+
+def prompts(text: Path, count: int) -> list[str]:
+    words = text.read_text(encoding="utf-8").split()
+    starts = range(0, count * PASSAGE, PASSAGE)
+    if len(words) < starts[-1] + PASSAGE:
+        raise SystemExit(f"{text} has {len(words)} words: {count} passages need {count * PASSAGE}")
+    return [TASK + " ".join(words[start : start + PASSAGE]) for start in starts]
+
+
+def measure(args: argparse.Namespace, dtype: str, kv_format: str, drafts: bool) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        args.model,
+        dtype=dtype,
+        max_model_len=512,
+        max_num_batched_tokens=256,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=args.pool_bytes * (1 if kv_format == "k4v4" else 4),
+        attention_backend="FRAQTL",
+        additional_config={"fraqtl": {"kv_format": kv_format}},
+        speculative_config=DRAFTS if drafts else None,
+        disable_log_stats=False,
+    )
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts(args.text, args.prompts)]
+    greedy = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=2)
+    answers = llm.chat(asked, greedy, use_tqdm=False)
+    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "gaps": [[_gap(found) for found in answer.outputs[0].logprobs] for answer in answers],
+        "cached_tokens": sum(answer.num_cached_tokens or 0 for answer in answers),
+        "preemptions": counters["vllm:num_preemptions"],
+        "drafts": counters.get("vllm:spec_decode_num_drafts", 0),
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
+    }
+
+
+def _gap(found: dict[int, Any]) -> float:
+    """Between the two best tokens, in nats."""
+    best = sorted((token.logprob for token in found.values()), reverse=True)
+    return float(best[0] - best[1])
+
+
+def arm(args: argparse.Namespace, dtype: str, kv_format: str) -> dict[str, Any]:
+    """Plainly and with drafts, each in a process of its own."""
+    runs = []
+    for drafts in ("", "drafts"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", dtype, kv_format, drafts]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, with_drafts = runs
+    different = []
+    for number, (a, b) in enumerate(zip(plain["tokens"], with_drafts["tokens"], strict=True)):
+        if a != b:
+            place = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+            different.append({"prompt": number, "token": place, "gap": round(plain["gaps"][number][place], 4)})
+    return {
+        "dtype": dtype,
+        "kv_format": kv_format,
+        "acceptance_length": 1 + with_drafts["accepted"] / with_drafts["drafts"],
+        "drafts": with_drafts["drafts"],
+        "accepted_tokens": with_drafts["accepted"],
+        "differing": different,
+        "of": len(plain["tokens"]),
+        "preemptions": [run["preemptions"] for run in runs],
+        "cached_tokens": [run["cached_tokens"] for run in runs],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
+    parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "DRAFTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("speculation.json"))
+    args = parser.parse_args()
+    if args.arm:
+        dtype, kv_format, drafts = args.arm
+        print(json.dumps(measure(args, dtype, kv_format, bool(drafts))))
+        return
+    from fraqtl_bench import results
+
+    arms = []
+    for dtype, kv_format in ARMS:
+        arms.append(arm(args, dtype, kv_format))
+        print(json.dumps(arms[-1]), flush=True)
+        command = " ".join(["python bench/examples/speculation.py", *sys.argv[1:]])
+        results.save(args.out, {"command": command, "drafts": DRAFTS, "new_tokens": TOKENS, "arms": arms})
+
+
+if __name__ == "__main__":
+    main()
