@@ -103,6 +103,9 @@ def test_speculative_decoding() -> None:
     for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
         said = refusal(speculative_config=speculation(), parallel_config=ParallelConfig(**ranks))
         assert said == "speculative decoding on several ranks yet: leave --speculative-config out"
+    unlike = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
+    said = refusal(speculative_config=speculation(), additional_config=unlike)
+    assert said == "speculative decoding with formats of single layers yet: leave --speculative-config out"
     said = refusal(speculative_config=speculation(), use_v2_model_runner=True)
     assert said == "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
     said = refusal(speculative_config=speculation(), model_config=make_model(is_hybrid=True))
