@@ -24,7 +24,7 @@ from fraqtl_vllm import compat
 if TYPE_CHECKING:
     from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
     from vllm.config.vllm import get_current_vllm_config_or_none
-    from vllm.distributed.parallel_state import get_tp_group
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
     from vllm.model_executor.custom_op import CustomOp
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
     from vllm.platforms.zen_cpu import ZenCpuPlatform
+    from vllm.sequence import IntermediateTensors
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
@@ -90,6 +91,7 @@ _HOME = {
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "GeluAndMul": "vllm.model_executor.layers.activation",
     "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
+    "IntermediateTensors": "vllm.sequence",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheGroupSpec": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
@@ -123,7 +125,9 @@ _HOME = {
     "get_forward_context": "vllm.forward_context",
     "get_kv_cache_capacity": "vllm.v1.core.kv_cache_utils",
     "get_memory_node_info": "vllm.utils.cpu_resource_utils",
+    "get_pp_group": "vllm.distributed.parallel_state",
     "get_tp_group": "vllm.distributed.parallel_state",
+    "get_world_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
     "initialize_mamba_ssu_backend": "vllm.model_executor.layers.mamba.ops.ssu_dispatch",
     "iter_layer_specs": "vllm.v1.kv_cache_interface",
@@ -153,6 +157,7 @@ __all__ = [
     "FullAttentionSpec",
     "GeluAndMul",
     "GemmaRMSNorm",
+    "IntermediateTensors",
     "KVCacheConfig",
     "KVCacheGroupSpec",
     "KVCacheLayout",
@@ -188,7 +193,9 @@ __all__ = [
     "get_kv_cache_capacity",
     "get_kv_cache_configs",
     "get_memory_node_info",
+    "get_pp_group",
     "get_tp_group",
+    "get_world_group",
     "init_logger",
     "initialize_mamba_ssu_backend",
     "iter_layer_specs",

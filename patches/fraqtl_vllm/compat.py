@@ -286,6 +286,19 @@ SAMPLING = Hook(
     ),
     upstream="https://github.com/vllm-project/vllm/pull/10097 (where the rewind came to rely on CUDA's generators)",
 )
+STAGES = Hook(
+    target="GPUModelRunner.intermediate_tensors",
+    user="fraqtl_vllm.platform.cpu_worker",
+    without="with pipeline parallelism the first request ends an engine of a CPU",
+    until="vLLM makes room for what pipeline stages send without profiling, too",
+    symptoms=(
+        Symptom("vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model", has=("== CompilationMode.NONE:",)),
+        Symptom(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+            has=("self.intermediate_tensors: IntermediateTensors | None = None", "make_empty_intermediate_tensors("),
+        ),
+    ),
+)
 LINEAR = Hook(
     target="UnquantizedLinearMethod layer.cpu_linear",
     user="fraqtl_vllm.platform.cpu_layers",

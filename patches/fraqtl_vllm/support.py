@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fraqtl_kernels.calibration.prompt import LENGTH, SEQUENCES
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import check_head_size
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
@@ -111,12 +112,12 @@ def _cache_dtype_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
 
 def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:
     """What keeps the built-in prompt from being run through the model at start-up, or None."""
-    parallel = config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism"
-    if parallel.data_parallel_size > 1:
-        return "data parallelism"
-    return "LoRA" if config.lora_config is not None else None
+    if config.lora_config is None or config.model_config is None:
+        return None
+    tokens = SEQUENCES * min(LENGTH, config.model_config.max_model_len)
+    given = config.scheduler_config.max_num_batched_tokens
+    # Layers with LoRA have room for so many tokens at once, whoever runs them
+    return None if given >= tokens else f"LoRA and --max-num-batched-tokens {given}: give {tokens} or more"
 
 
 def _model_reasons(model: Any) -> Iterator[str]:

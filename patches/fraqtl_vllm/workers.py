@@ -34,7 +34,8 @@ def _then_made_ready(original: Callable[..., None]) -> Callable[..., None]:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
         from fraqtl_vllm.attention.check import check_worker
-        from fraqtl_vllm.calibration.worker import calibrate_worker, packed_layers
+        from fraqtl_vllm.calibration.forward import packed_layers
+        from fraqtl_vllm.calibration.worker import calibrate_worker
 
         check_worker(self.worker)
         calibrate_worker(self.worker)

@@ -43,7 +43,8 @@ def projections(model: torch.nn.Module, layers: dict[str, Any], dtype: torch.dty
 
 def _of_layer(layer: Any, siblings: list[torch.nn.Module], dtype: torch.dtype) -> Tensor | None:
     heads, size = layer.impl.num_heads, layer.impl.head_size
-    linear = [x for x in siblings if isinstance(x, _vllm.RowParallelLinear)]
+    bare = [getattr(x, "base_layer", x) for x in siblings]  # without LoRA
+    linear = [x for x in bare if isinstance(x, _vllm.RowParallelLinear)]
     matching = [x for x in linear if x.input_size_per_partition == heads * size]
     if len(matching) != 1:
         return None

@@ -21,13 +21,13 @@ COLUMNS = 8  # of a packed one that they are taken from
 
 
 def weight_samples(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """(name, shape, numbers) of every parameter. dtype: of the model's activations."""
+    """(name, shape, numbers) of every parameter, alike with and without LoRA. dtype: of the model's activations."""
     for name, weight in model.named_parameters():
         numbers = weight.detach()
         if numbers.numel() == 0:
             columns = _columns(model.get_submodule(name.rpartition(".")[0]), dtype, numbers.device)
             numbers = numbers if columns is None else columns
-        yield name, tuple(numbers.shape), _sample(numbers.reshape(-1))
+        yield name.replace(".base_layer.", "."), tuple(numbers.shape), _sample(numbers.reshape(-1))
 
 
 def _sample(numbers: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class FraqtlCpuWorker(CPUWorker):
             compat.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
         loaded = super().load_model(*args, **kwargs)
         self._replace_layers()
+        self._make_room_for_other_stages()
         return loaded
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -74,6 +75,15 @@ class FraqtlCpuWorker(CPUWorker):
         """After every change of weights, of which layers of ours may have copies."""
         if _has_no_native_ops():  # a CPU build has fast layers of its own
             replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
+
+    def _make_room_for_other_stages(self) -> None:
+        """For what earlier pipeline stages send. On a GPU vLLM makes it when it profiles, which it leaves out here."""
+        runner = self.model_runner
+        if not _vllm.get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            room = runner.get_model().make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=runner.device
+            )
+            compat.STAGES.put(runner, room)
 
     def init_device(self) -> None:
         super().init_device()
