@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
     from vllm.forward_context import get_forward_context, set_forward_context
     from vllm.logger import init_logger
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -99,6 +100,7 @@ _HOME = {
     "MambaSpec": "vllm.v1.kv_cache_interface",
     "MambaStateShapeCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
     "ModelRegistry": "vllm.model_executor.models",
+    "PunicaWrapperCPU": "vllm.lora.punica_wrapper.punica_cpu",
     "RMSNorm": "vllm.model_executor.layers.layernorm",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
@@ -165,6 +167,7 @@ __all__ = [
     "MambaSpec",
     "MambaStateShapeCalculator",
     "ModelRegistry",
+    "PunicaWrapperCPU",
     "RMSNorm",
     "Request",
     "RequestStatus",

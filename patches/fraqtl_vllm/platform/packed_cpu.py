@@ -12,10 +12,15 @@ from fraqtl_vllm.support import check_supported
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 WORKER = "fraqtl_vllm.platform.cpu_worker.FraqtlCpuWorker"
+LORA = "fraqtl_vllm.platform.lora.FraqtlPunicaWrapper"
 
 
 class PackedCpu(CpuPlatform):
     """vLLM's CPU platform with our backend on offer."""
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return LORA
 
     @classmethod
     def configure_packed(cls, vllm_config: _vllm.VllmConfig) -> None:
