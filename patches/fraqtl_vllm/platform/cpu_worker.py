@@ -60,7 +60,6 @@ class FraqtlCpuWorker(CPUWorker):
             compat.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
         loaded = super().load_model(*args, **kwargs)
         self._replace_layers()
-        self._make_room_for_other_stages()
         return loaded
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -76,9 +75,13 @@ class FraqtlCpuWorker(CPUWorker):
         if _has_no_native_ops():  # a CPU build has fast layers of its own
             replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
 
+    def determine_available_memory(self) -> int:
+        self._make_room_for_other_stages()
+        return super().determine_available_memory()
+
     def _make_room_for_other_stages(self) -> None:
-        """For what earlier pipeline stages send. On a GPU vLLM makes it when it profiles, which it leaves out here."""
-        runner = self.model_runner
+        """For what earlier pipeline stages send. vLLM makes it when it profiles, which it leaves out here."""
+        runner: Any = self.model_runner
         if not _vllm.get_pp_group().is_first_rank and runner.intermediate_tensors is None:
             room = runner.get_model().make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=runner.device
