@@ -222,6 +222,45 @@ WORKER_IS_READY = Hook(
         ),
     ),
 )
+ADAPTERS = Hook(
+    target="LoRAModelRunnerMixin.add_lora",
+    user="fraqtl_vllm.calibration.adapters",
+    without="nobody hears that an adapter moves keys away from what the constants were made for",
+    until="plugins are told when a worker loads an adapter",
+    symptoms=(
+        Symptom(
+            "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.add_lora",
+            has=("return self.lora_manager.add_adapter(lora_request)",),
+            lacks=("plugin", "callback"),
+        ),
+    ),
+)
+RELOADED = Hook(
+    target="Worker.reload_weights",
+    user="fraqtl_vllm.calibration.weights_changed",
+    without="nobody hears that the constants are those of other weights",
+    until="plugins are told when weights have changed",
+    symptoms=(
+        Symptom(
+            "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+            has=("self.model_runner.reload_weights(",),
+            lacks=("plugin", "callback"),
+        ),
+    ),
+)
+UPDATED = Hook(
+    target="Worker.finish_weight_update",
+    user="fraqtl_vllm.calibration.weights_changed",
+    without="the same, after an update that a trainer has sent",
+    until="plugins are told when weights have changed",
+    symptoms=(
+        Symptom(
+            "vllm.v1.worker.gpu_worker:Worker.finish_weight_update",
+            has=("self.weight_transfer_engine.finish_weight_update()",),
+            lacks=("plugin", "callback"),
+        ),
+    ),
+)
 SPECS = Hook(
     target="WorkerWrapperBase.get_kv_cache_spec",
     user="fraqtl_vllm.workers",

@@ -117,7 +117,7 @@ def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:
     tokens = SEQUENCES * min(LENGTH, config.model_config.max_model_len)
     given = config.scheduler_config.max_num_batched_tokens
     # Layers with LoRA have room for so many tokens at once, whoever runs them
-    return None if given >= tokens else f"LoRA and --max-num-batched-tokens {given}: give {tokens} or more"
+    return None if given >= tokens else f"LoRA and --max-num-batched-tokens {given} (give {tokens} or more)"
 
 
 def _model_reasons(model: Any) -> Iterator[str]:

@@ -211,24 +211,36 @@ def test_refused_while_vllm_builds_its_configuration() -> None:
         VllmConfig(cache_config=CacheConfig(block_size=24))
 
 
-@pytest.mark.parametrize(
-    ("parts", "obstacle"),
-    [
-        ({"lora_config": object()}, "LoRA"),
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, data_parallel_size=1)}, "pipeline parallelism"),
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=4)}, "data parallelism"),
-    ],
-)
-def test_static_scales_where_nothing_can_be_calibrated(parts: dict[str, Any], obstacle: str) -> None:
-    for part in parts.values():
-        if isinstance(part, SimpleNamespace):
-            part.decode_context_parallel_size = part.prefill_context_parallel_size = 1
-            part.use_ubatching = False
-    section = {"additional_config": {"fraqtl": {"kv_format": "k4v4-channel"}}}
-    assert (
-        refusal(**parts, **section) == f"KV format k4v4-channel with {obstacle}: its static scales can't be calibrated"
+STATIC = {"additional_config": {"fraqtl": {"kv_format": "k4v4-channel"}}}
+
+
+def lora(batched_tokens: int, context: int = 4096) -> dict[str, Any]:
+    model = make_model()
+    model.max_model_len = context
+    scheduler = SimpleNamespace(max_num_batched_tokens=batched_tokens)
+    return {"lora_config": object(), "model_config": model, "scheduler_config": scheduler}
+
+
+def test_static_scales_where_nothing_can_be_calibrated() -> None:
+    assert refusal(**lora(2047), **STATIC) == (
+        "KV format k4v4-channel with LoRA and --max-num-batched-tokens 2047 (give 2048 or more): its static scales "
+        "can't be calibrated"
     )
-    check_supported(make_config(**parts))  # k4v4 does without
+    check_supported(make_config(**lora(2047)))  # k4v4 does without
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lora(2048),
+        lora(512, context=128),
+        {"parallel_config": ParallelConfig(pipeline_parallel_size=2, distributed_executor_backend="mp")},
+        {"parallel_config": ParallelConfig(data_parallel_size=2)},
+    ],
+    ids=["LoRA", "LoRA and a short context", "pipeline", "data"],
+)
+def test_static_scales_are_calibrated_everywhere_else(parts: dict[str, Any]) -> None:
+    check_supported(make_config(**parts, **STATIC))
 
 
 def decoder_of(layers: int, **config: Any) -> Any:

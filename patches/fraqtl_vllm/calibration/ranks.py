@@ -32,15 +32,25 @@ def on_all(holds: bool) -> bool:
 
 def over_stages(number: int) -> int:
     """The sum of a number over the pipeline stages."""
-    return _reduced(_vllm.get_pp_group(), number, torch.distributed.ReduceOp.SUM)
+    return int(_reduced(_vllm.get_pp_group(), number, torch.distributed.ReduceOp.SUM))
 
 
-def _reduced(group: Any, number: int, operation: Any) -> int:
+def largest(number: float) -> float:
+    """Of all ranks."""
+    return _reduced(_vllm.get_world_group(), number, torch.distributed.ReduceOp.MAX)
+
+
+def is_first() -> bool:
+    """Whether this is the rank that speaks for all."""
+    return bool(_vllm.get_world_group().is_first_rank)
+
+
+def _reduced(group: Any, number: float, operation: Any) -> float:
     if group.world_size == 1:
         return number
-    value = torch.tensor([number])
+    value = torch.tensor([number], dtype=torch.float64)
     torch.distributed.all_reduce(value, operation, group=group.cpu_group)
-    return int(value.item())
+    return float(value.item())
 
 
 @contextmanager

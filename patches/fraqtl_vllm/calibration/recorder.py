@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from fraqtl_kernels.calibration.importance import attend
+from fraqtl_kernels.calibration.importance import Importance, attend
 from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.formats import KVFormat
@@ -65,8 +65,12 @@ class Recorder:
             projection=self.projections.get(layer),
         )
         if shared_layer is None:
-            self.constants[layer] = calibrate(self.formats[layer], key, query, value, importance)
+            self.keep(layer, key, query, value, importance)
             if layer in self.shared:
                 self._keys[layer] = key, value
-            self.on_layer(len(self.constants))
         return out
+
+    def keep(self, layer: str, key: Tensor, query: Tensor, value: Tensor, importance: Importance) -> None:
+        """What follows from one layer's tensors. Arguments as of `calibrate`."""
+        self.constants[layer] = calibrate(self.formats[layer], key, query, value, importance)
+        self.on_layer(len(self.constants))

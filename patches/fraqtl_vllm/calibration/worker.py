@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.calibration import files, forward
+from fraqtl_vllm.calibration import adapters, files, forward, weights_changed
 from fraqtl_vllm.calibration.forward import packed_layers
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
@@ -49,20 +50,17 @@ def calibrate_worker(worker: Any) -> None:
         ) from error
     for name, layer in layers.items():
         layer.impl.use_constants(constants[layer.impl.kv_sharing_target_layer_name or name])
+    adapters.watch(worker)
+    weights_changed.watch(worker, partial(key_of, worker, ours))
     seconds = time.perf_counter() - start
     progress.say(f"KV cache calibrated in {seconds:.2f} s: {count} layers, {origin}")
 
 
 def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
     """The constants of every layer, by name, and where they come from."""
-    config, model = worker.vllm_config, worker.model_runner.get_model()
-    layers = packed_layers(config)
-    stored_as = " ".join(
-        [ours.format_name, *(layer.impl.kv_format.name for layer in layers.values() if ours.kv_layers)]
-    )
-    key = files.make_key(model, stored_as, _vllm.get_tp_group().rank_in_group, config)
+    config, key = worker.vllm_config, key_of(worker, ours)
     path = files.path_of(ours.calibration_cache, key)
-    device = next(model.parameters()).device
+    device = next(worker.model_runner.get_model().parameters()).device
     constants, origin = _read(path, key), f"from {path}"
     if constants is None:
         with one_engine_at_a_time(path.parent) as has_waited:
@@ -73,6 +71,15 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
                 origin = "from the built-in prompt" + (f", kept in {path}" if saved else "")
             on_all(True)  # the next engine finds the files of all ranks
     return {name: c.to(device) for name, c in constants.items()}, origin
+
+
+def key_of(worker: Any, ours: FraqtlConfig) -> str:
+    """What the constants of this rank follow from, as its weights are now."""
+    layers, rank = packed_layers(worker.vllm_config), _vllm.get_tp_group().rank_in_group
+    stored_as = " ".join(
+        [ours.format_name, *(layer.impl.kv_format.name for layer in layers.values() if ours.kv_layers)]
+    )
+    return files.make_key(worker.model_runner.get_model(), stored_as, rank, worker.vllm_config)
 
 
 def _read(path: Path, key: str) -> Constants | None:

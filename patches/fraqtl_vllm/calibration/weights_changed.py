@@ -1,0 +1,39 @@
+"""Says when the weights of a running engine are no longer those that its constants were made for.
+
+Pages that were written with the old constants may be in use, and CUDA graphs hold them, so they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm.calibration.ranks import is_first, on_all
+from fraqtl_vllm.config import settings_of
+
+logger = _vllm.init_logger("vllm.fraqtl.calibration")
+
+
+def watch(worker: Any, key: Callable[[], str]) -> None:
+    """key: makes a hash of the worker's weights as they are."""
+    then_compared = partial(_then_compared, settings_of(worker.vllm_config).format_name, key, key())
+    compat.RELOADED.wrap(worker, then_compared)
+    compat.UPDATED.wrap(worker, then_compared)
+
+
+def _then_compared(
+    kv_format: str, key: Callable[[], str], calibrated: str, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not on_all(key() == calibrated) and is_first():
+            logger.warning(
+                "The weights have changed, and the constants of the KV cache are those of the old ones: %s stores "
+                "keys and values more coarsely than it could. A restart calibrates anew",
+                kv_format,
+            )
+        return result
+
+    return watched
