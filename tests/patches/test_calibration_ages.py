@@ -18,7 +18,9 @@ from fraqtl_vllm.calibration import adapters, weights_changed
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(_vllm, "get_world_group", lambda: SimpleNamespace(world_size=1, is_first_rank=True))
+    group = SimpleNamespace(world_size=1, is_first_rank=True)
+    for name in ("get_world_group", "get_tp_group"):
+        monkeypatch.setattr(_vllm, name, lambda: group)
     for name in ("vllm", adapters.logger.name):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     caplog.set_level(logging.INFO, logger=adapters.logger.name)
@@ -73,7 +75,10 @@ def test_adapters_are_measured_when_they_are_new(
         list_loras=lambda: set(loaded), add_lora=lambda request: not loaded.add(request.lora_int_id)
     )
     config = SimpleNamespace(
-        lora_config=object(), additional_config={}, cache_config=SimpleNamespace(cache_dtype="auto")
+        lora_config=object(),
+        additional_config={},
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
     )
     worker: Any = SimpleNamespace(vllm_config=config, model_runner=runner)
     adapters.watch(worker)

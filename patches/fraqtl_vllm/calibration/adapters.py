@@ -3,7 +3,7 @@
 When an adapter is loaded, the built-in prompt runs through the model with it. What counts is the size of the rounding
 steps: with the constants that the pool has, beside those that the adapter would get if it were merged into the model.
 Adapters that are loaded with their first request (`LLM`, one that was evicted) are not measured: pipeline stages are
-at different steps then.
+at different steps then. So are replicas that share experts, always.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def _reach(x: Tensor, stream: StreamConstants) -> Tensor:
 
 def watch(worker: Any) -> None:
     """Measure every adapter that a calibrated worker is told to load."""
-    if worker.vllm_config.lora_config is not None:
+    config = worker.vllm_config
+    if config.lora_config is not None and config.parallel_config.data_parallel_size == 1:
         compat.ADAPTERS.wrap(worker.model_runner, lambda add: _then_measured(worker, add))
 
 

@@ -1,6 +1,7 @@
 """Says when the weights of a running engine are no longer those that its constants were made for.
 
-Pages that were written with the old constants may be in use, and CUDA graphs hold them, so they stay.
+Pages that were written with the old constants may be in use, and CUDA graphs hold them, so they stay. Each pipeline
+stage speaks for itself: engines that share experts are told at different times, and must not wait for each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from fraqtl_vllm import _vllm, compat
-from fraqtl_vllm.calibration.ranks import is_first, on_all
 from fraqtl_vllm.config import settings_of
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
@@ -28,7 +28,7 @@ def _then_compared(
 ) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if not on_all(key() == calibrated) and is_first():
+        if key() != calibrated and _vllm.get_tp_group().is_first_rank:
             logger.warning(
                 "The weights have changed, and the constants of the KV cache are those of the old ones: %s stores "
                 "keys and values more coarsely than it could. A restart calibrates anew",
