@@ -12,7 +12,7 @@ from safetensors import safe_open
 from fraqtl_bench.totals import measure
 from tests.e2e.engine import Run, run
 from tests.e2e.prompts import recall_prompt
-from tests.e2e.reports import ANSWER, MODEL, messages
+from tests.e2e.reports import ANSWER, MODEL, check, messages
 from tests.e2e.server import running
 
 PROMPTS = [recall_prompt(n, seed=n)[0] for n in (300, 411)]
@@ -57,6 +57,17 @@ def test_pipeline_2(ranks: int, alone: tuple[Run, list[str]], tmp_path: Path) ->
         assert result.kv_pool[part] == expected.kv_pool[part]
 
 
+def test_reports_count_all_stages() -> None:
+    with running("--pipeline-parallel-size", "2") as server:
+        body = {"model": MODEL, "messages": messages(), "temperature": 0, "max_tokens": 20}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == ANSWER
+        usage = answer["usage"]
+        check(answer["fraqtl"], tokens=usage["prompt_tokens"] + usage["completion_tokens"] - 1, blocks=3)
+        found = measure(server.url, requests=40, concurrency=8, seed=7)
+        assert found["failed"] == [] and found["equal"], found
+
+
 def test_data_parallel_2_behind_two_api_servers(tmp_path: Path) -> None:
     flags = ("--data-parallel-size", "2", "--api-server-count", "2", "--kv-calibration-cache", str(tmp_path))
     with running(*flags) as server:
@@ -69,9 +80,9 @@ def test_data_parallel_2_behind_two_api_servers(tmp_path: Path) -> None:
             answer = httpx.post(
                 f"{server.url}/v1/chat/completions", json=body, headers={"X-data-parallel-rank": rank}, timeout=60
             ).json()
-            report = answer["fraqtl"]
-            assert report["tokens"] == answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"] - 1
-            assert report["blocks"] == 3 and report["shared_blocks"] == 0  # this rank has not seen the prompt
+            usage = answer["usage"]
+            check(answer["fraqtl"], tokens=usage["prompt_tokens"] + usage["completion_tokens"] - 1, blocks=3)
+            assert answer["fraqtl"]["shared_blocks"] == 0  # this rank has not seen the prompt
             answers.append([x["logprob"] for x in answer["choices"][0]["logprobs"]["content"]])
             assert answer["choices"][0]["message"]["content"] == ANSWER
         assert answers[0] == answers[1]
