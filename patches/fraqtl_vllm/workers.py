@@ -17,7 +17,7 @@ def install() -> None:
 
 def _get_kv_cache_spec(self: Any) -> Any:
     """The worker's own, under its configuration, each in the format of its layer."""
-    from fraqtl_vllm.calibration.worker import packed_layers
+    from fraqtl_vllm.calibration.forward import packed_layers
 
     with _vllm.set_current_vllm_config(self.vllm_config):
         specs = hybrids.without_checkpoints(self.worker.get_kv_cache_spec())

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_vllm import _vllm, compat
 from fraqtl_vllm._vllm import CPUWorker
-from fraqtl_vllm.calibration.worker import packed_layers
+from fraqtl_vllm.calibration.forward import packed_layers
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import GPT_OSS_WEIGHTS
 from fraqtl_vllm.platform.cpu_layers import replace_layers
