@@ -134,8 +134,8 @@ class Impl(FraqtlImpl[Metadata]):
             self._take_turns(turns, query, key, value, output)
         elif len(turns) > 1:  # drafts can go no other way
             plain = torch.empty(output.shape, dtype=query.dtype)
-            new = [x if x is None else x.to(query.dtype).contiguous() for x in (query, key, value)]
-            self._take_turns(turns, new[0], new[1], new[2], plain)
+            key, value = (x if x is None else x.to(query.dtype).contiguous() for x in (key, value))
+            self._take_turns(turns, query.contiguous(), key, value, plain)
             output.copy_(plain)
         else:
             return False
