@@ -22,7 +22,13 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import compat
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config, set_current_vllm_config
+    from vllm.config import (
+        CompilationMode,
+        KVTransferConfig,
+        VllmConfig,
+        get_current_vllm_config,
+        set_current_vllm_config,
+    )
     from vllm.config.vllm import get_current_vllm_config_or_none
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
     from vllm.forward_context import get_forward_context, set_forward_context
@@ -68,6 +74,10 @@ if TYPE_CHECKING:
         UniformTypeKVCacheSpecs,
         iter_layer_specs,
     )
+    from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+    from vllm.v1.kv_offload.file_mapper import FileMapper
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -89,6 +99,7 @@ _HOME = {
     "EngineCoreOutput": "vllm.v1.engine",
     "EngineCoreOutputs": "vllm.v1.engine",
     "EngineCoreProc": "vllm.v1.engine.core",
+    "FileMapper": "vllm.v1.kv_offload.file_mapper",
     "FullAttentionSpec": "vllm.v1.kv_cache_interface",
     "GeluAndMul": "vllm.model_executor.layers.activation",
     "GemmaRMSNorm": "vllm.model_executor.layers.layernorm",
@@ -97,18 +108,23 @@ _HOME = {
     "KVCacheGroupSpec": "vllm.v1.kv_cache_interface",
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "KVQuantMode": "vllm.v1.kv_cache_interface",
+    "KVTransferConfig": "vllm.config",
     "MambaSpec": "vllm.v1.kv_cache_interface",
     "MambaStateShapeCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
     "ModelRegistry": "vllm.model_executor.models",
     "PunicaWrapperCPU": "vllm.lora.punica_wrapper.punica_cpu",
+    "OffloadingWorker": "vllm.v1.kv_offload.base",
     "RMSNorm": "vllm.model_executor.layers.layernorm",
     "Request": "vllm.v1.request",
     "RequestStatus": "vllm.v1.request",
     "RotaryEmbedding": "vllm.model_executor.layers.rotary_embedding.base",
     "RowParallelLinear": "vllm.model_executor.layers.linear",
     "Scheduler": "vllm.v1.core.sched.scheduler",
+    "SharedOffloadRegion": "vllm.v1.kv_offload.cpu.shared_offload_region",
     "SiluAndMul": "vllm.model_executor.layers.activation",
     "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
+    "TieringOffloadingSpec": "vllm.v1.kv_offload.tiering.spec",
+    "TransferResult": "vllm.v1.kv_offload.base",
     "UniformTypeKVCacheSpecs": "vllm.v1.kv_cache_interface",
     "VllmConfig": "vllm.config",
     "WorkerBase": "vllm.v1.worker.worker_base",
@@ -156,6 +172,7 @@ __all__ = [
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreProc",
+    "FileMapper",
     "FullAttentionSpec",
     "GeluAndMul",
     "GemmaRMSNorm",
@@ -164,18 +181,23 @@ __all__ = [
     "KVCacheGroupSpec",
     "KVCacheLayout",
     "KVQuantMode",
+    "KVTransferConfig",
     "MambaSpec",
     "MambaStateShapeCalculator",
     "ModelRegistry",
     "PunicaWrapperCPU",
+    "OffloadingWorker",
     "RMSNorm",
     "Request",
     "RequestStatus",
     "RotaryEmbedding",
     "RowParallelLinear",
     "Scheduler",
+    "SharedOffloadRegion",
     "SiluAndMul",
     "SlidingWindowSpec",
+    "TieringOffloadingSpec",
+    "TransferResult",
     "UniformTypeKVCacheSpecs",
     "VllmConfig",
     "WorkerBase",
@@ -186,6 +208,7 @@ __all__ = [
     "current_workspace_manager",
     "engine_core",
     "extract_layer_index",
+    "envs",
     "flash_attn_varlen_func",
     "generate_scheduler_kv_cache_config",
     "get_allowed_cpu_list",
@@ -254,6 +277,11 @@ class _Bytes:
 
     def quant_mode(self) -> Any:
         return import_module("vllm.v1.kv_cache_interface").KVQuantMode.NONE
+
+
+def envs() -> Any:
+    """vLLM's environment variables, by name, as they are now."""
+    return import_module("vllm.envs")
 
 
 def engine_core() -> Any:

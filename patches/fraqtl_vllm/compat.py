@@ -207,6 +207,25 @@ GROUP_NOTE = Hook(
     ),
 )
 
+POOLS_ARE_READY = Hook(
+    target="EngineCore._initialize_kv_caches",
+    user="fraqtl_vllm.stores.fingerprint",
+    without="the scheduler's connector can't know with which constants the workers pack: a store would feed pages of "
+    "others",
+    until="workers can tell the scheduler's connector something before it opens a store",
+    symptoms=(
+        Symptom(
+            "vllm.v1.engine.core:EngineCore.__init__",
+            has=("kv_cache_config = self._initialize_kv_caches(vllm_config)", "set_xfer_handshake_metadata_pp_aware"),
+        ),
+        Symptom(
+            "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:OffloadingConnector",
+            has=("spec = OffloadingSpecFactory.create_spec(offloading_config)",),
+            lacks=("handshake",),
+        ),
+    ),
+)
+
 # Workers
 
 WORKER_IS_READY = Hook(

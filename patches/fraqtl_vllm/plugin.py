@@ -22,12 +22,14 @@ def register() -> None:
     from fraqtl_vllm.platform.stock_cpu import install as install_refusal
     from fraqtl_vllm.start.orphans import end_with_parent
     from fraqtl_vllm.start.reasons import install as install_reasons
+    from fraqtl_vllm.stores.fingerprint import install as install_fingerprint
     from fraqtl_vllm.workers import install as install_calibration
 
     register_cache_dtypes(map(cache_dtype_of, FORMATS))
     install_reasons()
     install_calibration()
     install_pool()
+    install_fingerprint()
     install_blocks()
     install_refusal()
     install_choice()

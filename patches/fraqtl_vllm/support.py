@@ -13,6 +13,7 @@ from fraqtl_vllm import _vllm, hybrids, layer_formats, speculation
 from fraqtl_vllm.checkpoint import gets_ours_instead
 from fraqtl_vllm.config import KEY, FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME, format_of
+from fraqtl_vllm.stores.support import reasons as connector_reasons
 
 ALIBI_MODELS = ("bloom", "mpt", "baichuan")
 PLAIN_DTYPES = ("float16", "bfloat16")
@@ -78,8 +79,7 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     yield from _cache_dtype_reasons(config)
     yield from speculation.reasons(config)
-    if config.kv_transfer_config is not None:
-        yield "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
+    yield from connector_reasons(config)
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism: use --tensor-parallel-size"
     if parallel.use_ubatching:  # both would write to the scratch that layers share

@@ -84,10 +84,6 @@ class FraqtlBackend(AttentionBackend):
         return True
 
     @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
-    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         # [H, N, C] contiguous in a block: the inside of a head's page is ours to arrange.
         config = get_current_vllm_config_or_none()

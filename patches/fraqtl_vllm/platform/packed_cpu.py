@@ -8,6 +8,7 @@ from __future__ import annotations
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
 from fraqtl_vllm import _vllm
 from fraqtl_vllm._vllm import CpuPlatform
+from fraqtl_vllm.stores.support import use_packed_spec
 from fraqtl_vllm.support import check_supported
 
 STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -30,6 +31,7 @@ class PackedCpu(CpuPlatform):
         own attention. With ours it would only make prefixes coarser and waste more of a sequence's last block.
         """
         check_supported(vllm_config)
+        use_packed_spec(vllm_config)
         if not vllm_config.cache_config.user_specified_block_size:
             vllm_config.cache_config.block_size = BLOCK_SIZE_MULTIPLE
         if vllm_config.parallel_config.worker_cls == STOCK_WORKER:
