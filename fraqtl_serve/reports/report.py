@@ -23,7 +23,8 @@ class KVUsage(BaseModel):
 
     tokens: int = Field(description="KV entries written: prompt + generated - 1, summed over the sequences")
     blocks: int = Field(description="blocks held at the end; those that sequences share count once")
-    shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache")
+    shared_blocks: int = Field(description="of `blocks`, those found in the prefix cache or in a store")
+    loaded_blocks: int = Field(0, description="of `shared_blocks`, those loaded from a store by a KV connector")
     bytes: int = Field(description="bytes of blocks of attention: all layers and ranks, scales and padding included")
     baseline_bytes: int = Field(description="bytes of the same blocks in the model's own dtype")
     saved_bytes: int = Field(description="baseline_bytes - bytes")
@@ -86,6 +87,7 @@ class Ledger:
         # Engines beside each other (data parallel) number their blocks alike.
         held = [{(a["engine"], b) for a in accounts for b in a["blocks"][g]} for g in groups]
         shared = [{(a["engine"], b) for a in accounts for b in a["shared"][g]} for g in groups]
+        loaded = [{(a["engine"], b) for a in accounts for b in a["loaded"][g]} for g in groups]
         used = sum(len(h) * n for h, n in zip(held, sizes["block_bytes"], strict=True))
         baseline = sum(len(h) * n for h, n in zip(held, sizes["baseline_block_bytes"], strict=True))
         states = sum(len(h) * n for h, n in zip(held, sizes["state_block_bytes"], strict=True))
@@ -95,6 +97,7 @@ class Ledger:
             blocks=sum(map(len, held)),
             block_size=next(n for n, s in zip(sizes["block_size"], sizes["state_block_bytes"], strict=True) if not s),
             shared_blocks=sum(map(len, shared)),
+            loaded_blocks=sum(map(len, loaded)),
             bytes=used,
             baseline_bytes=baseline,
             saved_bytes=baseline - used,

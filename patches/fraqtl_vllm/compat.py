@@ -149,7 +149,10 @@ ADMISSIONS = Hook(
     without="blocks found in the prefix cache count as a request's own",
     until="block tables say which blocks came from the prefix cache",
     symptoms=(
-        Symptom("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots", has=("new_computed_blocks",)),
+        Symptom(
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+            has=("new_computed_blocks", "num_external_computed_tokens"),
+        ),
         Symptom("vllm.v1.core.kv_cache_manager:KVCacheBlocks", lacks=("num_computed", "cached_blocks", "shared")),
     ),
 )

@@ -202,10 +202,12 @@ def expected(
     groups = range(len(blocks.sizes))
     held = [{number for end in ends for number in end["blocks"][g]} for g in groups]
     shared = [{number for end in ends for number in end["shared"][g]} for g in groups]
+    loaded = [{number for end in ends for number in end["loaded"][g]} for g in groups]
     return {
         "tokens": sum(min(end["length"] - 1, end["written"]) for end in ends),
         "blocks": sum(map(len, held)),
         "shared_blocks": sum(map(len, shared)),
+        "loaded_blocks": sum(map(len, loaded)),
         "bytes": sum(len(held[g]) * blocks.sizes[g] for g in groups if not blocks.keeps_states[g]),
         "baseline_bytes": sum(len(held[g]) * blocks.baseline[g] for g in groups),
         "state_bytes": sum(len(held[g]) * blocks.sizes[g] for g in groups if blocks.keeps_states[g]),
@@ -260,6 +262,7 @@ def count(jobs: list[Job], outcomes: dict[str, Outcome], lines: list[Line]) -> d
         "several_sequences": sum(job.n > 1 or len(job.prompts) > 1 for job in jobs),
         "stopped_by_string": sum(c.stopped_by_string for o in outcomes.values() for c in o.choices.values()),
         "with_shared_blocks": sum(report["shared_blocks"] > 0 for report in reports),
+        "with_loaded_blocks": sum(report["loaded_blocks"] > 0 for report in reports),
         "preemptions": events["preempted"],
         "ends_checked_against_the_pool": events["end"] + events["preempted"],
         "fewest_free_blocks": min((line["free"] for line in lines if "free" in line), default=-1),

@@ -15,7 +15,7 @@ BLOCK_SIZE = 16
 BLOCK_BYTES = 4 * 2 * BLOCK_SIZE * 68  # layers, KV heads, tokens, bytes of a k4v4 key and value at head size 64
 BASELINE_BLOCK_BYTES = 4 * 2 * BLOCK_SIZE * 256  # the same in bfloat16
 
-COUNTS = {"tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes", "saved_bytes", "state_bytes"}
+COUNTS = {"tokens", "blocks", "shared_blocks", "loaded_blocks", "bytes", "baseline_bytes", "saved_bytes", "state_bytes"}
 
 
 def messages(question: str = QUESTION) -> list[Any]:
@@ -37,7 +37,7 @@ def check(report: dict[str, Any], *, tokens: int, blocks: int) -> None:
         "ratio": round(256 / 68, 4),
     }
     assert expected.items() <= report.items(), (report, expected)
-    assert 0 <= report["shared_blocks"] <= blocks, report
+    assert 0 <= report["loaded_blocks"] <= report["shared_blocks"] <= blocks, report
 
 
 def check_sequence(report: dict[str, Any], usage: Any) -> None:

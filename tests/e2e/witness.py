@@ -40,7 +40,8 @@ class Witness:
         self._owner: Owner | None = None
         self._allocations = 0
         self._number: dict[int, int] = {}  # by block: the number of its present allocation
-        self._held: dict[Owner, dict[int, bool]] = {}  # by block: whether it was found in the prefix cache
+        self._loading = False  # whether blocks that move now are filled from a store
+        self._held: dict[Owner, dict[int, str]] = {}  # by block: whether it is "new", "found" in the cache, or "loaded"
         self._parted: Counter[int] = Counter()  # blocks of ended sequences that a running step may still write
         self._watch_groups()
         self._watch_pool()
@@ -64,6 +65,7 @@ class Witness:
 
     def _named(self, method: Callable[..., Any], group: int) -> Callable[..., Any]:
         def named(request_id: str, *args: Any, **kwargs: Any) -> Any:
+            self._loading = method.__name__ == "allocate_external_computed_blocks"
             with self._in_the_name_of((request_id, group)):
                 return method(request_id, *args, **kwargs)
 
@@ -87,12 +89,12 @@ class Witness:
             for block in blocks:
                 self._allocations += 1
                 self._number[block.block_id] = self._allocations
-                self._mine()[block.block_id] = False
+                self._mine()[block.block_id] = "loaded" if self._loading else "new"
             return blocks
 
         def watched_touch(blocks: Any) -> None:
             touch(blocks)
-            self._mine().update({b.block_id: True for b in blocks if not b.is_null})
+            self._mine().update({b.block_id: "found" for b in blocks if not b.is_null})
 
         def watched_free(ordered_blocks: Iterable[Any]) -> None:
             blocks = list(ordered_blocks)
@@ -110,7 +112,7 @@ class Witness:
             watched_free,
         )
 
-    def _mine(self) -> dict[int, bool]:
+    def _mine(self) -> dict[int, str]:
         assert self._owner is not None, "blocks moved in nobody's name"
         return self._held.setdefault(self._owner, {})
 
@@ -143,7 +145,8 @@ class Witness:
             "length": request.num_tokens,
             "written": request.num_computed_tokens,
             "blocks": [[self._number[b] for b in blocks] for blocks in held],
-            "shared": [[self._number[b] for b, found in blocks.items() if found] for blocks in held],
+            "shared": [[self._number[b] for b, origin in blocks.items() if origin != "new"] for blocks in held],
+            "loaded": [[self._number[b] for b, origin in blocks.items() if origin == "loaded"] for blocks in held],
             **more,
         }
         self._out.write(json.dumps(line) + "\n")

@@ -35,12 +35,14 @@ class FakeManager:
     def __init__(self, tables: dict[str, list[list[Any]]]) -> None:
         self.tables = tables
         self.block_pool = SimpleNamespace(blocks=[None] * 100, get_new_blocks=lambda count: [])
+        sizes = [SimpleNamespace(block_size=16), SimpleNamespace(block_size=32)]
+        self.coordinator = SimpleNamespace(single_type_managers=sizes)
         self.room = True
 
     def get_blocks(self, key: str) -> Any:
         return SimpleNamespace(blocks=self.tables[key])
 
-    def allocate_slots(self, request: Any, num_new_tokens: int, *, new_computed_blocks: Any = None) -> Any:
+    def allocate_slots(self, request: Any, num_new_tokens: int, *, new_computed_blocks: Any = None, **_: int) -> Any:
         return SimpleNamespace(blocks=()) if self.room else None
 
 
@@ -79,13 +81,15 @@ def make_scheduler(*groups: tuple[Any, int], world_size: int = 1) -> Any:
     return scheduler
 
 
-def admit(scheduler: Any, key: str, *tables: list[int], tokens: int = 40, stop: Any = None) -> Any:
+def admit(
+    scheduler: Any, key: str, *tables: list[int], tokens: int = 40, computed: int | None = None, stop: Any = None
+) -> Any:
     """A request with these block tables; 0 is vLLM's null block."""
     scheduler.tables[key] = [[SimpleNamespace(block_id=b, is_null=b == 0) for b in table] for table in tables]
     request = SimpleNamespace(
         request_id=key,
         num_tokens=tokens,
-        num_computed_tokens=tokens,
+        num_computed_tokens=tokens if computed is None else computed,
         num_preemptions=0,
         sampling_params=SimpleNamespace(stop=stop),
         status=RequestStatus.FINISHED_STOPPED,
@@ -103,6 +107,7 @@ def test_account_is_the_block_managers_table() -> None:
         "tokens": 39,
         "blocks": [[5, 3, 9], [7]],
         "shared": [[], []],
+        "loaded": [[], []],
         "block_size": [16, 32],
         "block_bytes": [4352, 8704],
         "baseline_block_bytes": [16384, 32768],
@@ -123,7 +128,7 @@ def computed(*groups: list[int]) -> Any:
 def test_blocks_found_in_the_prefix_cache_are_those_of_the_last_admission() -> None:
     scheduler = make_scheduler()
     manager = scheduler.kv_cache_manager
-    request = admit(scheduler, "a", [5, 3, 9], [0, 3, 7])
+    request = admit(scheduler, "a", [5, 3, 9], [0, 3, 7], computed=0)
     manager.allocate_slots(request, 20, new_computed_blocks=computed([5, 3], [0, 3]))
     manager.allocate_slots(request, 1)  # a running sequence grows
     assert scheduler.account(request)["shared"] == [[5, 3], [3]]
@@ -135,6 +140,25 @@ def test_blocks_found_in_the_prefix_cache_are_those_of_the_last_admission() -> N
     assert scheduler.account(request)["shared"] == [[5], []]
     scheduler._free_request(request)
     assert scheduler._allocations._found == {}
+
+
+def test_blocks_that_a_connector_fills_count_as_shared_and_as_loaded() -> None:
+    scheduler = make_scheduler()
+    manager = scheduler.kv_cache_manager
+    request = admit(scheduler, "a", [5, 3, 9, 4], [0, 7, 8], computed=0)
+    found: dict[str, Any] = {"new_computed_blocks": computed([5], []), "num_new_computed_tokens": 16}
+    manager.allocate_slots(request, 0, num_external_computed_tokens=32, **found)
+    account = scheduler.account(request)
+    assert (account["shared"], account["loaded"]) == ([[5, 3, 9], [7]], [[3, 9], [7]])
+    request.num_computed_tokens = 48  # the blocks are there: it is admitted once more, for the rest of its prompt
+    manager.allocate_slots(request, 10, new_computed_blocks=computed([], []))
+    assert scheduler.account(request) == account
+    request.num_computed_tokens = 0  # preempted, and the pool has all of them now
+    manager.allocate_slots(request, 10, new_computed_blocks=computed([5, 3, 9], [0, 7]), num_new_computed_tokens=48)
+    account = scheduler.account(request)
+    assert (account["shared"], account["loaded"]) == ([[5, 3, 9], [7]], [[], []])
+    scheduler._free_request(request)
+    assert scheduler._allocations._loaded == {}
 
 
 def test_a_block_that_was_handed_out_again_has_another_number() -> None:
@@ -152,7 +176,7 @@ def test_a_block_that_was_handed_out_again_has_another_number() -> None:
 
 def test_a_shared_block_that_is_handed_out_again_is_not_shared() -> None:
     scheduler = make_scheduler()
-    request = admit(scheduler, "a", [5], [7])
+    request = admit(scheduler, "a", [5], [7], computed=0)
     scheduler.kv_cache_manager.allocate_slots(request, 20, new_computed_blocks=computed([5], [7]))
     assert scheduler.account(request)["shared"] == [[5], [7]]
     # The window left block 7 behind, and the sequence got it again for its next tokens.
@@ -165,7 +189,8 @@ def test_vllm_has_what_is_watched() -> None:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-    assert "new_computed_blocks" in inspect.signature(KVCacheManager.allocate_slots).parameters
+    named = {"new_computed_blocks", "num_new_computed_tokens", "num_external_computed_tokens"}
+    assert named <= inspect.signature(KVCacheManager.allocate_slots).parameters.keys()
     assert list(inspect.signature(BlockPool.get_new_blocks).parameters) == ["self", "num_blocks"]
 
 

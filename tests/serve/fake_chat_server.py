@@ -17,6 +17,7 @@ REPORT = {
     "blocks": 3,
     "block_size": 16,
     "shared_blocks": 2,
+    "loaded_blocks": 0,
     "bytes": 26112,
     "baseline_bytes": 98304,
     "saved_bytes": 72192,

@@ -20,9 +20,10 @@ def account(
     baseline_block_bytes: tuple[int, ...] = (8192,),
     state_block_bytes: tuple[int, ...] = (),
     shared: tuple[list[int], ...] = (),
+    loaded: tuple[list[int], ...] = (),
     engine: int = 0,
 ) -> Account:
-    """What the engine says about a sequence: for every KV-cache group its blocks, and which of them were cached.
+    """What the engine says about a sequence: for every KV-cache group its blocks, and which were cached or loaded.
 
     The sizes are those of one layer with two heads of 64 dimensions: 2 · 16 · 68 and 2 · 16 · 256 bytes.
     """
@@ -31,6 +32,7 @@ def account(
         "tokens": tokens,
         "blocks": list(blocks),
         "shared": list(shared) or [[] for _ in blocks],
+        "loaded": list(loaded) or [[] for _ in blocks],
         "block_size": list(block_size),
         "block_bytes": list(block_bytes),
         "baseline_block_bytes": list(baseline_block_bytes),

@@ -26,6 +26,7 @@ COUNTS = {
     "tokens": 20,
     "blocks": 2,
     "shared_blocks": 0,
+    "loaded_blocks": 0,
     "bytes": 4352,
     "baseline_bytes": 16384,
     "saved_bytes": 12032,

@@ -15,6 +15,7 @@ FIELDS = {
     "blocks",
     "block_size",
     "shared_blocks",
+    "loaded_blocks",
     "bytes",
     "baseline_bytes",
     "saved_bytes",
@@ -38,6 +39,7 @@ def test_one_sequence() -> None:
         "blocks": 2,
         "block_size": 16,
         "shared_blocks": 0,
+        "loaded_blocks": 0,
         "bytes": 4352,
         "baseline_bytes": 16384,
         "saved_bytes": 12032,
@@ -104,6 +106,7 @@ def test_groups_have_their_own_bytes_and_block_sizes() -> None:
         block_bytes=(100, 1000),
         baseline_block_bytes=(400, 2000),
         shared=([1, 2, 3], [8]),
+        loaded=([3], [8]),
     )
     report = report_of(Ledger("k8v8", accounts={"a": said}))
     assert report.model_dump() == {
@@ -113,6 +116,7 @@ def test_groups_have_their_own_bytes_and_block_sizes() -> None:
         "blocks": 4,
         "block_size": 16,
         "shared_blocks": 4,
+        "loaded_blocks": 2,
         "bytes": 1300,
         "baseline_bytes": 3200,
         "saved_bytes": 1900,
@@ -158,6 +162,7 @@ def test_usage_holds_integers_that_add_up() -> None:
         "tokens": 20,
         "blocks": 1,
         "shared_blocks": 0,
+        "loaded_blocks": 0,
         "bytes": 2176,
         "baseline_bytes": 8192,
         "saved_bytes": 6016,

@@ -28,6 +28,7 @@ ADDED = {
     "fraqtl.tokens": 20,
     "fraqtl.blocks": 2,
     "fraqtl.shared_blocks": 0,
+    "fraqtl.loaded_blocks": 0,
     "fraqtl.block_size": 16,
     "fraqtl.bytes": 4352,
     "fraqtl.baseline_bytes": 16384,

@@ -66,14 +66,19 @@ class _Accounting:
         tables = self.kv_cache_manager.get_blocks(request.request_id).blocks  # type: ignore[attr-defined]
         # A sliding window leaves null blocks behind.
         held = [[block.block_id for block in table if not block.is_null] for table in tables]
-        found, name = self._allocations.found_in_cache, self._allocations.name
-        key = request.request_id
+        watched, key = self._allocations, request.request_id
+        found = [[b for b in group if watched.found_in_cache(key, g, b)] for g, group in enumerate(held)]
+        loaded = [[b for b in group if watched.loaded_from_store(key, g, b)] for g, group in enumerate(held)]
         return {
             "tokens": max(0, request.num_tokens - 1),
-            "blocks": [[name(b) for b in group] for group in held],
-            "shared": [[name(b) for b in group if found(key, g, b)] for g, group in enumerate(held)],
+            "blocks": self._names(held),
+            "shared": self._names([mine + filled for mine, filled in zip(found, loaded, strict=True)]),
+            "loaded": self._names(loaded),
             **self._sizes,
         }
+
+    def _names(self, blocks: list[list[int]]) -> list[list[int]]:
+        return [[self._allocations.name(b) for b in group] for group in blocks]
 
     def _news(self, request: Request) -> Account | Growth:
         """The account of a running request, or of it only the tokens if its blocks are those that were last told.

@@ -39,7 +39,9 @@ class Account(Sizes):
     blocks: list[list[int]]
     """Of every group a number for every block, the same in two accounts only if both mean one allocation of it."""
     shared: list[list[int]]
-    """Those of them that the sequence found in the prefix cache."""
+    """Those of them that the sequence found in the prefix cache, or that a connector filled from its store."""
+    loaded: list[list[int]]
+    """The latter."""
 
 
 class Growth(TypedDict):

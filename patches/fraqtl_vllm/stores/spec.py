@@ -26,6 +26,8 @@ class PackedOffloadingSpec(TieringOffloadingSpec):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.config: Any = config
+        self._worker: MemoryWorker | None = None
         if self.num_chunks < 1:
             raise ConfigError(
                 f"the memory beside the pool holds no block: give at least {self.kv_bytes_per_chunk} bytes as "
@@ -42,7 +44,7 @@ class PackedOffloadingSpec(TieringOffloadingSpec):
                 self._check(folder)
         return super().get_manager()
 
-    def get_worker(self, kv_caches: Any) -> Any:
+    def get_worker(self, kv_caches: Any) -> MemoryWorker:
         """The side of one rank."""
         if not self._worker:
             region = SharedOffloadRegion(

@@ -15,7 +15,7 @@ REQUESTS = 60
 LONGEST = 150  # tokens of a prompt
 ANSWER = 40  # tokens at most
 ABORT_AFTER = 20  # steps
-REPORTED = ("tokens", "blocks", "shared_blocks", "bytes", "baseline_bytes", "state_bytes")
+REPORTED = ("tokens", "blocks", "shared_blocks", "loaded_blocks", "bytes", "baseline_bytes", "state_bytes")
 
 
 def compare(engine: Engine, kv_format: str) -> AccountsResult:
@@ -92,6 +92,7 @@ def _expected(end: dict[str, Any], blocks: Blocks) -> dict[str, int]:
         "tokens": min(end["length"] - 1, end["written"]),
         "blocks": sum(held),
         "shared_blocks": sum(map(len, end["shared"])),
+        "loaded_blocks": sum(map(len, end["loaded"])),
         "bytes": sum(n for n, keeps in zip(taken, blocks.keeps_states, strict=True) if not keeps),
         "baseline_bytes": sum(n * size for n, size in zip(held, blocks.baseline, strict=True)),
         "state_bytes": sum(n for n, keeps in zip(taken, blocks.keeps_states, strict=True) if keeps),
