@@ -25,6 +25,10 @@ class Run:
     texts: list[str]
     tokens: list[list[int]]
     preemptions: int
+    queried: int
+    """Tokens that were looked for in a connector's store."""
+    loaded: int
+    """Those of them that it had."""
     cached_tokens: list[int]
     pool: dict[str, Any]
     prompt_logprobs: list[list[float]]
@@ -96,11 +100,13 @@ def _main(job: dict[str, Any]) -> None:
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         memory.append(_resident_bytes())
-    counters = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    counters = {m.name: getattr(m, "value", None) for m in llm.get_metrics() if not hasattr(m, "values")}
     result = {
         "texts": [o.outputs[0].text for o in outputs],
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "preemptions": counters.get("vllm:num_preemptions", 0),
+        "queried": counters.get("vllm:external_prefix_cache_queries", 0),
+        "loaded": counters.get("vllm:external_prefix_cache_hits", 0),
         "cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
         "kv_transfer_params": [o.kv_transfer_params for o in outputs],
         "kv_pool": llm.collective_rpc("fraqtl_kv_pool")[0],

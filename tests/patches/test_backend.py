@@ -74,7 +74,7 @@ def test_what_vllm_asks_the_backend() -> None:
     assert (
         FraqtlBackend.supports_sliding_window()
         and FraqtlBackend.supports_sink()
-        and not FraqtlBackend.supports_kv_connector()
+        and FraqtlBackend.supports_kv_connector()
     )
     assert FraqtlBackend.supported_dtypes == [torch.float16, torch.bfloat16, torch.float32]
 

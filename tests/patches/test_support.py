@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.stores.support import use_packed_spec
 from fraqtl_vllm.support import check_supported
 
 PREFIX = "the packed KV cache does not support "
@@ -119,11 +120,110 @@ def test_speculative_decoding_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_connectors() -> None:
-    connector = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-    assert refusal(kv_transfer_config=connector) == (
-        "KV transfer and offload connectors yet: leave --kv-transfer-config and --kv-offloading-* out"
+LEAVE_OUT = "leave --kv-transfer-config and --kv-offloading-* out"
+
+
+def offloading(name: str = "OffloadingConnector", module: str | None = None, **extra: Any) -> Any:
+    return KVTransferConfig(
+        kv_connector=name, kv_role="kv_both", kv_connector_module_path=module, kv_connector_extra_config=extra
     )
+
+
+@pytest.fixture
+def on_a_cpu_with_the_tried_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm, "VERSION", "0.32")
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_memory_and_folders_behind_it_are_served() -> None:
+    check_supported(make_config(kv_transfer_config=offloading()))
+    check_supported(make_config(kv_transfer_config=offloading(spec_name="CPUOffloadingSpec")))
+    tiers = [{"type": "fs", "root_dir": "/somewhere"}]
+    check_supported(
+        make_config(kv_transfer_config=offloading(spec_name="TieringOffloadingSpec", secondary_tiers=tiers))
+    )
+    check_supported(make_config(cache_config=CacheConfig(kv_offloading_size=1)))
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_blocks_are_copied_and_named_by_us() -> None:
+    config = make_config(kv_transfer_config=offloading(spec_name="CPUOffloadingSpec", cpu_bytes_to_use=1))
+    use_packed_spec(config)
+    extra = config.kv_transfer_config.kv_connector_extra_config
+    module = "fraqtl_vllm.stores.spec"
+    assert extra == {"spec_name": "PackedOffloadingSpec", "spec_module_path": module, "cpu_bytes_to_use": 1}
+    check_supported(config)  # as a worker sees it
+    by_size = make_config(cache_config=CacheConfig(kv_offloading_size=1))
+    use_packed_spec(by_size)
+    assert by_size.kv_transfer_config.kv_connector_extra_config["spec_module_path"] == module
+    without = make_config()
+    use_packed_spec(without)
+    assert without.kv_transfer_config is None
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+@pytest.mark.parametrize("name", ["LMCacheConnectorV1", "NixlConnector", "MultiConnector", "SimpleCPUOffloadConnector"])
+def test_other_connectors(name: str) -> None:
+    said = refusal(kv_transfer_config=offloading(name))
+    assert said == f"the KV connector {name}: choose OffloadingConnector, or {LEAVE_OUT}"
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_connectors_that_offloading_flags_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    lmcache = CacheConfig(kv_offloading_size=1, kv_offloading_backend="lmcache")
+    assert refusal(cache_config=lmcache).startswith("the KV connector LMCacheMPConnector: choose ")
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    simple = CacheConfig(kv_offloading_size=1)
+    assert refusal(cache_config=simple).startswith("the KV connector SimpleCPUOffloadConnector: choose ")
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_the_example_connector() -> None:
+    said = refusal(kv_transfer_config=offloading("ExampleConnector", shared_storage_path="/somewhere"))
+    assert said.startswith("the KV connector ExampleConnector (it keys files by the tokens of whole prompts, ")
+    assert said.endswith(f": choose OffloadingConnector, or {LEAVE_OUT}")
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_settings_of_the_offloading_connector() -> None:
+    module = offloading("OffloadingConnector", module="some.package")
+    assert refusal(kv_transfer_config=module) == (
+        f"KV connectors of other packages such as OffloadingConnector: choose OffloadingConnector, or {LEAVE_OUT}"
+    )
+    assert refusal(kv_transfer_config=offloading(spec_name="MySpec")) == (
+        'the offloading spec MySpec: choose CPUOffloadingSpec or TieringOffloadingSpec, or leave "spec_name" out'
+    )
+    assert refusal(kv_transfer_config=offloading(canonical_layout=True)) == (
+        'blocks in the canonical layout, which takes pages apart: leave "canonical_layout" out'
+    )
+    for tier in ({"type": "obj"}, "obj"):
+        assert refusal(kv_transfer_config=offloading(secondary_tiers=[{"type": "fs"}, tier])) == (
+            'secondary tiers of type obj: choose "fs", a folder of files'
+        )
+
+
+@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
+def test_engines_without_connectors() -> None:
+    given = {"kv_transfer_config": offloading()}
+    several = "KV connectors with pipeline or data parallelism yet: use --tensor-parallel-size, or " + LEAVE_OUT
+    for parallel in (ParallelConfig(pipeline_parallel_size=2), ParallelConfig(data_parallel_size=2)):
+        assert refusal(parallel_config=parallel, **given) == several
+    assert refusal(lora_config=object(), **given) == (
+        f"KV connectors with LoRA: blocks in a store know an adapter's name only, {LEAVE_OUT}"
+    )
+    assert refusal(model_config=make_model(is_hybrid=True), **given) == (
+        f"KV connectors for hybrid models, whose states they would have to carry, too: {LEAVE_OUT}"
+    )
+
+
+def test_connectors_where_they_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_vllm, "VERSION", "0.33")
+    assert refusal(kv_transfer_config=offloading()) == (
+        f"KV connectors with vLLM 0.33 yet: install 0.32, or {LEAVE_OUT}"
+    )
+    monkeypatch.setattr(_vllm, "VERSION", "0.32")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert refusal(kv_transfer_config=offloading()) == f"KV connectors on a GPU yet: {LEAVE_OUT}"
 
 
 def test_context_parallelism() -> None:
