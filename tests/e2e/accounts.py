@@ -1,10 +1,15 @@
 """Compares the reports of random requests with what a witness saw in the engine's block pool.
 
     python -m tests.e2e.accounts --requests 300 --out bench/results/cpu/accounting.json
+    python -m tests.e2e.accounts --store --requests 500 --out bench/results/cpu/accounting-store.json
 
 Four servers: the demo model in a pool so small that requests are preempted, with and without speculation; a model
 whose layers with sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no
 answer when the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
+Three servers: the demo model in a pool so small that requests are preempted; a model whose layers with
+sliding windows give blocks back; the demo model on two tensor-parallel ranks. With --store one server: a small pool, a
+smaller memory beside it and a folder of files, from which evicted blocks come back. A request that has no answer when
+the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
 """
 
 from __future__ import annotations
@@ -98,6 +103,14 @@ def hybrid(folder: Path, longest: int = 600) -> Setup:
     block, baseline = tokens * 2 * 2 * 68, tokens * 2 * 2 * 256
     flags = (model, "--mamba-ssm-cache-dtype", "float32")  # as vLLM chooses on some processors
     return Setup(flags, block, (*[0] * groups, baseline), blocks=40, longest=longest)
+
+
+def with_store(folder: Path, chunks: int = 24, longest: int = 600) -> Setup:
+    """A pool of a few requests, and files behind a memory of so many blocks."""
+    extra = {"cpu_bytes_to_use": chunks * 12288, "secondary_tiers": [{"type": "fs", "root_dir": str(folder)}]}
+    offload = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    flags = ("--kv-transfer-config", json.dumps(offload))
+    return Setup(flags, DEMO_BLOCK, DEMO_BASELINE, blocks=64, longest=longest)
 
 
 @dataclass(frozen=True)
@@ -276,6 +289,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300, help="in the tiny pool; the others get a fifth of it")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all requests to a server")
+    parser.add_argument("--store", action="store_true", help="only the server with a store of blocks")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = {}
@@ -286,8 +300,11 @@ def main() -> None:
             "sliding windows": sliding_windows(Path(folder)),
             "two ranks": two_ranks(),
         }
+        setups = {"tiny pool": TINY_POOL, "sliding windows": sliding_windows(Path(folder)), "two ranks": two_ranks()}
+        if args.store:
+            setups = {"small pool and a store": with_store(Path(folder) / "store")}
         for name, setup in setups.items():
-            requests = args.requests if setup is TINY_POOL else max(1, args.requests // 5)
+            requests = args.requests if setup is TINY_POOL or args.store else max(1, args.requests // 5)
             comparison = compare(setup, requests, args.seed, seconds=args.seconds)
             found[name] = vars(comparison)
             print(
@@ -296,7 +313,8 @@ def main() -> None:
             )
             print("\n".join(comparison.mismatches[:20]), flush=True)
     if args.out:
-        command = f"python -m tests.e2e.accounts --requests {args.requests} --seed {args.seed}"
+        store = "--store " if args.store else ""
+        command = f"python -m tests.e2e.accounts {store}--requests {args.requests} --seed {args.seed}"
         results.save(args.out, {"command": command, "setups": found})
     if any(one["mismatches"] for one in found.values()):
         sys.exit("the reports are not what the pools held")

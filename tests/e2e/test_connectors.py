@@ -7,13 +7,14 @@ that waits for its store runs in other steps. Where steps are the same, so are t
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.accounts import TINY_POOL, compare, sliding_windows
+from tests.e2e.accounts import compare, sliding_windows, with_store
 from tests.e2e.engine import DEMO_MODEL, Run, run
 from tests.e2e.random_models import random_gemma2, random_nemotron_nas
 
@@ -27,7 +28,10 @@ SENTENCE = (
 )
 
 
-def connector(folder: Path | None, memory: int = 32 << 20, **more: Any) -> dict[str, Any]:
+Options = dict[str, Any]
+
+
+def connector(folder: Path | None, memory: int = 32 << 20, **more: Any) -> Options:
     """vLLM's OffloadingConnector, with `folder` behind its memory."""
     tiers = [] if folder is None else [{"type": "fs", "root_dir": str(folder)}]
     extra = {"cpu_bytes_to_use": memory, "secondary_tiers": tiers, **more}
@@ -47,21 +51,54 @@ def stores(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/config.json"))
 
 
+@cache
+def text_up_to(context: int) -> list[list[int]]:
+    """As `text`, with the constants that belong to this longest context."""
+    return served(None, max_model_len=context).tokens
+
+
+@cache
+def text(kv_format: str = "k4v4", calibration: bool = True) -> list[list[int]]:
+    """Without a connector."""
+    section = {"kv_format": kv_format, "calibration": calibration}
+    return served(None, additional_config={"fraqtl": section}).tokens
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that a `k4v4` engine has filled. Tests take copies."""
+    folder = tmp_path_factory.mktemp("filled")
+    stored = served(folder)
+    assert (stored.queried, stored.loaded, stored.tokens) == (sum(LENGTHS), 0, text())
+    return folder
+
+
+@pytest.fixture
+def store(filled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "store"))
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("kv_format", ["k4v4", "k8v8"])
-def test_text_is_the_same_after_a_round_trip_through_disk(tmp_path: Path, kv_format: str) -> None:
-    stored = served(tmp_path, kv_format=kv_format)
-    assert (stored.queried, stored.loaded) == (sum(LENGTHS), 0)
-    loaded = served(tmp_path, kv_format=kv_format)
+def test_text_is_the_same_after_a_round_trip_through_disk(store: Path) -> None:
+    loaded = served(store)
     assert loaded.loaded == IN_WHOLE_BLOCKS
-    assert served(None, kv_format=kv_format).tokens == stored.tokens == loaded.tokens
+    assert loaded.tokens == text()
     assert SENTENCE.split("(")[0] not in loaded.log
+
+
+def test_what_follows_a_loaded_beginning_comes_in_chunks_as_it_would_have(store: Path) -> None:
+    prompts = [[*prompt, *range(300, 400)] for prompt in PROMPTS]
+    options: Options = {"sampling": SAMPLING, "dtype": "float32"}
+    chunks: Options = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True}
+    loaded = run(prompts, **options, **chunks, kv_transfer_config=connector(store))
+    assert loaded.loaded == IN_WHOLE_BLOCKS
+    assert loaded.tokens == run(prompts, **options).tokens
 
 
 def test_in_16_bits_a_store_gives_the_text_that_the_prefix_cache_gives(tmp_path: Path) -> None:
     """One request at a time, whose last block is never full: that one the prefix cache would not give."""
     prompts = [prompt for prompt in PROMPTS if len(prompt) % 16]
-    alone: dict[str, Any] = {"sampling": SAMPLING, "enable_prefix_caching": True, "max_num_seqs": 1}
+    alone: Options = {"sampling": SAMPLING, "enable_prefix_caching": True, "max_num_seqs": 1}
     found = run(prompts, rounds=2, **alone)
     run(prompts, **alone, kv_transfer_config=connector(tmp_path))
     loaded = run(prompts, **alone, kv_transfer_config=connector(tmp_path))
@@ -70,105 +107,86 @@ def test_in_16_bits_a_store_gives_the_text_that_the_prefix_cache_gives(tmp_path:
     assert loaded.tokens == found.tokens
 
 
-def test_what_is_loaded_goes_on_in_chunks_as_it_would_have(tmp_path: Path) -> None:
-    """The store has the beginnings of prompts only; what follows them is computed in steps of 64 tokens."""
-    halves = [prompt[: len(prompt) // 2] for prompt in PROMPTS]
-    before: dict[str, Any] = {"sampling": SAMPLING, "enable_prefix_caching": True, "dtype": "float32"}
-    run(halves, **before, kv_transfer_config=connector(tmp_path))
-    loaded = served(tmp_path, max_num_batched_tokens=64, max_num_seqs=4)
-    assert loaded.loaded == sum(len(half) // 16 * 16 for half in halves)
-    assert loaded.tokens == served(None).tokens
+def test_a_store_of_another_format_is_not_read(store: Path) -> None:
+    [other] = stores(store)
+    anew = served(store, kv_format="k8v8")
+    assert (anew.queried, anew.loaded) == (sum(LENGTHS), 0)
+    assert SENTENCE.format(other) in anew.log
+    loaded = served(store, kv_format="k8v8")
+    assert (loaded.loaded, len(stores(store))) == (IN_WHOLE_BLOCKS, 2)
+    assert anew.tokens == loaded.tokens == text("k8v8")
 
 
-def test_a_store_of_another_format_is_not_read(tmp_path: Path) -> None:
-    served(tmp_path, kv_format="k4v4")
-    [other] = stores(tmp_path)
-    loaded = served(tmp_path, kv_format="k8v8")
-    assert (loaded.queried, loaded.loaded) == (sum(LENGTHS), 0)
-    assert SENTENCE.format(other) in loaded.log
-    assert loaded.tokens == served(None, kv_format="k8v8").tokens
-    assert len(stores(tmp_path)) == 2
-
-
-def test_a_store_with_other_constants_is_not_read(tmp_path: Path) -> None:
+def test_a_store_with_other_constants_is_not_read(store: Path) -> None:
     """The same format and weights; what differs is whether the constants were calibrated."""
-    plain = {"additional_config": {"fraqtl": {"kv_format": "k4v4", "calibration": False}}}
-    served(tmp_path)
-    [other] = stores(tmp_path)
-    loaded = served(tmp_path, **plain)
-    assert (loaded.queried, loaded.loaded) == (sum(LENGTHS), 0)
-    assert SENTENCE.format(other) in loaded.log
-    assert loaded.tokens == served(None, **plain).tokens
+    [other] = stores(store)
+    anew = served(store, additional_config={"fraqtl": {"kv_format": "k4v4", "calibration": False}})
+    assert (anew.queried, anew.loaded) == (sum(LENGTHS), 0)
+    assert SENTENCE.format(other) in anew.log
+    assert anew.tokens == text(calibration=False)
 
 
-def test_a_store_that_says_it_is_something_else_is_refused(tmp_path: Path) -> None:
-    served(tmp_path)
-    [config] = tmp_path.glob("*/config.json")
+def test_a_store_that_says_it_is_something_else_is_refused(store: Path) -> None:
+    [config] = store.glob("*/config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "bfloat16"}))
     with pytest.raises(RuntimeError, match="was written for something else than its name says: delete this folder"):
-        served(tmp_path)
+        served(store)
 
 
-def test_files_that_are_cut_off_are_computed_anew(tmp_path: Path) -> None:
-    text = served(tmp_path).tokens
-    files = sorted(tmp_path.rglob("*.bin"))
+def test_files_that_are_cut_off_are_computed_anew(store: Path) -> None:
+    files = sorted(store.rglob("*.bin"))
     for file in files[::2]:
         file.write_bytes(file.read_bytes()[:100])
-    loaded = served(tmp_path)
-    assert loaded.tokens == text
+    loaded = served(store)
+    assert loaded.tokens == text()
     assert loaded.loaded < IN_WHOLE_BLOCKS
 
 
-def test_memory_beside_a_small_pool(tmp_path: Path) -> None:
+SMALL: Options = {"kv_cache_memory_bytes": 70 * 8704}  # for the longest prompt, and little beside it
+
+
+def test_memory_beside_a_small_pool() -> None:
     """--kv-offloading-size alone: what the pool evicts comes back from memory."""
-    small = {"kv_cache_memory_bytes": 70 * 8704, "max_model_len": 1024}
-    text = served(None, **small).tokens
-    again = served(None, **small, kv_offloading_size=0.03, rounds=3)
-    assert again.tokens == text
+    again = served(None, **SMALL, max_model_len=1024, kv_offloading_size=0.03, rounds=3)
     assert again.loaded > 0
+    assert again.tokens == text_up_to(1024)
 
 
 def test_small_pool_small_memory_and_disk(tmp_path: Path) -> None:
     """Both forget; chunks have two blocks each."""
-    small = {"kv_cache_memory_bytes": 70 * 8704, "max_model_len": 1024}
     offload = connector(tmp_path, memory=30 * (5 << 12), blocks_per_chunk=2)
-    again = served(None, **small, kv_transfer_config=offload, rounds=3)
-    assert again.tokens == served(None, **small).tokens
+    again = served(None, **SMALL, max_model_len=1024, kv_transfer_config=offload, rounds=3)
     assert again.loaded > 0
+    assert again.tokens == text_up_to(1024)
 
 
 @pytest.mark.parametrize("make", [random_gemma2, random_nemotron_nas])
 def test_sliding_windows_and_unlike_layers(tmp_path: Path, make: Any) -> None:
-    options = {"model": make(tmp_path / "model"), "trust_remote_code": True, "max_model_len": 1024}
-    text = served(tmp_path / "store", **options).tokens
-    loaded = served(tmp_path / "store", **options)
-    assert loaded.tokens == text == served(None, **options).tokens
+    options: Options = {"model": make(tmp_path / "model"), "trust_remote_code": True, "max_model_len": 1024}
+    stored, loaded = served(tmp_path / "store", **options), served(tmp_path / "store", **options)
+    assert loaded.tokens == stored.tokens == served(None, **options).tokens
     assert loaded.loaded > 0
 
 
-def test_two_ranks_share_a_folder_that_one_rank_cannot_read(tmp_path: Path) -> None:
-    ranks = {"tensor_parallel_size": 2, "in_process": False}
-    text = served(tmp_path, **ranks).tokens
-    loaded = served(tmp_path, **ranks)
-    assert (loaded.tokens, loaded.loaded) == (text, IN_WHOLE_BLOCKS)
-    assert served(tmp_path).loaded == 0
-
-
-def flags(folder: Path, memory: int) -> tuple[str, str]:
-    return "--kv-transfer-config", json.dumps(connector(folder, memory))
+def test_two_ranks_have_a_store_of_their_own(store: Path) -> None:
+    ranks: Options = {"tensor_parallel_size": 2, "in_process": False}
+    stored = served(store, **ranks)
+    loaded = served(store, **ranks)
+    assert (stored.loaded, loaded.loaded) == (0, IN_WHOLE_BLOCKS)
+    assert loaded.tokens == stored.tokens
 
 
 def test_reports_count_blocks_that_came_from_a_store(tmp_path: Path) -> None:
     """The memory holds a third of what the pool does, and the pool a few requests: everything is evicted."""
-    setup = replace(TINY_POOL, arguments=flags(tmp_path, 24 * (3 << 12)), blocks=64, longest=600)
-    found = compare(setup, requests=60, seed=3)
+    found = compare(with_store(tmp_path), requests=60, seed=3)
     assert found.mismatches == []
     for event in ("aborted", "with_loaded_blocks", "with_shared_blocks", "preemptions"):
         assert found.counts[event] > 0, found.counts
 
 
 def test_reports_of_sliding_windows(tmp_path: Path) -> None:
-    setup = sliding_windows(tmp_path / "model", *flags(tmp_path / "store", 4 << 20), longest=600)
+    offload = json.dumps(connector(tmp_path / "store", 4 << 20))
+    setup = sliding_windows(tmp_path / "model", "--kv-transfer-config", offload, longest=600)
     found = compare(setup, requests=30, seed=4)
     assert found.mismatches == []
     assert found.counts["with_loaded_blocks"] > 0
