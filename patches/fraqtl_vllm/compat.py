@@ -218,7 +218,7 @@ POOLS_ARE_READY = Hook(
     until="workers can tell the scheduler's connector something before it opens a store",
     symptoms=(
         Symptom(
-            "vllm.v1.engine.core:EngineCore.__init__",
+            "vllm.v1.engine.core:EngineCore",
             has=("kv_cache_config = self._initialize_kv_caches(vllm_config)", "set_xfer_handshake_metadata_pp_aware"),
         ),
         Symptom(

@@ -13,7 +13,6 @@ from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConf
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_vllm import _vllm
 from fraqtl_vllm.stores.support import use_packed_spec
 from fraqtl_vllm.support import check_supported
 
@@ -129,12 +128,6 @@ def offloading(name: str = "OffloadingConnector", module: str | None = None, **e
     )
 
 
-@pytest.fixture
-def on_a_cpu_with_the_tried_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "VERSION", "0.32")
-
-
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_memory_and_folders_behind_it_are_served() -> None:
     check_supported(make_config(kv_transfer_config=offloading()))
     check_supported(make_config(kv_transfer_config=offloading(spec_name="CPUOffloadingSpec")))
@@ -145,7 +138,6 @@ def test_memory_and_folders_behind_it_are_served() -> None:
     check_supported(make_config(cache_config=CacheConfig(kv_offloading_size=1)))
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_blocks_are_copied_and_named_by_us() -> None:
     config = make_config(kv_transfer_config=offloading(spec_name="CPUOffloadingSpec", cpu_bytes_to_use=1))
     use_packed_spec(config)
@@ -161,14 +153,12 @@ def test_blocks_are_copied_and_named_by_us() -> None:
     assert without.kv_transfer_config is None
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "NixlConnector", "MultiConnector", "SimpleCPUOffloadConnector"])
 def test_other_connectors(name: str) -> None:
     said = refusal(kv_transfer_config=offloading(name))
     assert said == f"the KV connector {name}: choose OffloadingConnector, or {LEAVE_OUT}"
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_connectors_that_offloading_flags_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     lmcache = CacheConfig(kv_offloading_size=1, kv_offloading_backend="lmcache")
     assert refusal(cache_config=lmcache).startswith("the KV connector LMCacheMPConnector: choose ")
@@ -177,14 +167,12 @@ def test_connectors_that_offloading_flags_mean(monkeypatch: pytest.MonkeyPatch) 
     assert refusal(cache_config=simple).startswith("the KV connector SimpleCPUOffloadConnector: choose ")
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_the_example_connector() -> None:
     said = refusal(kv_transfer_config=offloading("ExampleConnector", shared_storage_path="/somewhere"))
     assert said.startswith("the KV connector ExampleConnector (it keys files by the tokens of whole prompts, ")
     assert said.endswith(f": choose OffloadingConnector, or {LEAVE_OUT}")
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_settings_of_the_offloading_connector() -> None:
     module = offloading("OffloadingConnector", module="some.package")
     assert refusal(kv_transfer_config=module) == (
@@ -202,7 +190,6 @@ def test_settings_of_the_offloading_connector() -> None:
         )
 
 
-@pytest.mark.usefixtures("on_a_cpu_with_the_tried_vllm")
 def test_engines_without_connectors() -> None:
     given = {"kv_transfer_config": offloading()}
     several = "KV connectors with pipeline or data parallelism yet: use --tensor-parallel-size, or " + LEAVE_OUT
@@ -217,11 +204,6 @@ def test_engines_without_connectors() -> None:
 
 
 def test_connectors_where_they_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "VERSION", "0.33")
-    assert refusal(kv_transfer_config=offloading()) == (
-        f"KV connectors with vLLM 0.33 yet: install 0.32, or {LEAVE_OUT}"
-    )
-    monkeypatch.setattr(_vllm, "VERSION", "0.32")
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     assert refusal(kv_transfer_config=offloading()) == f"KV connectors on a GPU yet: {LEAVE_OUT}"
 

@@ -12,7 +12,6 @@ STOCK_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 """vLLM's own, in whose place `SPEC` serves both: they copy on a GPU only."""
 SPEC, SPEC_MODULE = "PackedOffloadingSpec", "fraqtl_vllm.stores.spec"
 TIER = "fs"
-VERSION = "0.32"
 
 LEAVE_OUT = "leave --kv-transfer-config and --kv-offloading-* out"
 OTHERS = {
@@ -43,8 +42,6 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
             yield f"KV connectors of other packages such as {name}: choose {CONNECTOR}, or {LEAVE_OUT}"
     if not _vllm.current_platform.is_cpu():
         yield f"KV connectors on a GPU yet: {LEAVE_OUT}"
-    if _vllm.VERSION != VERSION:
-        yield f"KV connectors with vLLM {_vllm.VERSION} yet: install {VERSION}, or {LEAVE_OUT}"
     if name != CONNECTOR:
         why = f" ({OTHERS[name]})" if name in OTHERS else ""
         yield f"the KV connector {name}{why}: choose {CONNECTOR}, or {LEAVE_OUT}"
