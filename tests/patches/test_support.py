@@ -153,7 +153,7 @@ def test_blocks_are_copied_and_named_by_us() -> None:
     assert without.kv_transfer_config is None
 
 
-@pytest.mark.parametrize("name", ["LMCacheConnectorV1", "NixlConnector", "MultiConnector", "SimpleCPUOffloadConnector"])
+@pytest.mark.parametrize("name", ["NixlConnector", "MultiConnector", "LMCacheMPConnector"])
 def test_other_connectors(name: str) -> None:
     said = refusal(kv_transfer_config=offloading(name))
     assert said == f"the KV connector {name}: choose OffloadingConnector, or {LEAVE_OUT}"
@@ -164,13 +164,20 @@ def test_connectors_that_offloading_flags_mean(monkeypatch: pytest.MonkeyPatch) 
     assert refusal(cache_config=lmcache).startswith("the KV connector LMCacheMPConnector: choose ")
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     simple = CacheConfig(kv_offloading_size=1)
-    assert refusal(cache_config=simple).startswith("the KV connector SimpleCPUOffloadConnector: choose ")
+    assert refusal(cache_config=simple).startswith("the KV connector SimpleCPUOffloadConnector (its copies ")
 
 
-def test_the_example_connector() -> None:
-    said = refusal(kv_transfer_config=offloading("ExampleConnector", shared_storage_path="/somewhere"))
-    assert said.startswith("the KV connector ExampleConnector (it keys files by the tokens of whole prompts, ")
-    assert said.endswith(f": choose OffloadingConnector, or {LEAVE_OUT}")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ExampleConnector", "it stores the first chunk of a prompt only, and loading it ends the engine"),
+        ("LMCacheConnectorV1", "it has no copies for a CPU, and stores nothing"),
+        ("SimpleCPUOffloadConnector", "its copies need CUDA"),
+    ],
+)
+def test_connectors_that_were_tried_in_vain(name: str, why: str) -> None:
+    said = refusal(kv_transfer_config=offloading(name))
+    assert said == f"the KV connector {name} ({why}): choose OffloadingConnector, or {LEAVE_OUT}"
 
 
 def test_settings_of_the_offloading_connector() -> None:

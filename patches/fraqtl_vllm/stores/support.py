@@ -15,7 +15,9 @@ TIER = "fs"
 
 LEAVE_OUT = "leave --kv-transfer-config and --kv-offloading-* out"
 OTHERS = {
-    "ExampleConnector": "it keys files by the tokens of whole prompts, and dies of prompts that come in several chunks",
+    "ExampleConnector": "it stores the first chunk of a prompt only, and loading it ends the engine",
+    "LMCacheConnectorV1": "it has no copies for a CPU, and stores nothing",
+    "SimpleCPUOffloadConnector": "its copies need CUDA",
 }
 """By name of a connector why not; of all others it is not known whether they would do."""
 
