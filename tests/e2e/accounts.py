@@ -6,10 +6,9 @@
 Four servers: the demo model in a pool so small that requests are preempted, with and without speculation; a model
 whose layers with sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no
 answer when the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
-Three servers: the demo model in a pool so small that requests are preempted; a model whose layers with
-sliding windows give blocks back; the demo model on two tensor-parallel ranks. With --store one server: a small pool, a
-smaller memory beside it and a folder of files, from which evicted blocks come back. A request that has no answer when
-the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
+
+With --store one server: a small pool, a smaller memory beside it and a folder of files, from which evicted blocks come
+back.
 """
 
 from __future__ import annotations
@@ -300,7 +299,6 @@ def main() -> None:
             "sliding windows": sliding_windows(Path(folder)),
             "two ranks": two_ranks(),
         }
-        setups = {"tiny pool": TINY_POOL, "sliding windows": sliding_windows(Path(folder)), "two ranks": two_ranks()}
         if args.store:
             setups = {"small pool and a store": with_store(Path(folder) / "store")}
         for name, setup in setups.items():

@@ -111,7 +111,10 @@ def make_rank(
 
     def use_constants() -> None: ...
 
-    impl = SimpleNamespace(constants=constants, head_size=64, num_kv_heads=2, use_constants=use_constants)
+    kv_of = get_format(kv_format)
+    impl = SimpleNamespace(
+        constants=constants, kv_format=kv_of, head_size=64, num_kv_heads=2, use_constants=use_constants
+    )
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype),
         cache_config=SimpleNamespace(cache_dtype="auto"),

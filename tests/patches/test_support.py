@@ -13,6 +13,7 @@ from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConf
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_vllm import _vllm
 from fraqtl_vllm.stores.support import use_packed_spec
 from fraqtl_vllm.support import check_supported
 
@@ -202,6 +203,9 @@ def test_engines_without_connectors() -> None:
     several = "KV connectors with pipeline or data parallelism yet: use --tensor-parallel-size, or " + LEAVE_OUT
     for parallel in (ParallelConfig(pipeline_parallel_size=2), ParallelConfig(data_parallel_size=2)):
         assert refusal(parallel_config=parallel, **given) == several
+    assert refusal(additional_config={"fraqtl": {"kv_layers": {0: "k8v8"}}}, **given) == (
+        f"KV connectors with formats of single layers yet: {LEAVE_OUT}"
+    )
     assert refusal(lora_config=object(), **given) == (
         f"KV connectors with LoRA: blocks in a store know an adapter's name only, {LEAVE_OUT}"
     )

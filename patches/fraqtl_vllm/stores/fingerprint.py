@@ -37,7 +37,8 @@ def of_worker(worker: Any) -> str:
         digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     for name, layer in sorted(packed_layers(config).items()):
         tensors = {part: tensor.cpu().contiguous() for part, tensor in layer.impl.constants.tensors().items()}
-        digest.update(f"{name} {layer.impl.head_size} {layer.impl.num_kv_heads} {files.checksum(tensors)}".encode())
+        made_of = (name, layer.impl.kv_format.name, layer.impl.head_size, layer.impl.num_kv_heads)
+        digest.update(f"{made_of} {files.checksum(tensors)}".encode())
     return digest.hexdigest()
 
 

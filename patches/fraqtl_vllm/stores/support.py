@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fraqtl_vllm import _vllm
+from fraqtl_vllm.config import settings_of
 
 CONNECTOR = "OffloadingConnector"
 STOCK_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
@@ -70,6 +71,10 @@ def _engine_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"KV connectors for hybrid models, whose states they would have to carry, too: {LEAVE_OUT}"
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         yield f"KV connectors with pipeline or data parallelism yet: use --tensor-parallel-size, or {LEAVE_OUT}"
+    if config.speculative_config is not None:
+        yield f"KV connectors with speculative decoding yet: leave --speculative-config out, or {LEAVE_OUT}"
+    if settings_of(config).kv_layers:
+        yield f"KV connectors with formats of single layers yet: {LEAVE_OUT}"
     if config.lora_config is not None:
         yield f"KV connectors with LoRA: blocks in a store know an adapter's name only, {LEAVE_OUT}"
 
