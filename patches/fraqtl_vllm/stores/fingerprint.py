@@ -24,8 +24,8 @@ def of_worker(worker: Any) -> str:
     import torch
 
     from fraqtl_vllm.calibration import files
+    from fraqtl_vllm.calibration.forward import packed_layers
     from fraqtl_vllm.calibration.weights import weight_samples
-    from fraqtl_vllm.calibration.worker import packed_layers
 
     config, model = worker.vllm_config, worker.model_runner.get_model()
     ours = settings_of(config)
