@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from vllm.tokenizers.registry import cached_tokenizer_from_config
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
-    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+    from vllm.utils.torch_utils import LayerNameType, resolve_kv_cache_dtype_string
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -109,6 +109,7 @@ _HOME = {
     "KVCacheLayout": "vllm.v1.kv_cache_interface",
     "KVQuantMode": "vllm.v1.kv_cache_interface",
     "KVTransferConfig": "vllm.config",
+    "LayerNameType": "vllm.utils.torch_utils",
     "MambaSpec": "vllm.v1.kv_cache_interface",
     "MambaStateShapeCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
     "ModelRegistry": "vllm.model_executor.models",
@@ -182,6 +183,7 @@ __all__ = [
     "KVCacheLayout",
     "KVQuantMode",
     "KVTransferConfig",
+    "LayerNameType",
     "MambaSpec",
     "MambaStateShapeCalculator",
     "ModelRegistry",
@@ -210,6 +212,7 @@ __all__ = [
     "envs",
     "extract_layer_index",
     "flash_attn_varlen_func",
+    "gated_delta_layers",
     "generate_scheduler_kv_cache_config",
     "get_allowed_cpu_list",
     "get_current_vllm_config",
@@ -222,6 +225,7 @@ __all__ = [
     "get_pp_group",
     "get_tp_group",
     "get_world_group",
+    "import_model",
     "init_logger",
     "initialize_mamba_ssu_backend",
     "iter_layer_specs",
@@ -288,6 +292,19 @@ def engine_core() -> Any:
     """The module in which vLLM's engine starts: it has names of its own for what it imports."""
     check_version()
     return import_module("vllm.v1.engine.core")
+
+
+def import_model(architecture: str) -> None:
+    """Load vLLM's module of a model. Raises what that raises."""
+    check_version()
+    model: Any = import_module("vllm.model_executor.models").ModelRegistry.models[architecture]
+    import_module(model.module_name)
+
+
+def gated_delta_layers() -> Any:
+    """The module of what gated delta layers compute on a CPU."""
+    check_version()
+    return import_module("vllm.model_executor.layers.mamba.ops.cpu.gdn_attention")
 
 
 @contextmanager

@@ -31,6 +31,9 @@ PLAIN_LAYOUT = "LBHNC"
 STATE_ALIGNMENT = 64  # bytes, of a state's place in its block
 MOST_STATE_GROUPS = 16  # each has a block table, which the scheduler and every step's metadata go through
 
+STATE_LAYERS = ("linear_attention", "mamba", "conv")
+"""What transformers calls layers that keep a state."""
+
 Specs = dict[str, Any]
 """vLLM's KVCacheSpec of every layer of one rank, by the layer's name."""
 
@@ -141,6 +144,7 @@ def without_checkpoints(specs: Specs) -> Specs:
 
 def check(config: _vllm.VllmConfig) -> None:
     """Raises ConfigError or UnsupportedError for a hybrid model whose blocks can't be cut, by its config.json."""
+    _check_layers(config.model_config.hf_text_config)
     try:
         specs = _specs_by_config(config)
     except Exception as error:  # what a model's code raises about its config is open
@@ -153,6 +157,19 @@ def check(config: _vllm.VllmConfig) -> None:
     layers = layers_of(specs)
     if layers is not None and config.cache_config.user_specified_block_size and are_interleaved(config):
         check_block_size(config.cache_config.block_size, layers)
+
+
+def _check_layers(text_config: Any) -> None:
+    """Raises ConfigError for what vLLM's own sums don't look at."""
+    kinds = getattr(text_config, "layer_types", None) or ()
+    if kinds and all(kind in STATE_LAYERS for kind in kinds):
+        raise ConfigError("config.json of this hybrid model has no layer that attends: take the model's original one")
+    keys, values = (getattr(text_config, f"linear_num_{name}_heads", None) for name in ("key", "value"))
+    if keys and values and values > 0 and values % keys:
+        raise ConfigError(
+            f"config.json of this hybrid model has linear_num_value_heads {values}, which must be a multiple of "
+            f"linear_num_key_heads {keys}: take the model's original one"
+        )
 
 
 def _specs_by_config(config: _vllm.VllmConfig) -> list[Any]:

@@ -130,6 +130,8 @@ def _model_reasons(model: Any) -> Iterator[str]:
         yield f"models without attention such as this {text_config.model_type}: they keep no KV cache"
     elif getattr(model.attn_type, "value", model.attn_type) not in ("decoder", "hybrid"):
         yield f"encoder models such as this {text_config.model_type}: they keep no KV cache"
+    elif _keeps_states_unknown_to_vllm(model):
+        yield f"hybrid models such as this {text_config.model_type}, for which vLLM has no code of its own"
     elif _uses_alibi(text_config):
         yield f"ALiBi models such as this {text_config.model_type}"
     else:
@@ -137,6 +139,12 @@ def _model_reasons(model: Any) -> Iterator[str]:
             check_head_size(model.get_head_size())
         except UnsupportedError as error:
             yield f"this model: {error}"
+
+
+def _keeps_states_unknown_to_vllm(model: Any) -> bool:
+    """Whether transformers' layers would run in vLLM, and some of them keep a state, which no pool would have."""
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    return not model.is_hybrid and any(kind in hybrids.STATE_LAYERS for kind in kinds)
 
 
 def _uses_alibi(text_config: Any) -> bool:

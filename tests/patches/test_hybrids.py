@@ -171,6 +171,11 @@ def test_refused_before_a_model_is_built(tmp_path: Path) -> None:
     ("broken", "said"),
     [
         ({"linear_num_value_heads": 0}, "describes states of no size"),
+        ({"layer_types": ["linear_attention"] * 64}, "has no layer that attends"),
+        (
+            {"linear_num_key_heads": 7},
+            "has linear_num_value_heads 48, which must be a multiple of linear_num_key_heads 7",
+        ),
         ({"linear_key_head_dim": None}, "does not say how large its states are (TypeError: "),
     ],
 )

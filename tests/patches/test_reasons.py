@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm.start import reasons
@@ -65,6 +65,89 @@ def test_memory_that_ran_out() -> None:
     for other in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")):
         said = reasons.known(other)
         assert said is not None and said.startswith("memory ran out: choose a smaller model, or give less with --kv-")
+
+
+class Sized(BaseModel):
+    block_size: int = Field(gt=0)
+
+
+def test_an_option_is_named_with_what_was_given() -> None:
+    with pytest.raises(ValidationError) as error:
+        Sized(block_size=-16)
+    assert reasons.known(error.value) == "block_size: input should be greater than 0, and '-16' was given"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"architectures": ["RwkvForCausalLM"]},
+            "this vLLM has no code for RwkvForCausalLM: choose another model",
+        ),
+        (
+            {"model_type": "nobody"},
+            "this installation of transformers doesn't know the model type 'nobody': choose another model",
+        ),
+        (
+            {"linear_num_value_heads": "four"},
+            "config.json of this model can't be used (Field 'linear_num_value_heads' expected int, got str (value: "
+            "'four')): take the model's original one",
+        ),
+        (
+            {"layer_types": ["linear_attention"]},
+            "config.json of this model can't be used (`num_hidden_layers` (4) must be equal to the number of "
+            "`layer_types` (1)): take the model's original one",
+        ),
+        (
+            {"layer_types": None, "full_attention_interval": 0},
+            "config.json of this model can't be used (ZeroDivisionError: integer modulo by zero): take the model's "
+            "original one",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception) as error:
+        EngineArgs(str(tmp_path), skip_tokenizer_init=True).create_model_config()
+    assert reasons.known(error.value) == sentence
+
+
+def test_the_same_error_elsewhere_is_no_config() -> None:
+    assert reasons.known(caught(ZeroDivisionError("integer modulo by zero"))) is None
+
+
+def test_a_package_that_the_model_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks at a model in another process and says no more than that it failed."""
+    from vllm.model_executor.models import ModelRegistry
+
+    class Config(BaseModel):
+        model: str
+
+        @field_validator("model")
+        @classmethod
+        def _inspect(cls, model: str) -> str:
+            ModelRegistry._raise_for_unsupported([model])
+            return model
+
+    (tmp_path / "lacking.py").write_text("import package_that_nobody_has\n")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no good')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    for name, said in (
+        (
+            "lacking",
+            "vLLM's code of Lacking needs the package package_that_nobody_has, which is not installed: install ",
+        ),
+        ("broken", "vLLM's code of Broken can't be loaded: RuntimeError: no good"),
+    ):
+        ModelRegistry.register_model(name.title(), f"{name}:Model")
+        with pytest.raises(ValidationError) as error:
+            Config(model=name.title())
+        assert "failed to be inspected" in str(error.value)
+        assert (reasons.known(error.value) or "").startswith(said)
 
 
 def test_others_are_their_first_line() -> None:

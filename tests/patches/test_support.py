@@ -260,6 +260,10 @@ def test_block_sizes() -> None:
             make_model("bert", attn_type="encoder_only"),
             "encoder models such as this bert: they keep no KV cache",
         ),
+        (
+            make_model(config=SimpleNamespace(model_type="bamba", layer_types=["linear_attention", "full_attention"])),
+            "hybrid models such as this bamba, for which vLLM has no code of its own",
+        ),
         (make_model("bloom"), "ALiBi models such as this bloom"),
         (make_model("mpt"), "ALiBi models such as this mpt"),
         (make_model(config=SimpleNamespace(model_type="baichuan")), "ALiBi models such as this baichuan"),

@@ -48,7 +48,8 @@ def test_our_own_error_inside_pydantics() -> None:
 def test_pydantics_own_error() -> None:
     with pytest.raises(ValidationError) as error:
         Picky(value="many")  # type: ignore[arg-type]
-    assert explained(error.value).startswith("Input should be a valid integer")
+    assert explained(error.value).startswith("value: input should be a valid integer, ")
+    assert explained(error.value).endswith(", and 'many' was given")
 
 
 def test_port_in_use() -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ OURS, WORKER, ENGINE, OTHER = range(4)
 """How much a reason says: one of our own, a worker's, its engine's (which may only have lost a worker), any other."""
 
 _MISSING_OP = re.compile(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'")
+_NOT_INSPECTED = re.compile(r"Model architectures \['(\w+)'.* failed to be inspected")
+_NOT_IN_VLLM = re.compile(r"Model architectures \['(\w+)'.*\] are not supported")
+_NOT_IN_TRANSFORMERS = re.compile(r"model type `([^`]*)` but Transformers does not recognize")
+_REFUSED_BY_TRANSFORMERS = "StrictDataclass"
+"""How the names of errors begin with which transformers refuses a config."""
+_CONFIG_CODE = re.compile(r"/configuration_\w+\.py$|/transformers_utils/|/vllm/config/")
+_MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""What code raises that doesn't check what it was given."""
 _NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
@@ -44,7 +53,9 @@ def known(error: BaseException) -> str | None:
         if isinstance(cause, FraqtlError):
             return text
         if isinstance(cause, ValidationError):
-            return str(cause.errors()[0]["msg"]).removeprefix("Value error, ")
+            return _of_validation(cause)
+        if type(cause).__name__.startswith(_REFUSED_BY_TRANSFORMERS):
+            return _of_config(text.strip().splitlines()[-1].strip().partition("Error: ")[2] or text.splitlines()[0])
         if match := _MISSING_OP.search(text):
             return (
                 f"the model needs the operator {match[1]}.{match[2]}, which this installation of vLLM does not have: "
@@ -58,6 +69,49 @@ def known(error: BaseException) -> str | None:
                 + ": choose a smaller model, or give less with --kv-cache-memory-bytes, --max-model-len, "
                 "--max-num-batched-tokens or --gpu-memory-utilization"
             )
+        if isinstance(cause, _MISREAD) and _is_of_config(cause):
+            return _of_config(sentence(cause))
+    return None
+
+
+def _of_config(why: str) -> str:
+    return f"config.json of this model can't be used ({why}): take the model's original one"
+
+
+def _is_of_config(error: BaseException) -> bool:
+    """Whether it was raised where a model's config is read."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(_CONFIG_CODE.search(frame.filename) for frame in frames[-2:])
+
+
+def _of_validation(error: ValidationError) -> str:
+    first = error.errors()[0]
+    said = str(first["msg"]).removeprefix("Value error, ")
+    if match := _NOT_IN_VLLM.search(said):
+        return f"this vLLM has no code for {match[1]}: choose another model"
+    if match := _NOT_IN_TRANSFORMERS.search(said):
+        return f"this installation of transformers doesn't know the model type {match[1]!r}: choose another model"
+    if first["type"] != "value_error" and first["loc"]:
+        return f"{first['loc'][-1]}: {said[:1].lower()}{said[1:]}, and {str(first['input'])[:40]!r} was given"
+    return _missing_package(said) or said
+
+
+def _missing_package(said: str) -> str | None:
+    """One sentence where vLLM could not look at a model because a package is not there; vLLM's own names none."""
+    match = _NOT_INSPECTED.search(said)
+    if match is None:
+        return None
+    from fraqtl_vllm import _vllm  # not before vLLM has failed: most starts need none of it here
+
+    try:
+        _vllm.import_model(match[1])
+    except ModuleNotFoundError as error:
+        return (
+            f"vLLM's code of {match[1]} needs the package {error.name}, which is not installed: install one that fits "
+            "this torch, or choose another model"
+        )
+    except Exception as error:  # whatever that code raises
+        return f"vLLM's code of {match[1]} can't be loaded: {sentence(error)}"
     return None
 
 
