@@ -393,6 +393,18 @@ MXFP4_EXPERTS = Hook(
         ),
     ),
 )
+GATED_DELTA = Hook(
+    target="gdn_attention.cpu_gdn_attention_core",
+    user="fraqtl_vllm.platform.gated_delta",
+    without="gated delta layers of a float32 or float16 model end the engine of a CPU with an assertion",
+    until="vLLM's own operators for these layers take other dtypes than bfloat16",
+    symptoms=(
+        Symptom(
+            "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:cpu_gdn_attention_core",
+            has=("assert mixed_qkv.dtype == torch.bfloat16", "_cpu_gdn_attention_nonspec("),
+        ),
+    ),
+)
 KERNEL_SCAN = Hook(
     target="dispatcher.sys",
     user="fraqtl_vllm._vllm",

@@ -24,6 +24,7 @@ FAMILIES: dict[str, tuple[Maker, str]] = {
     "lfm2": (random_models.random_lfm2, "float32"),
     "granite": (random_models.random_granite_hybrid, "float32"),
     "falcon_h1": (random_models.random_falcon_h1, "float32"),
+    "qwen3_next": (random_models.random_qwen3_next, "float32"),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

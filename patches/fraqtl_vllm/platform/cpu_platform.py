@@ -33,7 +33,7 @@ from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.state_ops import STATE_OPS
 from fraqtl_vllm.support import choose_backend
 
-STATE_FAMILIES = ("falcon_h1", "granitemoehybrid", "lfm2")
+STATE_FAMILIES = ("falcon_h1", "granitemoehybrid", "lfm2", "qwen3_next")
 """Hybrid models that were compared with transformers on the same weights, by the model type of their text part."""
 
 

@@ -20,6 +20,7 @@ from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.calibration.forward import packed_layers
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import GPT_OSS_WEIGHTS
+from fraqtl_vllm.platform import gated_delta
 from fraqtl_vllm.platform.cpu_layers import replace_layers
 from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
 
@@ -58,6 +59,8 @@ class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         if _has_no_native_ops() and self.vllm_config.model_config.quantization == GPT_OSS_WEIGHTS:
             compat.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
+        if _has_no_native_ops() and self.vllm_config.model_config.is_hybrid:
+            gated_delta.install()
         loaded = super().load_model(*args, **kwargs)
         self._replace_layers()
         return loaded
