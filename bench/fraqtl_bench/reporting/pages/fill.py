@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fraqtl_bench.reporting.pages import families, quality, quantizer, service, speed  # noqa: F401  (they register their blocks)
+from fraqtl_bench.reporting.pages import (  # noqa: F401  (they register their blocks)
+    families,
+    latent,
+    quality,
+    quantizer,
+    service,
+    speed,
+)
 from fraqtl_bench.reporting.pages.results import BLOCKS, ROOT_MARK
 from fraqtl_kernels.errors import ConfigError
 
