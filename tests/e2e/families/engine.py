@@ -126,13 +126,12 @@ def running(folder: Path, kv_format: str, dtype: torch.dtype, **options: Any) ->
         additional_config={"fraqtl": {"kv_format": kv_format, "calibration_cache": str(folder / "calibration")}},
         enforce_eager=True,
         trust_remote_code=True,
-        max_model_len=CONTEXT,
         max_num_batched_tokens=BATCH,
         enable_prefix_caching=True,
         disable_log_stats=False,
         scheduler_cls="tests.e2e.witness.witnessed_scheduler",
         worker_extension_cls="tests.e2e.witness.Pages",
-        **{"kv_cache_memory_bytes": 64 << 20, **options},
+        **{"kv_cache_memory_bytes": 64 << 20, "max_model_len": CONTEXT, **options},
     )
     engine = Engine(llm, notes)
     del llm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.e2e.families.models import Family
 from tests.e2e.families.reference import Reference, Seen, rounding
-from tests.e2e.families.row import FormatResult, Row, ServedResult
+from tests.e2e.families.row import FormatResult, Row, SequenceBytes, ServedResult
 from tests.e2e.families.serve import DEFAULT, FormatRun, Run
 
 # nat: float32 sums in another order tip a code over now and then, which counts for more in fewer bits
@@ -73,6 +73,13 @@ def _served(reference: Reference, run: Run) -> ServedResult:
         tokens_said_of_bf16=packed["baseline_tokens"],
         block_bytes=packed["block_bytes"],
         baseline_block_bytes=packed["baseline_block_bytes"],
+        sequence=SequenceBytes(
+            max_model_len=packed["max_model_len"],
+            attention=packed["attention_bytes"],
+            attention_with_bf16=plain["attention_bytes"],
+            states=packed["state_bytes"],
+            padding=packed["padding_bytes"],
+        ),
     )
 
 

@@ -36,12 +36,23 @@ class Family:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of its configuration, beside those that all families share; None for one of these that it doesn't have."""
     tokenizer: str = WORDS
-    blocks: int = 30
-    """Of the pool: enough for one sequence of CONTEXT tokens in all its groups of layers, too few for eight."""
+    blocks: int | Mapping[str, int] = 30
+    """Of the pool: enough for one sequence of CONTEXT tokens in all its groups of layers, too few for eight.
+
+    By format for hybrids, whose blocks hold other numbers of tokens in each.
+    """
     refused: str = ""
     """How the sentence begins with which it is refused."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Of random weights, by how their names end."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Options of vLLM's engine."""
     disguise: Callable[[Any, Path], None] | None = None
     """For what transformers has no class: writes its model there as vLLM reads it, and makes the model compute it."""
+
+
+def blocks_of(family: Family, kv_format: str) -> int:
+    return family.blocks if isinstance(family.blocks, int) else family.blocks[kv_format]
 
 
 def make(family: Family, folder: Path) -> None:
@@ -53,6 +64,7 @@ def make(family: Family, folder: Path) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **given))
     _stir(model)
+    _scale(model, family.factors)
     model.to(torch.bfloat16)
     if family.disguise is not None:
         family.disguise(model, folder)
@@ -97,6 +109,13 @@ def _stir(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=size)
 
 
+@torch.no_grad()
+def _scale(model: nn.Module, factors: Mapping[str, float]) -> None:
+    for ending, factor in factors.items():
+        scaled = [parameter.mul_(factor) for name, parameter in model.named_parameters() if name.endswith(ending)]
+        assert scaled, f"no weight is called {ending}"
+
+
 def _words(folder: Path) -> None:
     """The demo model's tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -139,13 +158,18 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 # Not of Qwen3-MoE: vLLM would make one there, too, and find no weights for it.
 SHARED_EXPERT = {"shared_expert_intermediate_size": 128}
 GATED_DELTA = {
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 1,
     "head_dim": 256,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+# Small states: a block holds one, and prefixes are found in whole blocks.
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
+TWO_STATES = {"bf16": 18, "k8v8": 14, "k4v4": 10}  # blocks
+STATES_IN_FLOAT32 = {"mamba_ssm_cache_dtype": "float32"}  # in 16 bits a text depends on how its prompt was cut
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", "llama"),
@@ -162,6 +186,21 @@ FAMILIES: dict[str, Family] = {
         "gemma3_text",
         {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 64},
         blocks=MANY_GROUPS,
+    ),
+    "gemma4": Family(
+        "Gemma 4",
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "sliding_window": 64,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY[WORDS],
+        },
+        blocks=MANY_GROUPS,
+        # It doesn't divide scores by the root of the head size: weights of one would let attention see one token only.
+        factors={"q_norm.weight": 1 / 16},
     ),
     "phi3": Family(
         "Phi-3, Phi-4",
@@ -181,17 +220,43 @@ FAMILIES: dict[str, Family] = {
         {"sliding_window": 32, "num_local_experts": 4, **EXPERTS},
     ),
     "qwen3-moe": Family("Qwen3-MoE", "qwen3_moe", {"head_dim": 64, "num_experts": 4, **EXPERTS}),
+    "granite-hybrid": Family(
+        "Granite 4 hybrid",
+        "granitemoehybrid",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 0.125,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 256,
+            "mamba_expand": 1,
+            **MAMBA,
+        },
+        blocks=TWO_STATES,
+        engine=STATES_IN_FLOAT32,
+    ),
+    "falcon-h1": Family(
+        "Falcon-H1",
+        "falcon_h1",
+        {"num_key_value_heads": 4, "mamba_d_ssm": 256, **MAMBA},
+        blocks=TWO_STATES,
+        engine=STATES_IN_FLOAT32,
+    ),
     "qwen3-next": Family(
         "Qwen3-Next",
         "qwen3_next",
-        {**GATED_DELTA, "num_experts": 4, **EXPERTS, **SHARED_EXPERT},
-        refused="hybrid models such as this qwen3_next need a GPU or vLLM's CPU build",
+        # vLLM wants experts in some layer, and they are slow here.
+        {**GATED_DELTA, "num_experts": 4, "mlp_only_layers": [*range(7)], **EXPERTS, **SHARED_EXPERT},
+        blocks={"bf16": 24, "k8v8": 16, "k4v4": 18},
+        engine=STATES_IN_FLOAT32,
     ),
     "qwen3.5": Family(
         "Qwen3.5",
         "qwen3_5_text",
         GATED_DELTA,
         # vLLM's module of it imports torchvision, which an install for CPUs leaves out.
-        refused="Model architectures ['Qwen3_5ForCausalLM'] failed to be inspected",
+        refused="vLLM's code of Qwen3_5ForCausalLM needs the package torchvision, which is not installed",
     ),
 }

@@ -36,6 +36,18 @@ class FormatResult:
 
 
 @dataclass
+class SequenceBytes:
+    """What one sequence of `max_model_len` tokens takes in that engine, by vLLM's own plan."""
+
+    max_model_len: int
+    attention: int
+    attention_with_bf16: int
+    states: int
+    padding: int
+    """Behind states."""
+
+
+@dataclass
 class ServedResult:
     """The default format in a bfloat16 model, as people serve it, and how much fits."""
 
@@ -53,6 +65,7 @@ class ServedResult:
     """and that the packed engine says it would count."""
     block_bytes: int
     baseline_block_bytes: int
+    sequence: SequenceBytes
 
 
 @dataclass

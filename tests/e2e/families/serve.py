@@ -19,11 +19,12 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_vllm.start import reasons
 from tests.e2e.families.accounts import compare
 from tests.e2e.families.engine import Answer, Engine, prompts, running
-from tests.e2e.families.models import VOCABULARY, Family, make
+from tests.e2e.families.models import VOCABULARY, Family, blocks_of, make
 from tests.e2e.families.row import AccountsResult, Scheduling
 
 FORMATS, DEFAULT = ("bf16", "k8v8", "k4v4"), "k4v4"
 QUICK = ("bf16", DEFAULT)
+LONG_CONTEXT = 4096  # tokens of the sequences that capacity is counted for: where a window or a state shows
 LAYER = re.compile(r"\.(\d+)\.")
 
 Say = Callable[[str], None]
@@ -74,7 +75,8 @@ def _in_float32(family: Family, folder: Path, run: Run, formats: Sequence[str], 
     asked = prompts(VOCABULARY[family.tokenizer])
     for kv_format in formats:
         say(f"{kv_format} in a float32 model")
-        with running(folder, kv_format, torch.float32, num_gpu_blocks_override=family.blocks) as engine:
+        options = {"num_gpu_blocks_override": blocks_of(family, kv_format), **family.engine}
+        with running(folder, kv_format, torch.float32, **options) as engine:
             run.layers = run.layers or _describe(engine)
             answers = engine.alone(asked, with_prompts=True)
             run.formats[kv_format] = FormatRun(answers, _constants(engine), _rescheduled(engine, answers))
@@ -89,7 +91,9 @@ def _in_bfloat16(family: Family, folder: Path, run: Run, say: Say) -> None:
     memory: dict[str, int] = {}
     for kv_format in (DEFAULT, "bf16"):
         say(f"{kv_format} in a bfloat16 model")
-        with running(folder, kv_format, torch.bfloat16, **memory) as engine:
+        with running(
+            folder, kv_format, torch.bfloat16, **memory, max_model_len=LONG_CONTEXT, **family.engine
+        ) as engine:
             run.pools[kv_format] = pool = engine.pool
             run.bfloat16[kv_format] = engine.alone(asked, with_prompts=True)
         memory = {"kv_cache_memory_bytes": pool["blocks"] * pool["block_bytes"]}

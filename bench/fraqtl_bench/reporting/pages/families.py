@@ -17,6 +17,7 @@ HEAD = [
     "`k4v4`: error, of its codec alone",
     "changes the text",
     "tokens in the memory of `bf16`",
+    "bytes of 4,096 tokens: attention, of `bf16`; states",
     "accounts that are wrong",
 ]
 
@@ -45,8 +46,16 @@ def _served(row: dict[str, Any]) -> list[str]:
     cells.append(f"{formats['k4v4']['error']:.3f}, {formats['k4v4']['codec_error']:.3f}")
     cells.append(", ".join(changed) or "nothing")
     cells.append(times(served["tokens"] / served["tokens_with_bf16"]))
+    cells.append(_of_a_sequence(served.get("sequence")))
     cells.append(f"{len(accounts['mismatches'])} of {accounts['requests']}")
     return cells
+
+
+def _of_a_sequence(one: dict[str, int] | None) -> str:
+    if one is None:  # an older row
+        return ""
+    states = f"; {one['states']:,}" if one["states"] else ""
+    return f"{one['attention']:,}, {one['attention_with_bf16']:,}{states}"
 
 
 def _exact(result: dict[str, Any]) -> str:
