@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fraqtl_bench.reporting.markdown import table
@@ -33,18 +33,43 @@ def families() -> Iterator[str]:
     failed = [[row["title"], "; ".join(row["problems"])] for row in rows if row["problems"] and not row["refused"]]
     if failed:
         yield from table(["family", "what is wrong"], failed)
-    versions = sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()})
-    yield from source(file, model=f"small ones with random weights; {', '.join(versions)}")
+    yield from source(file, model=f"small ones with random weights; {_versions(rows)}")
+
+
+@block("families-033")
+def families_on_the_other_version() -> Iterator[str]:
+    """Two formats: the other one and capacity are the same arithmetic."""
+    file = load("cpu/families_033.json")
+    rows = file.data["families"].values()
+    head = ["family", HEAD[2], HEAD[4], HEAD[5], HEAD[8]]
+    yield from table(head, [_quickly(row) for row in rows if row["formats"] and not row["problems"]])
+    yield from source(file, model=f"small ones with random weights; {_versions(rows)}")
+
+
+def _quickly(row: dict[str, Any]) -> list[str]:
+    formats, accounts = row["formats"], row["accounts"]
+    default = formats["k4v4"]
+    error = f"{default['error']:.3f}, {default['codec_error']:.3f}"
+    wrong = f"{len(accounts['mismatches'])} of {accounts['requests']}"
+    return [row["title"], _exact(formats["bf16"]), error, _changed(formats), wrong]
+
+
+def _versions(rows: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(sorted({f"{name} {number}" for row in rows for name, number in row["versions"].items()}))
+
+
+def _changed(formats: dict[str, Any]) -> str:
+    """What changes a text in some format."""
+    return ", ".join(sorted({what for one in formats.values() for what in one["scheduling"]["changed"]})) or "nothing"
 
 
 def _served(row: dict[str, Any]) -> list[str]:
     formats, served, accounts = row["formats"], row["served"], row["accounts"]
-    changed = sorted({what for one in formats.values() for what in one["scheduling"]["changed"]})
     cells = [row["title"], "<br>".join(row["layers"])]
     alike = formats["k8v8"]["texts_that_begin_alike"]
     cells += [_exact(formats["bf16"]), f"{_exact(formats['k8v8'])}; {alike}"]
     cells.append(f"{formats['k4v4']['error']:.3f}, {formats['k4v4']['codec_error']:.3f}")
-    cells.append(", ".join(changed) or "nothing")
+    cells.append(_changed(formats))
     cells.append(times(served["tokens"] / served["tokens_with_bf16"]))
     cells.append(_of_a_sequence(served.get("sequence")))
     cells.append(f"{len(accounts['mismatches'])} of {accounts['requests']}")

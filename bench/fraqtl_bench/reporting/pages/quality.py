@@ -125,11 +125,21 @@ def _plus_minus(error: float | None) -> str:
 
 @block("through-server")
 def through_server() -> Iterator[str]:
-    arms = {"bf16": "`bf16`", "k4v4": "`k4v4`, no residual", "k4v4_refined": "`k4v4` as served"}
+    arms = {
+        "bf16": "`bf16`",
+        "k8v8": "`k8v8`",
+        "k4v4": "`k4v4`, no residual",
+        "k4v4_refined": "`k4v4` as served",
+    }
+    runs = {
+        "demo": ("quality/through", ("bf16", "k4v4", "k4v4_refined")),
+        "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined")),
+        "gemma3-270m": ("real/through_gemma3", ("bf16", "k8v8", "k4v4_refined")),
+    }
     files, rows = [], []
-    for folder, model in (("quality", "demo"), ("real", "smollm2-135m-instruct")):
-        for arm, label in arms.items():
-            file = load(f"cpu/{folder}/through_{arm}.json")
+    for model, (start, of_model) in runs.items():
+        for arm in of_model:
+            file, label = load(f"cpu/{start}_{arm}.json"), arms[arm]
             files.append(file)
             [found] = file.model["through_server"]
             exact = file.method("fp16")["perplexity"]
