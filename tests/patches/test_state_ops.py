@@ -55,14 +55,14 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_convolution_of_prompts_and_then_of_single_tokens(silu: bool, packed: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "packed", "of a layer"])
+def test_convolution_of_prompts_and_then_of_single_tokens(silu: bool, kind: str) -> None:
     x, weight, bias = torch.randn(TOKENS + 3, DIM), torch.randn(DIM, WIDTH), torch.randn(DIM)
     states = torch.full((POOL, WIDTH - 1, DIM), float("nan")).transpose(1, 2)
     fresh = torch.zeros(3, dtype=torch.bool)
     prompts = x[:TOKENS].T
-    if packed:
-        kept = ops.causal_conv1d_weight_pack(weight)
+    if kind != "plain":
+        kept = ops.causal_conv1d_weight_pack(weight) if kind == "packed" else weight[:, None]
         out = ops.causal_conv1d_fwd_cpu(prompts, kept, bias, states, STARTS, ROWS, fresh, silu, True)
         one = ops.causal_conv1d_update_cpu(x[TOKENS:], states, kept, bias, silu, ROWS, True)
     else:

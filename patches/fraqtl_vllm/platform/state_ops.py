@@ -94,8 +94,12 @@ def convolve_prompts(
     null: int,
     is_packed: bool,
 ) -> Tensor:
-    """Many tokens a sequence. x: (dim, tokens). states: (pool, dim, width - 1), left as they are at the end."""
+    """Many tokens a sequence. x: (dim, tokens). states: (pool, dim, width - 1), left as they are at the end.
+
+    weight: (dim, width), or (dim, 1, width) where vLLM packs none: it does in bfloat16 only.
+    """
     assert states is not None and starts is not None and rows is not None
+    weight = weight.flatten(1)
     out, before = torch.empty_like(x), weight.shape[1] - 1
     for i, first, end in _sequences(starts):
         row = int(rows[i])
@@ -120,9 +124,9 @@ def convolve_one_packed(
     null: int,
     is_packed: bool,
 ) -> Tensor:
-    """`convolve_one` in other words."""
+    """`convolve_one` in other words, with a weight as `convolve_prompts` takes it."""
     _refuse_drafts(accepted)
-    return convolve_one(x, states, weight, bias, "silu" if silu else None, rows, None, null)
+    return convolve_one(x, states, weight.flatten(1), bias, "silu" if silu else None, rows, None, null)
 
 
 # ---- Mamba2: h = exp(Δ A) h + Δ x Bᵀ, y = h C + D x
