@@ -187,6 +187,21 @@ FAMILIES: dict[str, Family] = {
         {"num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 64},
         blocks=MANY_GROUPS,
     ),
+    "gemma4": Family(
+        "Gemma 4",
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 256,
+            "global_head_dim": 512,
+            "sliding_window": 64,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY[WORDS],
+        },
+        blocks=MANY_GROUPS,
+        # It doesn't divide scores by the root of the head size: weights of one would let attention see one token only.
+        factors={"q_norm.weight": 1 / 16},
+    ),
     "phi3": Family(
         "Phi-3, Phi-4",
         "phi3",
