@@ -50,7 +50,7 @@ def test_new_weights_reach_layers_that_keep_a_copy(change: str, monkeypatch: pyt
     worker = FraqtlCpuWorker.__new__(FraqtlCpuWorker)
     worker.vllm_config = SimpleNamespace(
         additional_config={"fraqtl": {"cpu_weight_copies": True}},
-        model_config=SimpleNamespace(quantization=None),
+        model_config=SimpleNamespace(quantization=None, is_hybrid=False),
         cache_config=CacheConfig(),
     )
     worker.model_runner = SimpleNamespace(get_model=lambda: layer)
