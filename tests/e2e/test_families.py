@@ -55,7 +55,7 @@ def test_an_unknown_family_is_named() -> None:
 def test_a_window_that_is_one_token_off_would_show(family: str, tmp_path: Path) -> None:
     make(FAMILIES[family], tmp_path)
     prompt = prompts(VOCABULARY[FAMILIES[family].tokenizer])[-1]
-    answer = Answer(prompt, [5], torch.zeros(0), 0)
+    answer = Answer(prompt, [5], torch.zeros(0), 0, [])
     right = Reference(tmp_path).read(answer, None)
     config = json.loads((tmp_path / "config.json").read_text())
     config["sliding_window"] -= 1
@@ -67,7 +67,7 @@ def test_a_window_that_is_one_token_off_would_show(family: str, tmp_path: Path) 
 def test_the_codec_of_another_format_would_show(tmp_path: Path) -> None:
     make(FAMILIES["llama"], tmp_path)
     reference = Reference(tmp_path)
-    answer = Answer(prompts(256)[-1], [5], torch.zeros(0), 0)
+    answer = Answer(prompts(256)[-1], [5], torch.zeros(0), 0, [])
     bf16, k8v8 = (reference.read(answer, rounding(name, reference.layers)) for name in ("bf16", "k8v8"))
     assert (bf16.logprobs - k8v8.logprobs).abs().max() > EQUAL["k8v8"]
 
@@ -112,6 +112,16 @@ def test_scheduling_that_is_wrong_is_said(wrong: dict[str, object], said: str) -
     for name, value in wrong.items():
         setattr(row.formats["k4v4"].scheduling, name, value)
     assert problems_of(row) == [said]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gap", "departs"),
+    [([1, 2, 3], 0.0, False), ([1, 5, 3], 0.04, False), ([1, 5, 3], 0.06, True), ([5, 2, 3], 0.0, True)],
+)
+def test_texts_may_part_where_two_tokens_are_as_likely(tokens: list[int], gap: float, departs: bool) -> None:
+    text = Answer([4], [1, 2, 3], torch.zeros(3), 0, [1.0, gap, 1.0])
+    other = Answer([4], tokens, torch.zeros(3), 0, [1.0, 1.0, 1.0])
+    assert text.departs_from(other, 0.05) == other.departs_from(text, 0.05) == departs
 
 
 def test_wrong_accounts_are_said() -> None:

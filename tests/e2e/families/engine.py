@@ -45,6 +45,13 @@ class Answer:
     """(prompt - 1 + tokens,) of every token but the first, by the model; of `tokens` only where not asked for."""
     cached: int
     """Tokens of the prompt that were found in the prefix cache."""
+    gaps: list[float]
+    """nat: how far the second best token of each of `tokens` lies behind it."""
+
+    def departs_from(self, other: Answer, tie: float) -> bool:
+        """Whether its text is another one, and not only since two tokens, up to `tie`, were as likely there."""
+        parts = next((i for i, (a, b) in enumerate(zip(self.tokens, other.tokens, strict=True)) if a != b), None)
+        return parts is not None and min(self.gaps[parts], other.gaps[parts]) > tie
 
 
 class Engine:
@@ -69,7 +76,7 @@ class Engine:
             temperature=0,
             max_tokens=ANSWER,
             ignore_eos=True,
-            logprobs=0,
+            logprobs=2,
             prompt_logprobs=0 if with_prompts else None,
         )
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -147,4 +154,5 @@ def _answer(output: Any) -> Answer:
     steps = [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]
     chosen = [*ids[1:], *tokens][-len(steps) :]
     logprobs = torch.tensor([found[token].logprob for token, found in zip(chosen, steps, strict=True)])
-    return Answer(ids, tokens, logprobs, output.num_cached_tokens or 0)
+    best = [sorted((token.logprob for token in found.values()), reverse=True) for found in output.outputs[0].logprobs]
+    return Answer(ids, tokens, logprobs, output.num_cached_tokens or 0, [first - second for first, second, *_ in best])

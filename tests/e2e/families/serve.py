@@ -24,6 +24,9 @@ from tests.e2e.families.row import AccountsResult, Scheduling
 
 FORMATS, DEFAULT = ("bf16", "k8v8", "k4v4"), "k4v4"
 QUICK = ("bf16", DEFAULT)
+TIES = {"bf16": 0.0, "k8v8": 0.0, "k4v4": 0.05}
+"""nat: how near the two best tokens may be where another schedule turns a text. In another order float32 sums differ in
+their last bit, on some processors, which tips a code of 4 bits over now and then."""
 LONG_CONTEXT = 4096  # tokens of the sequences that capacity is counted for: where a window or a state shows
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -79,7 +82,9 @@ def _in_float32(family: Family, folder: Path, run: Run, formats: Sequence[str], 
         with running(folder, kv_format, torch.float32, **options) as engine:
             run.layers = run.layers or _describe(engine)
             answers = engine.alone(asked, with_prompts=True)
-            run.formats[kv_format] = FormatRun(answers, _constants(engine), _rescheduled(engine, answers))
+            run.formats[kv_format] = FormatRun(
+                answers, _constants(engine), _rescheduled(engine, answers, TIES[kv_format])
+            )
             if kv_format == DEFAULT:
                 say("random requests")
                 run.accounts = compare(engine, kv_format)
@@ -99,8 +104,8 @@ def _in_bfloat16(family: Family, folder: Path, run: Run, say: Say) -> None:
         memory = {"kv_cache_memory_bytes": pool["blocks"] * pool["block_bytes"]}
 
 
-def _rescheduled(engine: Engine, alone: list[Answer]) -> Scheduling:
-    """The same prompts as chunks, as prefix hits, and all at once in a pool that is too small for that."""
+def _rescheduled(engine: Engine, alone: list[Answer], tie: float) -> Scheduling:
+    """The same prompts as chunks, as prefix hits, and all at once in a pool that is too small. tie: see TIES."""
     asked = [answer.prompt for answer in alone]
     engine.forget_prefixes()
     hit = [engine.alone([prompt, prompt])[1] for prompt in asked]
@@ -115,7 +120,9 @@ def _rescheduled(engine: Engine, alone: list[Answer]) -> Scheduling:
     return Scheduling(
         cached_tokens=sum(answer.cached for answer in hit),
         preemptions=engine.preemptions - before,
-        changed=[what for what, (a, b) in found.items() if [x.tokens for x in a] != [x.tokens for x in b]],
+        changed=[
+            what for what, (a, b) in found.items() if any(x.departs_from(y, tie) for x, y in zip(a, b, strict=True))
+        ],
     )
 
 
