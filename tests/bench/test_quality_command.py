@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import lab, page, through_server
@@ -181,12 +182,14 @@ def test_the_suite_of_the_paper_is_valid() -> None:
 class StandIn:
     """Answers like a server whose cache is exact, by asking the model itself."""
 
-    def __init__(self, kv_format: str = "fp16") -> None:
-        self.kv_format = kv_format
+    def __init__(self, kv_format: str = "fp16", kv_formats: list[str] | None = None) -> None:
+        self.kv_format, self.kv_formats = kv_format, kv_formats
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "demo", "root": str(demo_model())}]})
+        if request.url.path == "/plugins/fraqtl/capacity":
+            return httpx.Response(200, json={"kv_format": self.kv_format, "kv_formats": self.kv_formats})
         body = json.loads(request.content)
         ids = body["prompt"]
         choice: dict[str, Any] = {"text": self._continue(ids, body["max_tokens"])}
@@ -221,6 +224,22 @@ def test_through_an_exact_server_the_numbers_are_those_of_the_simulation(tmp_pat
     assert found.kv_format == "fp16" and found.tokens == 63
     assert abs(found.relative_difference) < 1e-4
     assert found.needle_accuracy == found.simulated_needle_accuracy == 1.0
+
+
+def test_the_simulation_of_layers_in_formats_of_their_own(tmp_path: Path) -> None:
+    formats = ["k4v2", "bf16", "fp16", "fp16"]
+    own = small_lab(tmp_path)
+    fitted = through_server.simulation(own, "k4v2+bf16+fp16", None, formats)
+    x = torch.randn(1, own.subject.kv_heads, 5, own.subject.head_size)
+    for layer, name in enumerate(formats):
+        alone = through_server.simulation(own, name, None).layers[layer]
+        assert torch.equal(fitted.layers[layer].key.round_trip(x), alone.key.round_trip(x))
+        assert torch.equal(fitted.layers[layer].value.round_trip(x), alone.value.round_trip(x))
+    server = httpx.MockTransport(StandIn("k4v2+bf16+fp16", formats))
+    with httpx.Client(transport=server) as client:
+        found = through_server.measure(own, "http://server/v1", client)
+    assert found.kv_format == "k4v2+bf16+fp16"
+    assert abs(found.relative_difference) > 1e-4  # the server is exact, the simulation is not
 
 
 def test_the_error_of_a_difference_comes_from_how_windows_differ() -> None:
