@@ -209,6 +209,8 @@ def test_engines_without_connectors() -> None:
     assert refusal(lora_config=object(), **given) == (
         f"KV connectors with LoRA: blocks in a store know an adapter's name only, {LEAVE_OUT}"
     )
+    windows = make_model("gemma2", sliding_window=32)
+    assert refusal(model_config=windows, **given) == f"KV connectors for models with sliding windows yet: {LEAVE_OUT}"
     assert refusal(model_config=make_model(is_hybrid=True), **given) == (
         f"KV connectors for hybrid models, whose states they would have to carry, too: {LEAVE_OUT}"
     )

@@ -69,6 +69,8 @@ def _engine_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
     parallel = config.parallel_config
     if config.model_config is not None and config.model_config.is_hybrid:
         yield f"KV connectors for hybrid models, whose states they would have to carry, too: {LEAVE_OUT}"
+    if config.model_config is not None and _has_windows(config.model_config.hf_text_config):
+        yield f"KV connectors for models with sliding windows yet: {LEAVE_OUT}"
     if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
         yield f"KV connectors with pipeline or data parallelism yet: use --tensor-parallel-size, or {LEAVE_OUT}"
     if config.speculative_config is not None:
@@ -77,6 +79,13 @@ def _engine_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"KV connectors with formats of single layers yet: {LEAVE_OUT}"
     if config.lora_config is not None:
         yield f"KV connectors with LoRA: blocks in a store know an adapter's name only, {LEAVE_OUT}"
+
+
+def _has_windows(text_config: Any) -> bool:
+    """There a report said a block more than the engine held, now and then: see the guide."""
+    kinds = getattr(text_config, "layer_types", None)
+    has_size = getattr(text_config, "sliding_window", None) is not None
+    return has_size and (kinds is None or "sliding_attention" in kinds)
 
 
 def use_packed_spec(config: _vllm.VllmConfig) -> None:
