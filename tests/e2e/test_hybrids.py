@@ -75,7 +75,8 @@ def test_logits_and_text_are_those_of_transformers(models: Callable[[str], Path]
     assert [text[:FIRST] for text in plain.tokens] == [text[:FIRST] for text in tokens]
     packed = served(model, family, "k8v8")
     assert [text[:FIRST] for text in packed.tokens] == [text[:FIRST] for text in tokens]
-    assert 0 < largest_difference(packed.prompt_logprobs, plain.prompt_logprobs) < 0.1
+    bound = 0.2 if family == "qwen3_next" else 0.1  # heads of 256, a quarter of them rotated, and experts behind
+    assert 0 < largest_difference(packed.prompt_logprobs, plain.prompt_logprobs) < bound
 
 
 @every_family
