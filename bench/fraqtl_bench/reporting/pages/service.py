@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from fraqtl_bench.reporting.markdown import table
 from fraqtl_bench.reporting.pages.numbers import fixed, mebibytes
@@ -116,3 +117,27 @@ def texts_differ() -> Iterator[str]:
     ]
     yield from table(["", *(f"`{arm['kv_format']}`" for arm in arms)], rows)
     yield from source(file, model=f"{MODELS['smollm2-135m-instruct']} in bfloat16")
+
+
+@block("speculation")
+def speculation() -> Iterator[str]:
+    file = load("cpu/speculation/smollm2.json")
+    arms = file.data["arms"]
+
+    def row(label: str, show: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [label, *map(show, arms)]
+
+    rows = [
+        row("tokens a step with drafts", lambda arm: f"{arm['acceptance_length']:.3f}"),
+        row("drafted steps", lambda arm: f"{arm['drafts']:.0f}"),
+        row("texts that differ from plain decoding", lambda arm: f"{len(arm['differing'])} of {arm['of']}"),
+        row("largest gap of the two best tokens there, nat", _largest_gap),
+        row("preemptions, plain and with drafts", lambda arm: ", ".join(f"{n:.0f}" for n in arm["preemptions"])),
+        row("prompt tokens from the prefix cache, the same", lambda arm: ", ".join(map(str, arm["cached_tokens"]))),
+    ]
+    yield from table(["", *(f"`{arm['kv_format']}`, {arm['dtype']}" for arm in arms)], rows)
+    yield from source(file, model=MODELS["smollm2-135m-instruct"])
+
+
+def _largest_gap(arm: dict[str, Any]) -> str:
+    return f"{max(place['gap'] for place in arm['differing']):.3f}" if arm["differing"] else "-"
