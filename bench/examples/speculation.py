@@ -3,11 +3,14 @@
     python bench/examples/speculation.py MODEL --text wikitext2-test.txt --out speculation.json
 
 For each arm, a model dtype and a KV format, on vLLM's engine with greedy decoding: the model is asked to copy passages
-of a text, once plainly and once with n-grams as drafts. The pool is small, prompts come in chunks, and share their
-beginning: there are preemptions and prefix hits.
+of a text, plainly, plainly in other groups of tokens, and with n-grams as drafts. The pool is small, prompts come in
+chunks, and share their beginning: there are preemptions and prefix hits. Linear layers round by how many tokens they
+are given, so what other groups change is what drafts may change, too.
 
 - `acceptance_length`: tokens a request and step with drafts, 1 + accepted / drafts
-- `differing`: texts that are not the same token by token; of each, where, and how near the two best tokens are there
+- `differing`: texts that are not the same token by token as the first ones
+- `largest_gap`: between the two best tokens where such a text parts, in nats
+- `log_probabilities`: differences of the tokens before that, in nats: their median and 99th percentile
 """
 
 from __future__ import annotations
@@ -22,8 +25,13 @@ from typing import Any
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
 
-ARMS = [("float32", "k4v4"), ("bfloat16", "bf16"), ("bfloat16", "k4v4")]
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+ARMS = [("float32", "bf16"), ("float32", "k4v4"), ("bfloat16", "bf16"), ("bfloat16", "k4v4")]
+RUNS = {
+    "plain": {"max_num_batched_tokens": 256, "max_num_seqs": 16},
+    "grouped": {"max_num_batched_tokens": 200, "max_num_seqs": 7},
+    "drafts": {"max_num_batched_tokens": 256, "max_num_seqs": 16, "speculative_config": DRAFTS},
+}
 PASSAGE, TOKENS = 30, 24  # words, new tokens
 TASK = "Copy the following passage word by word, and write nothing else.\n\n"
 
@@ -36,20 +44,18 @@ def prompts(text: Path, count: int) -> list[str]:
     return [TASK + " ".join(words[start : start + PASSAGE]) for start in starts]
 
 
-def measure(args: argparse.Namespace, dtype: str, kv_format: str, drafts: bool) -> dict[str, Any]:
+def measure(args: argparse.Namespace, dtype: str, kv_format: str, how: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         args.model,
         dtype=dtype,
         max_model_len=512,
-        max_num_batched_tokens=256,
-        max_num_seqs=16,
         kv_cache_memory_bytes=args.pool_bytes * (1 if kv_format == "k4v4" else 4),
         attention_backend="FRAQTL",
         additional_config={"fraqtl": {"kv_format": kv_format}},
-        speculative_config=DRAFTS if drafts else None,
         disable_log_stats=False,
+        **RUNS[how],
     )
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts(args.text, args.prompts)]
     greedy = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=2)
@@ -58,6 +64,7 @@ def measure(args: argparse.Namespace, dtype: str, kv_format: str, drafts: bool) 
     return {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "gaps": [[_gap(found) for found in answer.outputs[0].logprobs] for answer in answers],
+        "logprobs": [_chosen(answer.outputs[0]) for answer in answers],
         "cached_tokens": sum(answer.num_cached_tokens or 0 for answer in answers),
         "preemptions": counters["vllm:num_preemptions"],
         "drafts": counters.get("vllm:spec_decode_num_drafts", 0),
@@ -71,29 +78,45 @@ def _gap(found: dict[int, Any]) -> float:
     return float(best[0] - best[1])
 
 
+def _chosen(output: Any) -> list[float]:
+    return [float(found[token].logprob) for token, found in zip(output.token_ids, output.logprobs, strict=True)]
+
+
 def arm(args: argparse.Namespace, dtype: str, kv_format: str) -> dict[str, Any]:
-    """Plainly and with drafts, each in a process of its own."""
-    runs = []
-    for drafts in ("", "drafts"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--arm", dtype, kv_format, drafts]
+    """All runs, each in a process of its own."""
+    runs = {}
+    for how in RUNS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", dtype, kv_format, how]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    plain, with_drafts = runs
-    different = []
-    for number, (a, b) in enumerate(zip(plain["tokens"], with_drafts["tokens"], strict=True)):
-        if a != b:
-            place = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
-            different.append({"prompt": number, "token": place, "gap": round(plain["gaps"][number][place], 4)})
+        runs[how] = json.loads(done.stdout.splitlines()[-1])
+    drafts = runs["drafts"]
     return {
         "dtype": dtype,
         "kv_format": kv_format,
-        "acceptance_length": 1 + with_drafts["accepted"] / with_drafts["drafts"],
-        "drafts": with_drafts["drafts"],
-        "accepted_tokens": with_drafts["accepted"],
-        "differing": different,
-        "of": len(plain["tokens"]),
-        "preemptions": [run["preemptions"] for run in runs],
-        "cached_tokens": [run["cached_tokens"] for run in runs],
+        "of": len(drafts["tokens"]),
+        "acceptance_length": 1 + drafts["accepted"] / drafts["drafts"],
+        "drafts": drafts["drafts"],
+        "accepted_tokens": drafts["accepted"],
+        "preemptions": {how: run["preemptions"] for how, run in runs.items()},
+        "cached_tokens": {how: run["cached_tokens"] for how, run in runs.items()},
+        "against_plain": {how: compare(runs["plain"], runs[how]) for how in ("grouped", "drafts")},
+    }
+
+
+def compare(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    gaps, moved = [], []
+    for row, (a, b) in enumerate(zip(plain["tokens"], other["tokens"], strict=True)):
+        parts = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+        if parts < len(a):
+            gaps.append(plain["gaps"][row][parts])
+        pairs = zip(plain["logprobs"][row][:parts], other["logprobs"][row][:parts], strict=True)
+        moved += [abs(x - y) for x, y in pairs]
+    moved.sort()
+    places = {"median": 0.5, "p99": 0.99}
+    return {
+        "differing": len(gaps),
+        "largest_gap": round(max(gaps, default=0.0), 4),
+        "log_probabilities": {name: moved[int(len(moved) * share)] for name, share in places.items()},
     }
 
 
@@ -103,12 +126,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
-    parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "DRAFTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "RUN"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("speculation.json"))
     args = parser.parse_args()
     if args.arm:
-        dtype, kv_format, drafts = args.arm
-        print(json.dumps(measure(args, dtype, kv_format, bool(drafts))))
+        print(json.dumps(measure(args, *args.arm)))
         return
     from fraqtl_bench import results
 
