@@ -1,7 +1,7 @@
 """Everything of vLLM's, and of its web server's, that the HTTP server replaces, and why.
 
-`fraqtl_vllm.compat` says what a hook is, and holds those of the engine and its workers. Several hooks may replace one
-method: each wraps what it finds. tests/serve/test_hooks.py fails where vLLM has changed what one is for.
+`fraqtl_vllm.compat` says what a hook is, `fraqtl_vllm.hooks` has those of the engine and its workers. Several hooks may
+replace one method: each wraps what it finds. tests/serve/test_hooks.py fails where vLLM has changed what one is for.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import __version__ as VLLM_VERSION
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import compat
+from fraqtl_vllm import compat, hooks
 
 if TYPE_CHECKING:
     from vllm.config import (
@@ -319,9 +319,7 @@ def scan_of_vllm_only(*homes: str) -> Iterator[None]:
     for home in homes:
         import_module(home)
     of_vllm = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
-    with compat.KERNEL_SCAN.put_for_now(
-        import_module("vllm.triton_utils.dispatcher"), SimpleNamespace(modules=of_vllm)
-    ):
+    with hooks.KERNEL_SCAN.put_for_now(import_module("vllm.triton_utils.dispatcher"), SimpleNamespace(modules=of_vllm)):
         yield
 
 

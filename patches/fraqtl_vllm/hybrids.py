@@ -19,7 +19,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.pages import BLOCK_SIZE_MULTIPLE
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
@@ -202,7 +202,7 @@ def are_interleaved(config: _vllm.VllmConfig) -> bool:
 
 def install() -> None:
     """Cut blocks of hybrid models before vLLM asks layers for their specs. Called in every process."""
-    compat.BLOCK_SIZE.wrap(type(_vllm.current_platform), _cut_by_us)
+    hooks.BLOCK_SIZE.wrap(type(_vllm.current_platform), _cut_by_us)
 
 
 def _cut_by_us(original: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm, compat, hybrids, layer_formats
+from fraqtl_vllm import _vllm, hooks, hybrids, layer_formats
 
 
 def install() -> None:
     """Called in a worker's process, before it is made. It is checked, calibrates and warms up with its cache there."""
-    compat.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
-    compat.LAYOUTS.put(_vllm.WorkerWrapperBase, _get_supported_kv_cache_layouts)
-    compat.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_made_ready)
+    hooks.SPECS.put(_vllm.WorkerWrapperBase, _get_kv_cache_spec)
+    hooks.LAYOUTS.put(_vllm.WorkerWrapperBase, _get_supported_kv_cache_layouts)
+    hooks.WORKER_IS_READY.wrap(_vllm.WorkerWrapperBase, _then_made_ready)
 
 
 def _get_kv_cache_spec(self: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Hooks of the HTTP server: that each is still needed. How one is put on: tests/patches/test_compat.py."""
+"""Hooks of the HTTP server: that each is still needed. How one is put on: tests/patches/test_hooks.py."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import compat
+from fraqtl_vllm import hooks
 
 
 class Allocations:
@@ -21,8 +21,8 @@ class Allocations:
         self._manager = manager
         self._found: dict[str, list[set[int]]] = {}  # by sequence and group: names of blocks from the prefix cache
         self._loaded: dict[str, list[set[int]]] = {}  # the same of blocks that a connector fills from its store
-        compat.ADMISSIONS.wrap(manager, self._watched_allocate)
-        compat.HAND_OUTS.wrap(manager.block_pool, self._watched_get)
+        hooks.ADMISSIONS.wrap(manager, self._watched_allocate)
+        hooks.HAND_OUTS.wrap(manager.block_pool, self._watched_get)
 
     def name(self, block: int) -> int:
         """A number for the present allocation of `block`, which no other ever has."""

@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import compat
+from fraqtl_vllm import hooks
 from fraqtl_vllm._vllm import EngineCoreOutputs
 
-ASK = compat.ASK.attribute  # to be called with the number of the client that asks
+ASK = hooks.ASK.attribute  # to be called with the number of the client that asks
 
 
 def install(engine: type[Any]) -> None:
     """Give `engine`, vLLM's EngineCoreProc, the method `ASK`, and have it send accounts as soon as there are any."""
-    compat.ASK.put(engine, _send_accounts)
-    compat.ABORTS.wrap(engine, _then_accounts)
-    compat.ENDS.wrap(engine, _accounts_first)
+    hooks.ASK.put(engine, _send_accounts)
+    hooks.ABORTS.wrap(engine, _then_accounts)
+    hooks.ENDS.wrap(engine, _accounts_first)
 
 
 def _send_accounts(self: Any, client_index: int) -> None:

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_vllm import _vllm, compat, hybrids
+from fraqtl_vllm import _vllm, hooks, hybrids
 from fraqtl_vllm.accounting import planner
 from fraqtl_vllm.accounting.schema import GroupBytes, PoolNumbers
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 from fraqtl_vllm.names import BACKEND_NAME
 
-METHOD = compat.POOL_METHOD.attribute
-NOTE = compat.POOL_NOTE.attribute
+METHOD = hooks.POOL_METHOD.attribute
+NOTE = hooks.POOL_NOTE.attribute
 """The attribute of a KVCacheConfig that carries the numbers from the engine to its workers."""
-GROUP_NOTE = compat.GROUP_NOTE.attribute
+GROUP_NOTE = hooks.GROUP_NOTE.attribute
 """The attribute of a KVCacheConfig that tells the scheduler what a block takes; see `group_bytes`."""
 
 Planner = Callable[[_vllm.VllmConfig, list[planner.Specs], list[int]], list[Any]]
@@ -89,7 +89,7 @@ def plan_pools(
             raise
         raise ConfigError(sentence) from error
     for pool in pools:
-        compat.POOL_NOTE.put(pool, numbers(config, specs, pools))
+        hooks.POOL_NOTE.put(pool, numbers(config, specs, pools))
     return pools
 
 
@@ -149,8 +149,8 @@ def _given(config: _vllm.VllmConfig, ours: FraqtlConfig) -> str:
 
 def install() -> None:
     """Give the method to every kind of worker, and plan with us. Called before an engine or a worker is made."""
-    compat.POOL_METHOD.put(_vllm.WorkerBase, kv_pool)
-    compat.PLAN.wrap(_vllm.engine_core(), _planned_with_us)
+    hooks.POOL_METHOD.put(_vllm.WorkerBase, kv_pool)
+    hooks.PLAN.wrap(_vllm.engine_core(), _planned_with_us)
 
 
 def _planned_with_us(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def _planned_with_us(original: Callable[..., Any]) -> Callable[..., Any]:
 
         pools = plan_pools(planned, vllm_config, kv_cache_specs, available_memory)
         for pool in pools:  # whatever the backend: its scheduler may be ours
-            compat.GROUP_NOTE.put(pool, group_bytes(vllm_config, pools))
+            hooks.GROUP_NOTE.put(pool, group_bytes(vllm_config, pools))
         return pools
 
     return get_kv_cache_configs

@@ -98,7 +98,7 @@ class FraqtlBackend(AttentionBackend):
 
 
 def _kv_format() -> KVFormat:
-    """That of vLLM's current configuration, which it has wherever specs come from layers (`compat.SPECS`).
+    """That of vLLM's current configuration, which it has wherever specs come from layers (`hooks.SPECS`).
 
     Elsewhere vLLM only estimates, for caches of several dtypes, which `support` refuses: there any format will do.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from fraqtl_kernels.calibration.importance import Importance
 from fraqtl_kernels.calibration.solve import calibrate
 from fraqtl_kernels.constants import LayerConstants, StreamConstants
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm.calibration import forward
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
@@ -70,7 +70,7 @@ def watch(worker: Any) -> None:
     """Measure every adapter that a calibrated worker is told to load."""
     config = worker.vllm_config
     if config.lora_config is not None and config.parallel_config.data_parallel_size == 1:
-        compat.ADAPTERS.wrap(worker.model_runner, lambda add: _then_measured(worker, add))
+        hooks.ADAPTERS.wrap(worker.model_runner, lambda add: _then_measured(worker, add))
 
 
 def _then_measured(worker: Any, add: Callable[[Any], bool]) -> Callable[[Any], bool]:

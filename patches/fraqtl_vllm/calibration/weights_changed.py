@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm.config import settings_of
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
@@ -19,8 +19,8 @@ logger = _vllm.init_logger("vllm.fraqtl.calibration")
 def watch(worker: Any, key: Callable[[], str]) -> None:
     """key: makes a hash of the worker's weights as they are."""
     then_compared = partial(_then_compared, settings_of(worker.vllm_config).format_name, key, key())
-    compat.RELOADED.wrap(worker, then_compared)
-    compat.UPDATED.wrap(worker, then_compared)
+    hooks.RELOADED.wrap(worker, then_compared)
+    hooks.UPDATED.wrap(worker, then_compared)
 
 
 def _then_compared(

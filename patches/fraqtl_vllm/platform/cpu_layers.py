@@ -21,7 +21,7 @@ from fraqtl_kernels.cpu.layers.linear import WideLinear
 from fraqtl_kernels.cpu.layers.norm import RMSNorm
 from fraqtl_kernels.cpu.layers.packed import PackedLinear
 from fraqtl_kernels.cpu.layers.rotary import RotaryEmbedding
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 
 HALVES = (torch.bfloat16, torch.float16)
 FEW_ROWS_WITH_UNIT = 2  # so few are a matter of memory and not of arithmetic, matrix unit or not
@@ -52,9 +52,9 @@ def replace_layers(model: nn.Module, *, copies: bool | None = None) -> None:
     for layer in model.modules():
         if hasattr(layer, "cpu_linear"):
             if (linear := _linear(layer, copies=copies)) is not None:
-                compat.LINEAR.put(layer, linear)
+                hooks.LINEAR.put(layer, linear)
         elif isinstance(layer, _vllm.CustomOp) and (forward := _forward(layer)) is not None:
-            compat.FORWARD.put(layer, forward)
+            hooks.FORWARD.put(layer, forward)
 
 
 def _copies_fit(model: nn.Module) -> bool:

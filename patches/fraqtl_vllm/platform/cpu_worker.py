@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import CPUWorker
 from fraqtl_vllm.calibration.forward import packed_layers
 from fraqtl_vllm.config import settings_of
@@ -58,7 +58,7 @@ def _on_every_processor() -> bool:
 class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         if _has_no_native_ops() and self.vllm_config.model_config.quantization == GPT_OSS_WEIGHTS:
-            compat.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
+            hooks.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
         if _has_no_native_ops() and self.vllm_config.model_config.is_hybrid:
             gated_delta.install()
         loaded = super().load_model(*args, **kwargs)
@@ -89,7 +89,7 @@ class FraqtlCpuWorker(CPUWorker):
             room = runner.get_model().make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=runner.device
             )
-            compat.STAGES.put(runner, room)
+            hooks.STAGES.put(runner, room)
 
     def init_device(self) -> None:
         super().init_device()
@@ -102,7 +102,7 @@ class FraqtlCpuWorker(CPUWorker):
 
             return careful_sample_tokens
 
-        compat.SAMPLING.wrap(runner, careful)
+        hooks.SAMPLING.wrap(runner, careful)
         if self.vllm_config.speculative_config is not None:
             runner.rejection_sampler.register_forward_hook(self._take_back)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from vllm.platforms import current_platform
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 
 
 def install() -> None:
     """Called in every process, when its platform is settled. Does nothing on another platform."""
     if current_platform.is_cuda():
-        compat.NAMED_FORMATS.wrap(type(current_platform), _after_a_choice)
+        hooks.NAMED_FORMATS.wrap(type(current_platform), _after_a_choice)
 
 
 def _after_a_choice(original: Callable[..., None]) -> Callable[..., None]:

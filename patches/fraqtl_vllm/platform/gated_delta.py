@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import LayerNameType  # torch looks here for what vLLM's annotations mean
 
 
@@ -29,4 +29,4 @@ def install() -> None:
 
         return attend
 
-    compat.GATED_DELTA.wrap(module, in_any_dtype)
+    hooks.GATED_DELTA.wrap(module, in_any_dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm.names import BACKEND_NAME, IN_PLACE_OF
 
 
@@ -26,7 +26,7 @@ def install() -> None:
 
         return check_and_update_config
 
-    compat.STOCK_CPU.wrap(platform, then_refused)
+    hooks.STOCK_CPU.wrap(platform, then_refused)
 
 
 def refuse(vllm_config: _vllm.VllmConfig, platform: str) -> None:

@@ -1,6 +1,6 @@
 """An engine whose API server was killed ends, too: vLLM's own goes on for ever, with its memory.
 
-Why, and until when: `compat.ORPHANS`. The test of a killed server in tests/e2e/test_start.py shows what it does.
+Why, and until when: `hooks.ORPHANS`. The test of a killed server in tests/e2e/test_start.py shows what it does.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm, compat
+from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm.config import settings_of
 
 KEY = "fraqtl_fingerprint"
@@ -49,7 +49,7 @@ def of_engine(ranks: list[str]) -> str:
 
 def install() -> None:
     """Tell the scheduler's connector what the workers' pages are. Called before an engine is made."""
-    compat.POOLS_ARE_READY.wrap(_vllm.engine_core().EngineCore, _then_told)
+    hooks.POOLS_ARE_READY.wrap(_vllm.engine_core().EngineCore, _then_told)
 
 
 def _then_told(original: Callable[..., Any]) -> Callable[..., Any]:

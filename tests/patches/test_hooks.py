@@ -11,7 +11,8 @@ import pytest
 
 import fraqtl_vllm
 from fraqtl_vllm import compat
-from fraqtl_vllm.compat import HOOKS, Hook, Symptom
+from fraqtl_vllm.compat import Hook, Symptom
+from fraqtl_vllm.hooks import HOOKS
 from tests.symptoms import changed, not_of_vllm, replacements, writers
 from tests.symptoms import source as stock_source
 
