@@ -29,7 +29,6 @@ from fraqtl_serve.reports.records import Records, record_of
 from fraqtl_serve.reports.report import Ledger
 from fraqtl_vllm import layer_formats
 from fraqtl_vllm.accounting.pool import METHOD
-from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.start import garbage
 
 logger = init_logger("vllm.fraqtl")
@@ -62,7 +61,7 @@ class FraqtlEndpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None:
             return
-        kv_format = settings_of(engine_client.vllm_config).format_name
+        kv_format = layer_formats.name_of(engine_client.vllm_config)
         records, metrics = Records(), Metrics()
 
         def keep(ledger: Ledger) -> None:

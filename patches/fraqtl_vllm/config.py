@@ -91,7 +91,7 @@ class FraqtlConfig(BaseModel):
 
     @property
     def format_name(self) -> str:
-        """What reports and the log call it: k4v4, or k4v4+k8v8 where layers differ."""
+        """What a log calls it before the model's layers are known: k4v4, or k4v4+k8v8 where they may differ."""
         return "+".join(each.name for each in self.formats)
 
     def _as_set(self, name: str) -> KVFormat:

@@ -6,11 +6,12 @@ lost where they differ. Where windows are unlike, vLLM pads all pages to the lar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
@@ -25,10 +26,6 @@ def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:
         return
     model = config.model_config
     ours.by_layer(_layers_of(config))
-    if not any(each.is_quantized for each in ours.formats):
-        raise ConfigError(
-            f"all layers would be stored unpacked, in {ours.format_name}: give one of them another format"
-        )
     if not _vllm.current_platform.is_cpu():
         raise UnsupportedError("the packed KV cache does not support formats of single layers on a GPU yet")
     if model.is_hybrid:
@@ -59,9 +56,15 @@ def in_own_formats(config: _vllm.VllmConfig, specs: Mapping[str, Any], layers: M
 
 
 def by_layer(config: _vllm.VllmConfig) -> list[str] | None:
-    """The format's name of every layer; None where they are alike."""
+    """The format's name of every layer; None where all have the one that `kv_format` says."""
     ours = settings_of(config)
     return [each.name for each in ours.by_layer(_layers_of(config))] if ours.kv_layers else None
+
+
+def name_of(config: _vllm.VllmConfig) -> str:
+    """What reports call the formats: k4v4, or k4v4+k8v8 where layers differ, the most frequent first."""
+    counts = Counter(by_layer(config) or [settings_of(config).kv_format])
+    return "+".join(name for name, _ in counts.most_common())
 
 
 def _layers_of(config: _vllm.VllmConfig) -> int:

@@ -38,6 +38,11 @@ def test_layers_are_stored_in_formats_of_their_own() -> None:
     assert "2 attention layers, all FRAQTL, in pages of k8v8: 132 bytes" in ends.log
 
 
+def test_a_layer_is_found_by_its_number() -> None:
+    found = answered("k4v4", kv_layers={1: "k8v8"})
+    assert [shape[-1] for shape in found.pool["shapes"]] == [68, 132, 68, 68]
+
+
 def test_two_ranks_agree_with_one() -> None:
     """In formats fine enough that what ranks calibrate by themselves makes no difference."""
     settings = {"kv_layers": {1: "bf16", 3: "k8v4"}}

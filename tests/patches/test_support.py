@@ -360,10 +360,6 @@ def decoder_of(layers: int, **config: Any) -> Any:
             "the KV profile is for 30 layers and the model has 4: make a profile of it with "
             "fraqtl-bench quality MODEL --budget BITS",
         ),
-        (
-            {"kv_format": "bf16", "kv_layers": {0: "fp16"}},
-            "all layers would be stored unpacked, in bf16+fp16: give one of them another format",
-        ),
     ],
 )
 def test_formats_of_layers_that_the_model_has_not(settings: dict[str, Any], sentence: str) -> None:
