@@ -20,6 +20,7 @@ from fraqtl_bench.quality.schema import Report
 from fraqtl_bench.quality.score import Score, score
 from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError
+from fraqtl_serve.cli.layer_formats import read_profile
 from tests.bench.quality_models import demo
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,12 @@ def test_the_profile_says_which_format_each_layer_has(finished: Path) -> None:
     found = json.loads((finished / "quality.json").read_text())["models"][0]["allocation"]
     assert found["formats"] == [layer["kv_format"] for layer in profile["layers"]]
     assert found["best_uniform_bits"] <= 4 and found["perplexity"] > 1
+
+
+def test_a_server_reads_the_profile(finished: Path) -> None:
+    formats = json.loads((finished / "quality.json").read_text())["models"][0]["allocation"]["formats"]
+    read = read_profile(finished / "fraqtl-profile.json")
+    assert [read["kv_layers"].get(i, read["kv_format"]) for i in range(read["kv_layer_count"])] == formats
 
 
 def test_the_page_holds_its_data_and_asks_for_nothing(finished: Path) -> None:

@@ -23,8 +23,7 @@ from fraqtl_bench.quality.schema import Allocation
 from fraqtl_bench.quality.score import Score, perplexity
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-
-PROFILE_VERSION = 1
+from fraqtl_serve.cli.layer_formats import PROFILE_VERSION
 
 
 def candidates(head_size: int) -> dict[str, int]:
