@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fraqtl_kernels.constants import TENSOR_NAMES, LayerConstants
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.calibration.weights import weight_samples
+from fraqtl_vllm.calibration.weights import add_weights
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
@@ -38,9 +38,7 @@ def path_of(folder: str | None, key: str) -> Path:
 def make_key(model: torch.nn.Module, kv_format: str, rank: int, config: _vllm.VllmConfig) -> str:
     """A hash of all that the constants follow from: a sample of every weight, the format, the rank, the context."""
     digest = hashlib.sha256(f"{VERSION} {kv_format} {rank} {config.model_config.max_model_len}".encode())
-    for name, shape, sample in weight_samples(model, config.model_config.dtype):
-        digest.update(f"{name} {shape} {sample.dtype}".encode())
-        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    add_weights(digest, model, config.model_config.dtype)
     return digest.hexdigest()
 
 

@@ -30,6 +30,13 @@ def weight_samples(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple
         yield name.replace(".base_layer.", "."), tuple(numbers.shape), _sample(numbers.reshape(-1))
 
 
+def add_weights(digest: Any, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """To a hash, a sample of every weight."""
+    for name, shape, sample in weight_samples(model, dtype):
+        digest.update(f"{name} {shape} {sample.dtype}".encode())
+        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+
+
 def _sample(numbers: Tensor) -> Tensor:
     return numbers[:: max(1, numbers.numel() // SAMPLES)][:SAMPLES].contiguous()
 

@@ -21,20 +21,16 @@ LAYOUT_VERSION = 1
 
 def of_worker(worker: Any) -> str:
     """Of one rank's pages, once it is calibrated."""
-    import torch
-
     from fraqtl_vllm.calibration import files
     from fraqtl_vllm.calibration.forward import packed_layers
-    from fraqtl_vllm.calibration.weights import weight_samples
+    from fraqtl_vllm.calibration.weights import add_weights
 
     config, model = worker.vllm_config, worker.model_runner.get_model()
     ours = settings_of(config)
     # Residuals and raw chunks are in no full page, but what the model makes of them is.
     reading = (ours.kv_format, ours.residual, ours.prefill_keys)
     digest = hashlib.sha256(repr((LAYOUT_VERSION, reading, str(config.model_config.dtype))).encode())
-    for name, shape, sample in weight_samples(model, config.model_config.dtype):
-        digest.update(f"{name} {shape} {sample.dtype}".encode())
-        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    add_weights(digest, model, config.model_config.dtype)
     for name, layer in sorted(packed_layers(config).items()):
         tensors = {part: tensor.cpu().contiguous() for part, tensor in layer.impl.constants.tensors().items()}
         made_of = (name, layer.impl.kv_format.name, layer.impl.head_size, layer.impl.num_kv_heads)
