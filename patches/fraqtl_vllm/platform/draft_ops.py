@@ -1,7 +1,6 @@
-"""Torch versions of the Triton kernels with which vLLM verifies and makes drafts, for machines without a GPU.
+"""Torch versions of the Triton kernels of vLLM's rejection sampler, for machines without a GPU.
 
-The first four are those of its rejection sampler, the others what a drafting model needs besides. Arguments are those
-of the kernels, in their order. A batch's rows are few, so most of it is plain Python.
+Arguments are those of the kernels, in their order. A batch's rows are few, so most of it is plain Python.
 
     ends          (rows,) where the drafts of each row end in a flat tensor of all drafts
     output        (rows, longest draft + 1) <- the tokens that a row gets; the rest keeps its placeholder
@@ -127,8 +126,8 @@ def draw_recovered(
             output[i] = (left * inverse[row]).argmax()
 
 
-DRAFT_MODULES = ("vllm.v1.sample.rejection_sampler",)
 SAMPLING = "vllm.v1.sample.rejection_sampler"
+DRAFT_MODULES = (SAMPLING,)
 
 DRAFT_KERNELS: dict[str, Callable[..., None]] = {
     f"{SAMPLING}.rejection_greedy_sample_kernel": accept_best,
