@@ -29,17 +29,19 @@ def main() -> None:
     for name, row in rows.items():
         print(line(name, row), flush=True)
     if args.out:
-        save(args.out, rows, is_part=bool(args.only))
+        save(args.out, rows, is_part=bool(args.only), quick=args.quick)
     if any(row.problems for row in rows.values()):
         sys.exit(1)
 
 
-def save(path: Path, rows: dict[str, Row], *, is_part: bool) -> None:
+def save(path: Path, rows: dict[str, Row], *, is_part: bool, quick: bool) -> None:
     """is_part: of rows that are in the file already, the others stay; each says when, and with what, it was made."""
     found = json.loads(path.read_text())["families"] if is_part and path.exists() else {}
     found |= {name: asdict(row) for name, row in rows.items()}
     families = {name: found[name] for name in FAMILIES if name in found}
-    results.save(path, {"command": f"python -m tests.e2e.families --out {path}", "families": families})
+    some = "" if len(families) == len(FAMILIES) else f" --only {' '.join(families)}"
+    command = f"python -m tests.e2e.families{' --quick' if quick else ''}{some} --out {path}"
+    results.save(path, {"command": command, "families": families})
 
 
 if __name__ == "__main__":
