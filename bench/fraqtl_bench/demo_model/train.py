@@ -121,6 +121,18 @@ def _progress(args: argparse.Namespace, step: int, seconds: float) -> float:
     return step / args.steps if args.steps else seconds / (args.minutes * 60)
 
 
+def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices; AdamW for embeddings, an output layer of its own, and the rest."""
+    parameters = list(model.named_parameters())
+    is_matrix = {n: p.dim() == 2 and "embed" not in n and "lm_head" not in n for n, p in parameters}
+    return [
+        torch.optim.Muon(
+            [p for n, p in parameters if is_matrix[n]], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW([p for n, p in parameters if not is_matrix[n]], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
@@ -136,12 +148,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     save_tokenizer(tokenizer, args.out, config.max_length)
     corpus, rng = Corpus(tokenizer, prose), random.Random(args.seed)
     model = DemoModel(config)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = make_optimizers(model, args.lr)
     log: list[dict[str, float]] = []
     start, step, tokens = time.monotonic(), 0, 0
     while (progress := _progress(args, step, time.monotonic() - start)) < 1:

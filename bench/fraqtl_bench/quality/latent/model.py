@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fraqtl_bench.demo_model.corpus import Corpus, standard_library_prose
+from fraqtl_bench.demo_model.train import make_optimizers
 from fraqtl_bench.quantizer.capture import demo_model
 
 LAYERS, HEADS = 3, 4
@@ -19,6 +19,7 @@ LATENT, ROPE, PLAIN = 128, 64, 64
 """Dimensions of the latent, of the key that all heads share, and of a head's own key and value."""
 SIZE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 2048}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+RATE = 4e-3  # of learning
 WARM_UP, COOL_DOWN = 20, 0.5  # steps, and the share of all steps in which the learning rate falls
 
 
@@ -54,18 +55,11 @@ def rows(texts: Corpus, rng: random.Random, count: int, length: int) -> Tensor:
 
 def train(model: Any, texts: Corpus, steps: int, length: int = 256, batch: int = 8) -> dict[str, Any]:
     """Next-token prediction, in place. Returns what a result file says of it."""
-    rng, began = random.Random(0), time.monotonic()
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n]
-    known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    rng, optimizers = random.Random(0), make_optimizers(model, RATE)
     losses = []
     for step in range(steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / WARM_UP, (1 - step / steps) / COOL_DOWN)
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP, (1 - step / steps) / COOL_DOWN)
         ids = rows(texts, rng, batch, length)
         loss = F.cross_entropy(model(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         model.zero_grad()
@@ -77,5 +71,4 @@ def train(model: Any, texts: Corpus, steps: int, length: int = 256, batch: int =
         if (step + 1) % 25 == 0:
             print(f"step {step + 1}: loss {sum(losses[-25:]) / 25:.3f}", flush=True)
     last = losses[-max(1, steps // 10) :]
-    minutes = (time.monotonic() - began) / 60
-    return {"steps": steps, "tokens": steps * batch * length, "loss": sum(last) / len(last), "minutes": minutes}
+    return {"steps": steps, "tokens": steps * batch * length, "loss": sum(last) / len(last)}
