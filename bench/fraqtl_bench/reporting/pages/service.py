@@ -127,17 +127,19 @@ def speculation() -> Iterator[str]:
     def row(label: str, show: Callable[[dict[str, Any]], str]) -> list[str]:
         return [label, *map(show, arms)]
 
+    def both(show: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+        return lambda arm: ", ".join(show(arm["against_plain"][how]) for how in ("grouped", "drafts"))
+
+    def moved(found: dict[str, Any]) -> str:
+        return f"{found['log_probabilities']['p99']:.2g}"
+
     rows = [
-        row("tokens a step with drafts", lambda arm: f"{arm['acceptance_length']:.3f}"),
-        row("drafted steps", lambda arm: f"{arm['drafts']:.0f}"),
-        row("texts that differ from plain decoding", lambda arm: f"{len(arm['differing'])} of {arm['of']}"),
-        row("largest gap of the two best tokens there, nat", _largest_gap),
-        row("preemptions, plain and with drafts", lambda arm: ", ".join(f"{n:.0f}" for n in arm["preemptions"])),
-        row("prompt tokens from the prefix cache, the same", lambda arm: ", ".join(map(str, arm["cached_tokens"]))),
+        row("tokens a step with drafts", lambda arm: f"{arm['acceptance_length']:.2f}"),
+        row(f"texts that differ, of {arms[0]['of']}", both(lambda found: str(found["differing"]))),
+        row("largest gap of the two best tokens there, nat", both(lambda found: f"{found['largest_gap']:.2g}")),
+        row("log-probabilities before that, 99th percentile of the difference, nat", both(moved)),
+        row("preemptions", lambda arm: ", ".join(f"{n:.0f}" for n in list(arm["preemptions"].values())[1:])),
+        row("prompt tokens from the prefix cache", lambda arm: f"{arm['cached_tokens']['drafts']}"),
     ]
     yield from table(["", *(f"`{arm['kv_format']}`, {arm['dtype']}" for arm in arms)], rows)
     yield from source(file, model=MODELS["smollm2-135m-instruct"])
-
-
-def _largest_gap(arm: dict[str, Any]) -> str:
-    return f"{max(place['gap'] for place in arm['differing']):.3f}" if arm["differing"] else "-"
