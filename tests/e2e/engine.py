@@ -1,23 +1,20 @@
 """Runs vLLM's engine on prompts in a fresh process and tells what it saw, for tests of the engine itself.
 
-    python -m tests.e2e.engine <<< '{"engine": {...}, "prompts": [[token ids]], "sampling": {}, "rounds": 1}'
-
 In that process the engine core is not a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=0), so
 the pool tensors and the block manager can be looked at directly; with tensor parallelism they can't.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MARK = "RESULT "
-DEMO_MODEL = Path(__file__).parents[2] / "fraqtl_serve" / "demo_model"
+from tests.e2e import forks
+
+DEMO_MODEL = forks.ROOT / "fraqtl_serve" / "demo_model"
 
 
 @dataclass(frozen=True)
@@ -61,29 +58,17 @@ def run(
     options |= {"kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False, "disable_log_stats": False}
     options |= {"additional_config": {"fraqtl": {"kv_format": kv_format}}, **engine}
     job = {"engine": options, "prompts": prompts, "sampling": sampling or {}, "rounds": rounds}
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    environment.pop("TRITON_INTERPRET", None)  # of the kernel tests, which may run in this process
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.engine"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        timeout=600,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not lines:
-        raise RuntimeError(f"engine run failed ({done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}")
-    return Run(**json.loads(lines[-1].removeprefix(MARK)), log=done.stdout + done.stderr)
+    with tempfile.TemporaryDirectory(prefix="fraqtl-engine-") as folder:
+        log = Path(folder) / "log"
+        try:
+            found = forks.in_process(log, _answer, job, VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1")
+        except Exception as error:
+            said = log.read_text(errors="replace")[-6000:] if log.exists() else ""
+            raise RuntimeError(f"engine run failed ({error!r}):\n{said}") from error
+        return Run(**found, log=log.read_text(errors="replace"))
 
 
-def _main(job: dict[str, Any]) -> None:
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -124,7 +109,8 @@ def _main(job: dict[str, Any]) -> None:
             "resident_growth": memory[-1] - memory[0],
         },
     }
-    print(MARK + json.dumps(result), flush=True)
+    llm.llm_engine.engine_core.shutdown()  # this process ends without what Python does at an exit
+    return result
 
 
 def _prompt_logprobs(output: Any) -> list[float]:
@@ -154,7 +140,3 @@ def _digest(tensor: Any) -> int:
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
-
-
-if __name__ == "__main__":
-    _main(json.load(sys.stdin))

@@ -23,7 +23,8 @@ from fraqtl_bench.quality.schema import Allocation
 from fraqtl_bench.quality.score import Score, perplexity
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
-from fraqtl_serve.cli.layer_formats import PROFILE_VERSION
+
+PROFILE_VERSION = 1  # what fraqtl_serve reads, which bench doesn't import: a test goes from one to the other
 
 
 def candidates(head_size: int) -> dict[str, int]:

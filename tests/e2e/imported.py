@@ -1,0 +1,12 @@
+"""What the server that engine runs are forked from has done: what every process of vLLM does first."""
+
+import gc
+
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+
+import vllm.v1.worker.cpu_worker  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()  # vLLM collects again and again, which takes seconds with so many modules
