@@ -181,6 +181,31 @@ def load_smollm2() -> Iterator[str]:
     yield from _load("cpu/load_smollm2/load.json", SMOLLM2)
 
 
+@block("load-watermark")
+def load_watermark() -> Iterator[str]:
+    files = [load(f"cpu/load_smollm2/{name}.json") for name in ("without_watermark", "with_watermark")]
+    rows = []
+    for arms in zip(*(file.data["arms"] for file in files), strict=True):
+        for kept, arm in zip(("none", "a tenth"), arms, strict=True):
+            found = arm["summaries"][0]
+            values = found["values"]
+            rows.append(
+                [
+                    f"`{arm['name']}`",
+                    kept,
+                    _spread(values["output_tokens_per_s"], 1),
+                    "" if arm["name"] == "bf16" else _spread(found["ratios"]["output_tokens_per_s"], 2),
+                    fixed(values["preemptions"]["median"]),
+                    fixed(values["running_mean"]["median"], 1),
+                    fixed(values["ttft_ms"]["median"]),
+                    fixed(values["ttft_p99_ms"]["median"]),
+                ]
+            )
+    head = ["format", "kept free", "output tokens/s", "against `bf16`", "preemptions", "running, mean"]
+    yield from table([*head, "TTFT, ms", "TTFT p99, ms"], rows)
+    yield from source(*files, model=SMOLLM2)
+
+
 @block("load-demo")
 def load_demo() -> Iterator[str]:
     yield from _load("cpu/load/load.json", "fraqtl-demo")
