@@ -7,6 +7,7 @@ the exception ends the engine. Here they are put aside for such a step, so nothi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,7 @@ def _on_every_processor() -> bool:
 
 class FraqtlCpuWorker(CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        gc.freeze()  # what is imported stays, and vLLM goes through all of it several times from here on
         if _has_no_native_ops() and self.vllm_config.model_config.quantization == GPT_OSS_WEIGHTS:
             hooks.MXFP4_EXPERTS.put(_vllm.CPUExpertsMxfp4, staticmethod(_on_every_processor))
         if _has_no_native_ops() and self.vllm_config.model_config.is_hybrid:
