@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from fraqtl_bench.reporting.markdown import table
@@ -12,17 +13,17 @@ from fraqtl_bench.reporting.pages.results import MODELS, block, load, source
 
 @block("accounting")
 def accounting() -> Iterator[str]:
-    file = load("cpu/accounting.json")
-    keys = ("aborted", "streamed", "several_sequences", "with_shared_blocks", "preemptions")
+    files = [load(f"cpu/{name}.json") for name in ("accounting", "accounting-store")]
+    keys = ("aborted", "streamed", "several_sequences", "with_shared_blocks", "with_loaded_blocks", "preemptions")
     rows = []
-    for name, setup in file.data["setups"].items():
+    for name, setup in chain(*(file.data["setups"].items() for file in files)):
         counts = setup["counts"]
         cells = (fixed(counts[key]) for key in keys)
         ends = fixed(counts["ends_checked_against_the_pool"])
         rows.append([name, fixed(setup["requests"]), *cells, ends, fixed(len(setup["mismatches"]))])
-    head = ["set-up", "requests", "aborted", "streamed", "several sequences", "shared blocks", "preemptions"]
-    yield from table([*head, "ends checked", "mismatches"], rows)
-    yield from source(file, model="fraqtl-demo; a model with sliding windows and random weights")
+    head = ["set-up", "requests", "aborted", "streamed", "several sequences", "shared blocks", "blocks from a store"]
+    yield from table([*head, "preemptions", "ends checked", "mismatches"], rows)
+    yield from source(*files, model="fraqtl-demo; a model with sliding windows and random weights")
 
 
 @block("totals")
