@@ -62,9 +62,8 @@ def run(
         log = Path(folder) / "log"
         try:
             found = forks.in_process(log, _answer, job, VLLM_ENABLE_V1_MULTIPROCESSING="0" if in_process else "1")
-        except Exception as error:
-            said = log.read_text(errors="replace")[-6000:] if log.exists() else ""
-            raise RuntimeError(f"engine run failed ({error!r}):\n{said}") from error
+        except forks.ProcessError as error:
+            raise RuntimeError(f"{error}:\n{log.read_text(errors='replace')[-6000:]}") from None
         return Run(**found, log=log.read_text(errors="replace"))
 
 

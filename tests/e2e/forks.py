@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,18 +17,37 @@ from unittest import mock
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-
+SECONDS = 590  # less than pytest gives a test
+ENDING = 20  # seconds, once the answer is there
 _terminal = 2  # where stderr of this process goes, whatever its log is
+
+
+class ProcessError(Exception):
+    """It ended without an answer, or gave none in time."""
 
 
 def in_process(log: Path, function: Callable[..., T], *arguments: Any, **environment: str) -> T:
     """function(*arguments) in a process of its own, with our environment and this besides; what it says goes to `log`.
 
-    Raises what it raises, and BrokenProcessPool if it dies.
+    Raises ProcessError, and its log says why.
     """
     theirs = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
-        return pool.submit(_run, log, theirs | ENVIRONMENT | environment, function, arguments).result()
+    receiving, sending = _context().Pipe(duplex=False)
+    work = (sending, log, theirs | ENVIRONMENT | environment, function, arguments)
+    process = _context().Process(target=_run, args=work)
+    process.start()
+    sending.close()
+    try:
+        if not receiving.poll(SECONDS):
+            raise ProcessError(f"no answer in {SECONDS} seconds, see {log}")
+        answer: T = receiving.recv()
+        process.join(ENDING)
+        return answer
+    except EOFError:
+        raise ProcessError(f"it ended without an answer, see {log}") from None
+    finally:
+        process.kill()
+        process.join()
 
 
 def say(text: str) -> None:
@@ -46,7 +66,9 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _run(log: Path, environment: dict[str, str], function: Callable[..., T], arguments: Sequence[Any]) -> T:
+def _run(
+    sending: Connection, log: Path, environment: dict[str, str], function: Callable[..., T], arguments: Sequence[Any]
+) -> None:
     global _terminal
     _terminal = os.dup(2)
     with log.open("ab") as file:
@@ -55,4 +77,6 @@ def _run(log: Path, environment: dict[str, str], function: Callable[..., T], arg
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    return function(*arguments)
+    answer = function(*arguments)
+    sys.stdout.flush()
+    sending.send(answer)

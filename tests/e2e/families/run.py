@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +37,8 @@ def try_family(name: str, log: Path, *, quick: bool) -> Row:
         try:
             run = forks.in_process(log, _serve, name, Path(folder), quick)
             row = forks.in_process(log, _judge, name, Path(folder), run)
-        except BrokenProcessPool:
-            row = Row(family.title, problems=[f"its process died, see {log}"])
+        except forks.ProcessError as error:
+            row = Row(family.title, problems=[str(error)])
     row.seconds, row.day = round(time.monotonic() - began, 1), datetime.now(UTC).date().isoformat()
     row.versions = {name: version(name) for name in VERSIONS}
     return row
