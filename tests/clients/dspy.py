@@ -45,7 +45,7 @@ def main(url: str) -> None:
     access = AccessPolicy(provider="fraqtl", env_keys=(), base_url=f"{url}/v1")
     provider = ProviderDefinition.chat(access, compat=OpenAIChatCompat.preset("vllm"), placeholder_key="none")
     register_provider(provider, supports=ModelSupport(response_schema=True))
-    reader = lm("fraqtl", frequency_penalty=1.0)  # else the demo model writes spaces without end
+    reader = lm("fraqtl")
     with dspy.context(lm=reader, adapter=dspy.JSONAdapter(), track_usage=True):
         found = dspy.Predict(Fruit)(question=QUESTION)
         assert found.fruit in ("apple", "lemon") and places([found, found.get_lm_usage()]) == []

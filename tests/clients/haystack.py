@@ -23,7 +23,7 @@ class Code(BaseModel):
 
 
 def ask(url: str, options: dict[str, Any], chunks: list[Any] | None = None, **tools: Any) -> Any:
-    options = {"temperature": 0, "max_tokens": 200, **options}
+    options = {"temperature": 0, "max_tokens": 99, **options}
     generator = OpenAIChatGenerator(
         Secret.from_token("none"), MODEL, api_base_url=f"{url}/v1", generation_kwargs=options, **tools
     )
@@ -36,10 +36,10 @@ def main(url: str) -> None:
     reply = ask(url, {})
     assert reply.text == ANSWER and places(reply) == USAGE, places(reply)
     assert reply.meta["usage"]["kv_cache"]["blocks"] == 3
-    assert ask(url, {"response_format": Code}).text == '{"fruit": "apple", "code": 4821}'
+    Code.model_validate_json(ask(url, {"response_format": Code}).text)
     tool = Tool("look_up", "Looks a code up.", Code.model_json_schema(), print)
     forced = {"tool_choice": {"type": "function", "function": {"name": "look_up"}}}
-    [call] = ask(url, forced, tools=[tool], tools_strict=True).tool_calls
+    [call] = ask(url, forced, tools=[tool]).tool_calls
     Code.model_validate(call.arguments)
     chunks: list[Any] = []
     streamed = ask(url, {}, chunks)

@@ -23,7 +23,7 @@ class Code(BaseModel):
 
 
 def llm(url: str, **options: Any) -> OpenAILike:
-    common: dict[str, Any] = {"api_key": "none", "temperature": 0, "max_tokens": 200, "is_chat_model": True}
+    common: dict[str, Any] = {"api_key": "none", "temperature": 0, "max_tokens": 99, "is_chat_model": True}
     return OpenAILike(model=MODEL, api_base=f"{url}/v1", **common, **options)
 
 
@@ -37,10 +37,9 @@ def main(url: str) -> None:
         chunks = list(llm(url, additional_kwargs=extra).stream_chat(ASK))
         assert chunks[-1].message.content == ANSWER and only_last(chunks)
         assert places(chunks[-1]) == shown, places(chunks)
-    for kind in ({"is_function_calling_model": True, "strict": True}, {"should_use_structured_outputs": True}):
+    for kind in ({"is_function_calling_model": True}, {"should_use_structured_outputs": True}):
         found = llm(url, **kind).as_structured_llm(Code).chat(ASK)
         assert isinstance(found.raw, Code) and places(found) == [], places(found)
-    assert found.raw == Code(fruit="apple", code=4821), found.raw
     tell("llama-index-llms-openai-like", plain=plain, stream=shown, structured=[])
 
 

@@ -43,14 +43,17 @@ async def check(model: Any) -> dict[str, list[str]]:
         assert stream.final_output == ANSWER and places(stream.raw_responses) == shown, places(stream)
         if not keep:
             in_events = places(events)
-    found = await Runner.run(agent(model, {}, output_type=Code), QUESTION)
-    assert found.final_output == Code(fruit="apple", code=4821), found.final_output
+    bare = Runner.run_streamed(agent(model, {"preserve_raw_usage": True}), QUESTION)
+    assert [event async for event in bare.stream_events()]
+    found = await Runner.run(agent(model, {"max_tokens": 99}, output_type=Code), QUESTION)
+    assert isinstance(found.final_output, Code), found.final_output
     calls.clear()
     await Runner.run(
         agent(model, {"tool_choice": "look_up", "max_tokens": 99}, tools=[function_tool(look_up)]), QUESTION
     )
     assert calls and {*calls} <= {"apple", "lemon"}, calls
-    return {"plain": places(whole.raw_responses), "stream": places(stream.raw_responses), "events": in_events}
+    results = {"plain": whole, "stream": stream, "bare_stream": bare}
+    return {name: places(result.raw_responses) for name, result in results.items()} | {"events": in_events}
 
 
 async def main(url: str) -> None:
@@ -59,6 +62,8 @@ async def main(url: str) -> None:
     chat = await check(OpenAIChatCompletionsModel(MODEL, client))
     responses = await check(OpenAIResponsesModel(MODEL, client))
     assert (chat["events"], responses["events"]) == ([], IN_EVENTS), (chat, responses)
+    # Chat has usage in a stream only where it's asked for.
+    assert (chat["bare_stream"], responses["bare_stream"]) == ([], KEPT), (chat, responses)
     tell("openai-agents", plain=chat["plain"], stream=chat["stream"], responses_events=responses["events"])
 
 

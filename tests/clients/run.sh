@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Clients against a running server, each in an environment of its own, made in FOLDER and kept there (2 GB for all).
 #
-#   fraqtl-serve serve --port 8123 --enable-auto-tool-choice --tool-call-parser hermes
+#   fraqtl-serve serve --port 8123 --enable-auto-tool-choice --tool-call-parser hermes --tool-strict-level parameter \
+#     --structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'
 #   tests/clients/run.sh FOLDER [CLIENT ...]
 #
+# Without the last two flags, the demo model calls tools with anything, and writes white space in JSON without end.
 # The server's address: FRAQTL_URL. A run of all clients writes bench/results/cpu/clients.json.
 set -uo pipefail
 folder=$(realpath -m "${1:?usage: run.sh FOLDER [CLIENT ...]}")
