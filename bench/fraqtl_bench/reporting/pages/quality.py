@@ -61,6 +61,31 @@ def perplexity_real() -> Iterator[str]:
     yield from source(*files, model="as in the table")
 
 
+@block("rivals")
+def rivals() -> Iterator[str]:
+    file = load("cpu/real/rivals_smollm2.json")
+    exact = file.method("fp16")["perplexity"]
+    rows = []
+    for row in sorted(file.model["rows"], key=lambda row: (-row["vector_bits_per_dim"], row["perplexity"])):
+        value = fixed(row["perplexity"], 2)
+        error = row["perplexity_delta_error"]
+        cells = [f"`{row['method']}`", f"{row['vector_bits_per_dim']:.2f}", f"{row['bits_per_dim']:.2f}", value]
+        if row["method"] == "fp16":
+            rows.append([*cells, *[""] * 5])
+            continue
+        moved = row["divergence"]
+        cells += [change(row["perplexity"] / exact - 1), share(error / exact, 2), f"{1000 * moved['kl']:.1f}"]
+        rows.append([*cells, f"{1000 * moved['kl_p99']:.0f}", share(moved["agreement"], 1)])
+    tokens, window = file.model["scored_tokens"], file.data["settings"]["window"]
+    yield f"{fixed(tokens)} tokens of WikiText-2 in windows of {fixed(window)}, float32."
+    yield "Bits a dimension: in a long sequence, and of all that is kept behind one window, constants included."
+    yield "Divergence in 10^-3 nat a token."
+    yield ""
+    head = ["stored as", "bits", "bits, one window", "perplexity", "change", "standard error"]
+    yield from table([*head, "divergence", "its 99th percentile", "same best token"], rows)
+    yield from source(file, model=MODELS["smollm2-135m-instruct"])
+
+
 @block("readme-perplexity")
 def readme_perplexity() -> Iterator[str]:
     yield from _real_table()
