@@ -249,6 +249,18 @@ def test_the_simulation_of_layers_in_formats_of_their_own(tmp_path: Path) -> Non
     assert abs(found.relative_difference) > 1e-4  # the server is exact, the simulation is not
 
 
+def test_a_server_is_simulated_with_its_residuals(tmp_path: Path) -> None:
+    own, formats = small_lab(tmp_path), ["k4v2", "bf16", "k8v8", "k4v2"]
+    with httpx.Client(transport=httpx.MockTransport(StandIn("k4v4"))) as client:
+        plain, served = (
+            through_server.measure(own, "http://server", client, residual=residual) for residual in (False, True)
+        )
+    assert (plain.residual, served.residual) == (False, True)
+    assert 0 < abs(served.relative_difference) < abs(plain.relative_difference)  # the server is exact
+    mixed = through_server.simulation(own, "k4v2+bf16+k8v8", None, formats, residual=True)
+    assert mixed.method.name == "k4v2+residual bf16 k8v8 k4v2+residual"
+
+
 def test_the_error_of_a_difference_comes_from_how_windows_differ() -> None:
     here = [Score(30.0, 10, True), Score(60.0, 20, True)]
     there = [Score(31.0, 10, True), Score(61.0, 20, True)]  # 0.1 and 0.05 nats a token more, 1/15 on average

@@ -12,15 +12,20 @@ from transformers import DynamicCache
 
 from fraqtl_bench.quality import attention
 from fraqtl_bench.quality.cache import logits
-from fraqtl_bench.quality.codecs import Exact
-from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit
+from fraqtl_bench.quality.codecs import Exact, LayerSample, deserialize, serialize
+from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit, fit_layer
 from fraqtl_bench.quality.methods import Method, parse
 from fraqtl_bench.quality.recent import Buffer, Queue, Recent, Ring
 from fraqtl_bench.quality.rivals import RIVALS, kivi, turbo_attn
 from fraqtl_bench.quality.rivals.kvquant import turn
 from fraqtl_bench.quality.routing import stored_scores
 from fraqtl_bench.quality.selfcheck import check
+from fraqtl_bench.quality.served import BLOCK_SIZE, Served
 from fraqtl_bench.quality.watch import Seen, calibration_samples, loss_gradients, watching
+from fraqtl_kernels import reference
+from fraqtl_kernels.calibration.solve import calibrate
+from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.pages import PageLayout
 from tests.bench.quality_models import demo, random_model, token_ids
 
 WINDOW = 32
@@ -36,6 +41,10 @@ def of_turbo_attn() -> Method:
     keys, values = (turbo_attn.Coded(2, keeps_length=keeps) for keeps in (True, False))
     ring = turbo_attn.Int8()
     return Method("turbo-attn", "rival", "", "kv", Ring(keys, ring, WINDOW), Ring(values, ring, WINDOW))
+
+
+def of_the_server() -> Method:
+    return parse("k4v4+residual")
 
 
 def keys_only() -> Method:
@@ -70,6 +79,11 @@ def attended(codec: Any, constants: Any, x: Tensor) -> Tensor:
         coded = max(0, tokens - 1 - WINDOW)
     elif isinstance(codec, Ring):
         coded = max(0, tokens - WINDOW)
+    elif isinstance(codec, Served):
+        last, (old, new) = tokens - 1, codec.states(x, constants)
+        near = [i for i in range(tokens) if last - i < 4 and i // 16 == last // 16 and i % 16 < 12]
+        old[:, :, near] = new[:, :, near]
+        return old
     else:
         return codec.round_trip(x, constants)
     parts = (codec.old.round_trip(x[:, :, :coded], constants), codec.new.round_trip(x[:, :, coded:], constants))
@@ -78,7 +92,7 @@ def attended(codec: Any, constants: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
-@pytest.mark.parametrize("method", [of_kivi, of_turbo_attn, keys_only])
+@pytest.mark.parametrize("method", [of_kivi, of_turbo_attn, of_the_server, keys_only])
 def test_one_pass_attends_what_decoding_would(kind: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "ROWS", 13)
     model = deepcopy(random_model(kind)).double()  # or a code next to its rounding threshold may fall on either side
@@ -90,7 +104,37 @@ def test_one_pass_attends_what_decoding_would(kind: str, method: Any, monkeypatc
         exact = model(torch.tensor([IDS])).logits[0]
     off = (torch.stack(steps) - whole).norm() / whole.norm()
     assert off < 1e-5 and (whole - exact).norm() / exact.norm() > 1e-2
-    assert torch.allclose(whole[:WINDOW], exact[:WINDOW], rtol=1e-2, atol=1e-2) is (method is not of_turbo_attn)
+    assert torch.allclose(whole[:WINDOW], exact[:WINDOW], rtol=1e-2, atol=1e-2) is (
+        method not in (of_turbo_attn, of_the_server)
+    )
+
+
+@pytest.mark.parametrize("name", ["k4v4", "k4v2"])
+def test_residuals_are_those_that_pages_hold(name: str) -> None:
+    """Behind every number of tokens, and what is kept then is made of bytes alone."""
+    format, layout = FORMATS[name], PageLayout(FORMATS[name], 64, BLOCK_SIZE)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 50, 64, generator=generator) for _ in range(3))
+    sample = LayerSample(query, key, value)
+    constants = calibrate(format, *(x.transpose(0, 1) for x in (key, query, value)))
+    layer = fit_layer(parse(f"{name}+residual"), sample)
+    pool, table = torch.zeros(4, 2, BLOCK_SIZE, format.bytes_per_token(64), dtype=torch.uint8), torch.arange(4)
+    for tokens in range(1, 51):
+        last = slice(tokens - 1, tokens)
+        new = (x.transpose(0, 1)[last] for x in (key, value))
+        reference.write(pool, layout, *new, torch.tensor([tokens - 1]), constants)
+        pages = reference.page_residuals(pool, layout, table, tokens, constants)
+        for stream, x, added in zip((layer.key, layer.value), (key, value), pages, strict=True):
+            assert isinstance(stream.codec, Served)
+            x = x[None, :, :tokens]
+            old, new_state = stream.codec.states(x, stream.constants)
+            read = stream.codec.is_new(torch.tensor(tokens - 1), torch.arange(tokens))
+            expected = added.transpose(0, 1).float()
+            assert torch.allclose((new_state - old)[0] * read[:, None], expected, atol=1e-6)
+            kept = stream.codec.encode(x, stream.constants)
+            found = stream.codec.decode(deserialize(serialize(kept), kept), stream.constants, 64)
+            assert torch.equal(found[0, :, read], new_state[0, :, read])
+            assert torch.equal(found[0, :, ~read], old[0, :, ~read])
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -170,5 +214,6 @@ def test_gradients_foretell_the_loss(kind: str) -> None:
 
 def test_the_labs_own_checks_take_every_rival() -> None:
     samples = calibration_samples(demo().model, token_ids(150, seed=4), gradients=True)
-    methods: list[Fitted] = [fit(parse(name), samples) for name in RIVALS]
+    served = [f"{name}+residual" for name, format in FORMATS.items() if format.has_residual]
+    methods: list[Fitted] = [fit(parse(name), samples) for name in (*RIVALS, *served)]
     check(demo(), methods, samples, token_ids(90, seed=4))

@@ -43,6 +43,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--server-calibration", type=Path, metavar="FILE", help="constants to simulate with: the file its log names"
     )
+    parser.add_argument(
+        "--no-server-residual",
+        dest="server_residual",
+        action="store_false",
+        help="the servers were started with --no-kv-residual",
+    )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, else the model's)")
     parser.add_argument("--device", default=None, help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")

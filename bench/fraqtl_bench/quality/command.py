@@ -107,7 +107,8 @@ def _measure(
         budget.write_profile(path, budget.profile(subject.name, subject.head_size, report.allocation))
     with httpx.Client() as client:
         report.through_server = [
-            through_server.measure(lab, url, client, args.server_calibration) for url in args.through_server or ()
+            through_server.measure(lab, url, client, args.server_calibration, residual=args.server_residual)
+            for url in args.through_server or ()
         ]
     return report
 

@@ -5,7 +5,7 @@
 - `intB-channel`, `intB-token`: B bits on every dimension, symmetric, see `grids`; basis identity
 - `rankR`: R coordinates in fp16; basis pca
 - `rankRxC`: R coordinates at C bits, static scales per channel; basis pca
-- a format of the server; it has its own basis
+- a format of the server; it has its own basis. FORMAT+residual: with what free slots of its newest block hold
 - a rival of `rivals`, under its own name: q4_0, kivi-2, turboquant-4bit
 - SIDE k or v: only the keys or only the values, the others stay fp16
 
@@ -16,20 +16,22 @@ take what b bits on all D dimensions take.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from fraqtl_bench.quality.bases import BASES
 from fraqtl_bench.quality.codecs import Codec, Coordinates, Exact
 from fraqtl_bench.quality.grids import FP16_BITS, Float16, Symmetric
 from fraqtl_bench.quality.rivals import RIVALS, Rival
+from fraqtl_bench.quality.served import served_stream
 from fraqtl_bench.quality.server_codec import ServerStream
 from fraqtl_kernels.errors import ConfigError, one_of
-from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS, KVFormat
 
 BASELINE = "fp16"
 BUDGETS = (2, 3, 4, 8)
 HYBRID_BITS = (4, 6, 8)
+RESIDUAL = "+residual"
 SIDES = {"": "kv", "k": "k", "v": "v"}
 _NAME = re.compile(
     r"(?:int(?P<bits>\d+)-(?P<scale>channel|token)|rank(?P<rank>\d+)(?:x(?P<code>\d+))?)"
@@ -72,12 +74,9 @@ def parse(name: str, seed: int = 0) -> Method:
     """The method called `name`. Raises ConfigError, which says what names there are."""
     if name == BASELINE:
         return Method(name, "baseline", "identity", "kv", Exact(), Exact())
-    if name in FORMATS:
-        format = FORMATS[name]
-        bits = (format.k.bits + format.v.bits) / 2
-        basis = "hadamard" if format.k.rotated else "identity"
-        key, value = ServerStream(format, "key"), ServerStream(format, "value")
-        return Method(name, "server", basis, "kv", key, value, code_bits=bits)
+    format = FORMATS.get(name.removesuffix(RESIDUAL))
+    if format is not None and (format.has_residual or name in FORMATS):
+        return _of_server(name, format)
     rival, _, side = name.partition(":")
     if rival in RIVALS and name in (rival, *(f"{rival}:{s}" for s in SIDES if s)):
         return _rival(name, RIVALS[rival], SIDES[side])
@@ -90,6 +89,18 @@ def parse(name: str, seed: int = 0) -> Method:
             f"these and those four also with a side (:k, :v)"
         )
     return _parsed(name, match, seed)
+
+
+def as_served(name: str) -> str:
+    """The method that is a server's format with its residuals, if it has any."""
+    return name + RESIDUAL if FORMATS[name].has_residual else name
+
+
+def _of_server(name: str, format: KVFormat) -> Method:
+    stream: Callable[[KVFormat, str], Codec] = served_stream if name.endswith(RESIDUAL) else ServerStream
+    bits = (format.k.bits + format.v.bits) / 2
+    basis = "hadamard" if format.k.rotated else "identity"
+    return Method(name, "server", basis, "kv", stream(format, "key"), stream(format, "value"), code_bits=bits)
 
 
 def _rival(name: str, rival: Rival, side: str) -> Method:

@@ -176,6 +176,7 @@ class Through(Part):
     """What a running server gave on the same windows, beside the simulation of its format."""
 
     kv_format: str
+    residual: bool = False  # whether the simulation has residuals
     perplexity: float
     simulated: float
     relative_difference: float

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fraqtl_bench.quality.codecs import Codec, LayerSample
@@ -43,18 +44,40 @@ class ServerStream(Codec):
         if self._vector.is_raw:
             return {"codes": x.to(self._vector.raw_dtype)}
         encode = reference.encode_keys if self.name == "key" else reference.encode_values
-        by_token = x.transpose(-2, -3).double()
-        codes, scale = encode(by_token, self._vector, LayerConstants.from_tensors(constants))
-        kept = {"codes": reference.pack(codes, self._vector).transpose(-2, -3)}
-        if scale is not None:
-            kept["scale"] = scale.transpose(1, 2)
-        return kept
+        return self._kept(*encode(_by_token(x), self._vector, LayerConstants.from_tensors(constants)))
 
     def decode(self, kept: Kept, constants: Kept, size: int) -> Tensor:
         codes, scale = kept["codes"], kept.get("scale")
         planes = Planes(k=codes, v=codes, k_scale=scale, v_scale=scale)
         stored = reference.stored_keys if self.name == "key" else reference.stored_values
         return stored(planes, self._vector, LayerConstants.from_tensors(constants)).float()
+
+    def encode_residual(self, x: Tensor, kept: Kept, constants: Kept) -> Kept:
+        """What `encode` of x, which gave `kept`, left of it, coded like it."""
+        encode = reference.encode_key_residuals if self.name == "key" else reference.encode_value_residuals
+        codes, scale = self._codes(kept)
+        return self._kept(*encode(_by_token(x), codes, scale, self._vector, LayerConstants.from_tensors(constants)))
+
+    def decode_residual(self, residual: Kept, constants: Kept) -> Tensor:
+        """(..., H, T, D) float32, to be added to what `decode` gives."""
+        own = LayerConstants.from_tensors(constants)
+        transform = (own.key if self.name == "key" else own.value).transform
+        z = reference.dequantize(*self._codes(residual), self._vector, torch.float64)
+        return reference.restore_residual(z, self._vector, transform).transpose(-2, -3).float()
+
+    def _kept(self, codes: Tensor, scale: Tensor | None) -> Kept:
+        kept = {"codes": reference.pack(codes, self._vector).transpose(-2, -3)}
+        if scale is not None:
+            kept["scale"] = scale.transpose(1, 2)
+        return kept
+
+    def _codes(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """The inverse of `_kept`, of formats with scales."""
+        return reference.unpack(kept["codes"].transpose(-2, -3), self._vector), kept["scale"].transpose(1, 2)
+
+    @property
+    def has_residual(self) -> bool:
+        return self._vector.has_residual
 
     @property
     def _vector(self) -> VectorFormat:
@@ -65,6 +88,11 @@ class ServerStream(Codec):
 
     def constant_bits(self, size: int, constants: Kept) -> int:
         return sum(8 * x.element_size() * x[0].numel() for x in constants.values())
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """(..., H, T, D) as the server writes it."""
+    return x.transpose(-2, -3).double()
 
 
 def read_constants(path: Path, layers: int) -> list[dict[str, Kept]]:

@@ -17,7 +17,7 @@ import httpx
 from fraqtl_bench.quality import texts, uncertainty
 from fraqtl_bench.quality.fitted import Fitted, FittedLayer, FittedStream, fit
 from fraqtl_bench.quality.lab import Lab
-from fraqtl_bench.quality.methods import parse
+from fraqtl_bench.quality.methods import as_served, parse
 from fraqtl_bench.quality.ruler.measure import measure_through
 from fraqtl_bench.quality.ruler.question import Item as RulerItem
 from fraqtl_bench.quality.schema import Through
@@ -102,12 +102,14 @@ class Endpoint:
         return found["choices"][0]["message"]["content"] or ""
 
 
-def simulation(lab: Lab, name: str, calibration: Path | None, formats: Sequence[str] | None = None) -> Fitted:
+def simulation(
+    lab: Lab, name: str, calibration: Path | None, formats: Sequence[str] | None = None, *, residual: bool = False
+) -> Fitted:
     """A server's format with the constants in its calibration file, or with those of the lab's calibration text.
 
-    formats: of every layer, where they differ.
+    formats: of every layer, where they differ. residual: whether the server keeps residuals.
     """
-    fitted = _fitted(lab, name, formats)
+    fitted = _fitted(lab, [as_served(each) if residual else each for each in formats or [name]])
     if calibration is None or not any(s.constants for layer in fitted.layers for s in (layer.key, layer.value)):
         return fitted
     constants = read_constants(calibration, lab.subject.layers)
@@ -124,12 +126,13 @@ def simulation(lab: Lab, name: str, calibration: Path | None, formats: Sequence[
     return Fitted(fitted.method, tuple(layers))
 
 
-def _fitted(lab: Lab, name: str, formats: Sequence[str] | None) -> Fitted:
-    if formats is None:
-        return fit(parse(name, lab.settings.seed), lab.samples)
-    by_format = {each: fit(parse(each, lab.settings.seed), lab.samples) for each in dict.fromkeys(formats)}
-    method = replace(by_format[formats[0]].method, name=" ".join(formats))
-    return Fitted(method, tuple(by_format[each].layers[i] for i, each in enumerate(formats)))
+def _fitted(lab: Lab, names: Sequence[str]) -> Fitted:
+    """names: of the methods of all layers, or one for all."""
+    by_name = {each: fit(parse(each, lab.settings.seed), lab.samples) for each in dict.fromkeys(names)}
+    if len(names) == 1:
+        return by_name[names[0]]
+    method = replace(by_name[names[0]].method, name=" ".join(names))
+    return Fitted(method, tuple(by_name[each].layers[i] for i, each in enumerate(names)))
 
 
 def standard_error(there: Sequence[Score], here: Sequence[Score]) -> float | None:
@@ -139,11 +142,13 @@ def standard_error(there: Sequence[Score], here: Sequence[Score]) -> float | Non
     )
 
 
-def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None = None) -> Through:
+def measure(
+    lab: Lab, url: str, client: httpx.Client, calibration: Path | None = None, *, residual: bool = False
+) -> Through:
     """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
     endpoint = Endpoint(url, client)
     name = endpoint.kv_format()
-    fitted = simulation(lab, name, calibration, endpoint.formats())
+    fitted = simulation(lab, name, calibration, endpoint.formats(), residual=residual)
     key = f"simulated with {calibration}, " if calibration else ""
     windows: list[texts.Window] = list(lab.windows())
     there, here = [], []
@@ -162,6 +167,7 @@ def measure(lab: Lab, url: str, client: httpx.Client, calibration: Path | None =
         )
     return Through(
         kv_format=name,
+        residual=residual,
         perplexity=found,
         simulated=simulated,
         relative_difference=found / simulated - 1,
