@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -40,7 +41,7 @@ def in_process(log: Path, function: Callable[..., T], *arguments: Any, **environ
     try:
         if not receiving.poll(SECONDS):
             raise ProcessError(f"no answer in {SECONDS} seconds, see {log}")
-        answer: T = receiving.recv()
+        answer: T = pickle.loads(receiving.recv_bytes())
         process.join(ENDING)
         return answer
     except EOFError:
@@ -79,4 +80,4 @@ def _run(
     os.chdir(ROOT)
     answer = function(*arguments)
     sys.stdout.flush()
-    sending.send(answer)
+    sending.send_bytes(pickle.dumps(answer))  # send() would leave tensors in memory that ends with this process
