@@ -9,6 +9,7 @@ from pathlib import Path
 from fraqtl_bench.reporting.pages import (  # noqa: F401  (they register their blocks)
     families,
     latent,
+    precision_or_deletion,
     quality,
     quantizer,
     service,
