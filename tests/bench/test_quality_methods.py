@@ -192,7 +192,7 @@ def test_the_standard_set_has_every_kind() -> None:
 
 
 def test_names_that_mean_nothing_are_refused() -> None:
-    for name in ("int4", "rank", "rank0x", "k4v4@pca", "int4-channel:q", ""):
+    for name in ("int4", "rank", "rank0x", "k4v4@pca", "k8v8+residual", "int4-channel:q", ""):
         with pytest.raises(ConfigError, match="unknown method"):
             parse(name)
     with pytest.raises(ConfigError, match="unknown basis 'fourier': choose one of identity"):

@@ -13,7 +13,7 @@ from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConf
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
-from fraqtl_vllm import _vllm
+from fraqtl_vllm import _vllm, layer_formats
 from fraqtl_vllm.stores.support import use_packed_spec
 from fraqtl_vllm.support import check_supported
 
@@ -366,6 +366,21 @@ def test_formats_of_layers_that_the_model_has_not(settings: dict[str, Any], sent
     with pytest.raises(ConfigError) as error:
         check_supported(make_config(model_config=decoder_of(4), additional_config={"fraqtl": settings}))
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"),
+    [
+        ({}, "k4v4"),
+        ({0: "k8v8", -1: "k8v8", 2: "k8v4"}, "k8v8+k4v4+k8v4"),
+        (dict.fromkeys(range(4), "k8v8"), "k8v8"),  # no layer has the default
+        ({0: "bf16", 1: "bf16", 2: "bf16", 3: "fp16"}, "bf16+fp16"),
+    ],
+)
+def test_reports_name_the_formats_that_layers_have(layers: dict[int, str], name: str) -> None:
+    config = make_config(model_config=decoder_of(4), additional_config={"fraqtl": {"kv_layers": layers}})
+    check_supported(config)
+    assert layer_formats.name_of(config) == name
 
 
 def test_formats_of_layers_where_vllm_would_pad_pages() -> None:

@@ -82,7 +82,8 @@ def parse(name: str, seed: int = 0) -> Method:
         return _rival(name, RIVALS[rival], SIDES[side])
     match = _NAME.fullmatch(name)
     if match is None:
-        formats, rivals = ", ".join(FORMATS), ", ".join(RIVALS)
+        served = (as_served(each) for each in FORMATS)
+        formats, rivals = ", ".join(dict.fromkeys([*FORMATS, *served])), ", ".join(RIVALS)
         raise ConfigError(
             f"unknown method {name!r}: give {formats}, int4-channel, int4-token, rank32 or rank64x8, the last four "
             f"with other numbers and a basis (@identity, @random, @hadamard, @pca) if you like, or a rival: {rivals}; "
