@@ -6,9 +6,10 @@ A vector x of a calibrated format is stored as codes of z, and a query sees z in
 
 - The center c is the mean. Softmax is blind to q·c, which is the same for every key, so it is only computed where
   scores are capped or sink logits are learned; that of the values is added to the output, since weights add up to 1.
-- The basis B says what the 4-bit codes count: any matrix is free at decode, where queries and outputs take one product
-  with a matrix anyway. `calibration.solve` chooses it, and the feedback F: the second half of a vector is rounded
-  first, and what rounding left of it, times F, is taken into account when the first half is rounded.
+- The basis B says what the codes count: any matrix is free at decode, where queries and outputs take one product
+  with a matrix anyway. For 4-bit codes `calibration.solve` chooses it, and the feedback F: the second half of a vector
+  is rounded first, and what rounding left of it, times F, is taken into account when the first half is rounded. For
+  8-bit codes it is a Hadamard matrix, and there is no F.
 - A few tokens (attention sinks, mostly the first of a sequence) have huge keys that are much alike in
   every text (Sun et al., "Massive activations in large language models", 2024). They get a center of their
   own: each key takes the center that leaves less of it, by the scale it would need. Which one it took is
@@ -33,13 +34,14 @@ class Transform:
     """How the keys or the values of a layer are stored.
 
     center: (KV heads, D) fp32. basis, inverse: (KV heads, D, D), feedback: (KV heads, D/2, D/2), of numbers that both
-    16-bit dtypes hold exactly (see `sixteen_bits`); rows are multiplied from the left.
+    16-bit dtypes hold exactly (see `sixteen_bits`); rows are multiplied from the left. Without feedback, codes follow
+    `reference.quantize`.
     """
 
     center: Tensor
     basis: Tensor
     inverse: Tensor
-    feedback: Tensor
+    feedback: Tensor | None = None
 
     def apply(self, x: Tensor, center: Tensor | None = None) -> Tensor:
         """(x - c) B. x: (..., KV heads, D), floating point; keeps the dtype. center: in the place of c."""
@@ -85,24 +87,24 @@ class LayerConstants:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerConstants:
-        """From some of TENSOR_NAMES; a transform needs all of its own."""
-        key, value = (_transform(*(tensors.get(f"{stream}_{part}") for part in _PARTS)) for stream in ("key", "value"))
+        """From some of TENSOR_NAMES; a transform needs all of its own but the feedback."""
+        key, value = (_transform(f"{stream}_", tensors) for stream in ("key", "value"))
         others = (tensors.get(name) for name in ("outlier_center", "key_scale", "value_scale"))
         return cls.of(key, value, *others)
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by TENSOR_NAMES."""
         found = {
-            f"{name}_{part}": getattr(stream.transform, part)
+            f"{name}_{part}": getattr(stream.transform, part, None)
             for name, stream in (("key", self.key), ("value", self.value))
-            for part in (_PARTS if stream.transform is not None else ())
+            for part in _PARTS
         }
         others = {
             "outlier_center": self.key.outlier_center,
             "key_scale": self.key.scale,
             "value_scale": self.value.scale,
         }
-        return found | {name: x for name, x in others.items() if x is not None}
+        return {name: x for name, x in (found | others).items() if x is not None}
 
     def restore_keys(self, z: Tensor, is_outlier: Tensor) -> Tensor:
         """z R and the center that was taken. is_outlier: (..., KV heads) bool, which keys took the outlier center."""
@@ -135,9 +137,12 @@ TENSOR_NAMES = (
 IDENTITY = LayerConstants()
 
 
-def _transform(*parts: Tensor | None) -> Transform | None:
-    given = [x for x in parts if x is not None]
-    return Transform(*given) if len(given) == len(parts) else None
+def _transform(stream: str, tensors: Mapping[str, Tensor]) -> Transform | None:
+    """Of a stream, "key_" or "value_"."""
+    center, basis, inverse, feedback = (tensors.get(stream + part) for part in _PARTS)
+    if center is None or basis is None or inverse is None:
+        return None
+    return Transform(center, basis, inverse, feedback)
 
 
 def sixteen_bits(x: Tensor) -> Tensor:
@@ -146,8 +151,8 @@ def sixteen_bits(x: Tensor) -> Tensor:
     return torch.where(rounded.abs() < SMALLEST, 0, rounded).contiguous()
 
 
-def make_transform(center: Tensor, basis: Tensor, feedback: Tensor) -> Transform:
+def make_transform(center: Tensor, basis: Tensor, feedback: Tensor | None = None) -> Transform:
     """From exact matrices. The inverse belongs to the basis as it was rounded."""
     rounded = sixteen_bits(basis)
     inverse = sixteen_bits(torch.linalg.inv(rounded.double()))
-    return Transform(center.float(), rounded, inverse, sixteen_bits(feedback))
+    return Transform(center.float(), rounded, inverse, None if feedback is None else sixteen_bits(feedback))

@@ -11,9 +11,10 @@ A key or value vector of head size D is stored in one of three ways:
   scale s_d for each dimension that calibration fixes before the first request.
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
-spreads outliers over all dimensions (see `rotation.py`). `calibrated` says that calibration may subtract a mean and
-choose the matrix (see `constants.py`): codes and scale then follow `reference.quantize_with_feedback`. `has_residual`
-says that the newest tokens of a block leave what rounding left of them in its free slots (see `residual.py`).
+spreads outliers over all dimensions (see `rotation.py`). `calibrated` says that calibration may subtract a mean and,
+of 4-bit vectors, choose the matrix (see `constants.py`): their codes and scale then follow
+`reference.quantize_with_feedback`. `has_residual` says that the newest tokens of a block leave what rounding left of
+them in its free slots (see `residual.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which 
 FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
 FEEDBACK_LIMIT = 2.0
 CODE_BITS = (2, 4, 8)
+CALIBRATED_BITS = (4, 8)
 RAW_DTYPES = (torch.bfloat16, torch.float16)
 GROUPS = (2, 4, 8)
 
@@ -57,7 +59,7 @@ class VectorFormat:
         else:
             valid = self.bits in CODE_BITS
         if self.calibrated:
-            valid = valid and self.bits == 4 and self.rotated and not self.static
+            valid = valid and self.bits in CALIBRATED_BITS and self.rotated and not self.static
         if self.static:
             valid = valid and not (self.rotated or self.has_residual)
         if self.groups != 1:
@@ -65,8 +67,8 @@ class VectorFormat:
         if not valid:
             raise ConfigError(
                 f"no kernel reads {self}: codes have 2, 4 or 8 bits, raw numbers are bfloat16 or float16; calibrated"
-                " vectors are rotated and have 4 bits; static ones are neither rotated nor have residuals; only scaled"
-                " vectors that aren't calibrated come in 2, 4 or 8 groups"
+                " vectors are rotated and have 4 or 8 bits; static ones are neither rotated nor have residuals; only"
+                " scaled vectors that aren't calibrated come in 2, 4 or 8 groups"
             )
 
     @property
@@ -77,6 +79,11 @@ class VectorFormat:
     def is_scaled(self) -> bool:
         """Whether every vector comes with scales of its own."""
         return not (self.is_raw or self.static)
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether calibration also chooses the matrix, and how rounding errors are fed back."""
+        return self.calibrated and self.bits == 4
 
     @property
     def levels(self) -> int:
@@ -158,7 +165,7 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
     return KVFormat(name, vector, vector, purpose)
 
 
-INT8 = VectorFormat(8)
+INT8 = VectorFormat(8, rotated=True, calibrated=True)
 INT4_KEY = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
 INT4_VALUE = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
 INT2_VALUE = VectorFormat(2, rotated=True, groups=4, has_residual=True)

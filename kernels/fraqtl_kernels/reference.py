@@ -106,13 +106,19 @@ def encode_keys(key: Tensor, vector: VectorFormat, constants: LayerConstants) ->
         return quantize(rotate(key, vector), vector)
     z = constants.key.transform.apply(key)
     if constants.key.outlier_center is None:
-        return quantize_with_feedback(z, constants.key.transform.feedback, vector)
+        return _quantize_calibrated(z, constants.key.transform, vector)
     as_outlier = constants.key.transform.apply(key, constants.key.outlier_center)
     is_outlier = _plain_scale(as_outlier, vector) < _plain_scale(z, vector)
-    codes, scale = quantize_with_feedback(
-        torch.where(is_outlier[..., None], as_outlier, z), constants.key.transform.feedback, vector
-    )
+    chosen = torch.where(is_outlier[..., None], as_outlier, z)
+    codes, scale = _quantize_calibrated(chosen, constants.key.transform, vector)
     return codes, torch.where(is_outlier, -scale, scale)
+
+
+def _quantize_calibrated(z: Tensor, transform: Transform, vector: VectorFormat) -> tuple[Tensor, Tensor]:
+    """z: (..., KV heads, D), what the transform made of keys or values."""
+    if transform.feedback is None:
+        return quantize(z, vector)
+    return quantize_with_feedback(z, transform.feedback, vector)
 
 
 def _plain_scale(z: Tensor, vector: VectorFormat) -> Tensor:
@@ -125,7 +131,7 @@ def encode_values(value: Tensor, vector: VectorFormat, constants: LayerConstants
         return quantize_static(value, _required(constants.value.scale), vector), None
     if not vector.calibrated or constants.value.transform is None:
         return quantize(rotate(value, vector), vector)
-    return quantize_with_feedback(constants.value.transform.apply(value), constants.value.transform.feedback, vector)
+    return _quantize_calibrated(constants.value.transform.apply(value), constants.value.transform, vector)
 
 
 def encode_key_residuals(

@@ -20,7 +20,8 @@ from fraqtl_kernels.calibration.solve import (
     weighted_covariance,
 )
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.formats import FORMATS
+from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
+from fraqtl_kernels.rotation import hadamard
 from tests.kernels.transforms import random_constants
 
 K4V4 = FORMATS["k4v4"]
@@ -231,6 +232,36 @@ def test_static_scales_reach_the_largest_value() -> None:
     assert torch.allclose(found.value.scale, 2 * found.key.scale)
 
 
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
+def test_eight_bits_get_centers_and_a_rotation(size: int) -> None:
+    bias, outlier = 20 * torch.randn(2, 2, size), 30 * torch.randn(size)
+    key, value = torch.randn(400, 2, size) + bias[0], torch.randn(400, 2, size) + bias[1]
+    key[::100, 1] += outlier
+    found = calibrate(FORMATS["k8v8"], key, torch.randn(10, 4, size), value)
+    assert found.key.outlier_center is not None
+    assert (found.key.outlier_center[1] - bias[0, 1] - outlier).abs().max() < 3
+    for transform, center in ((found.key.transform, bias[0]), (found.value.transform, bias[1])):
+        assert transform is not None and transform.feedback is None
+        assert (transform.center - center).abs().max() < 0.4
+        assert torch.equal(transform.basis.sign().double(), hadamard(size).sign().expand(2, -1, -1))
+        assert transform.basis.abs().unique().numel() == 1
+        back = transform.undo(transform.apply(key.double()))
+        assert (back - key).norm() / key.norm() < 1e-4
+
+
+def test_a_bias_costs_eight_bits_nothing() -> None:
+    """The steps follow what keys differ by, and not what they have in common."""
+    key = torch.randn(400, 2, 64)
+    errors = []
+    for bias in (0, 100 * torch.randn(2, 64)):
+        constants = calibrate(FORMATS["k8v8"], key + bias, torch.randn(10, 4, 64), key)
+        codes, scale = reference.encode_keys((key + bias).double(), FORMATS["k8v8"].k, constants)
+        assert scale is not None
+        z = reference.dequantize(codes, scale, FORMATS["k8v8"].k, torch.float64)
+        errors.append((constants.restore_keys(z, scale.signbit()) - key - bias).norm() / key.norm())
+    assert errors[1] < 1.05 * errors[0] < 0.01
+
+
 def test_formats_without_calibration_get_nothing() -> None:
     x = torch.randn(5, 2, 64)
-    assert calibrate(FORMATS["k8v8"], x, x, x).tensors() == {}
+    assert calibrate(FORMATS["bf16"], x, x, x).tensors() == {}

@@ -335,7 +335,8 @@ def test_scales_are_rounded_like_torch_rounds(name: str, calibrated: bool) -> No
     x[5, 0, 7], x[6, 0, 7], x[7, 0, 7] = torch.nan, torch.inf, -torch.inf
     constants = IDENTITY
     if calibrated:
-        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64))
+        feeds_back = layout.format.k.has_feedback
+        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64), feeds_back=feeds_back)
         constants = LayerConstants.of(transform, transform)
     ours, theirs = torch.zeros(2, 1, 1, 16, layout.page_bytes // 16, dtype=torch.uint8)
     cpu_write(ours, layout, x, x, torch.arange(16), constants)

@@ -63,6 +63,9 @@ def test_what_is_said_of_an_adapter(log: pytest.LogCaptureFixture) -> None:
     adapters.tell("far", "k4v4", 3.0)
     assert "LoRA adapter far moves keys or values far: k4v4 stores them up to 3.0 times as coarsely" in log.text
     assert [r.levelname for r in log.records] == ["INFO", "WARNING"]
+    assert log.text.rstrip().endswith("Merge it into the model, or choose --kv-format k8v8")
+    adapters.tell("far", "k8v8", 3.0)
+    assert log.text.rstrip().endswith("Merge it into the model")
 
 
 def test_adapters_are_measured_when_they_are_new(

@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
 from fraqtl_kernels.codec import pack
 from fraqtl_kernels.constants import IDENTITY, LayerConstants
-from fraqtl_kernels.formats import get_format
+from fraqtl_kernels.formats import VectorFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.stores import fingerprint
@@ -143,15 +143,17 @@ def test_a_fingerprint_says_what_pages_follow_from() -> None:
 
 
 def test_another_layout_needs_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pages change, LAYOUT_VERSION must, too: the planes of version 1, and how it packs codes."""
+    """Where pages change, LAYOUT_VERSION must, too: the planes of version 2, how it packs codes, and
+    what they are codes of."""
     for name, planes in PLANES.items():
         page = PageLayout(get_format(name), 64, 16)
         assert (page.v_offset, page.k_scale_offset, page.v_scale_offset, page.page_bytes) == planes
     codes = torch.arange(8)
     assert pack(codes, get_format("k4v4").k).tolist() == [64, 81, 98, 115]
-    assert fingerprint.LAYOUT_VERSION == 1
+    assert get_format("k8v8").k == VectorFormat(8, rotated=True, calibrated=True)
+    assert fingerprint.LAYOUT_VERSION == 2
     before = fingerprint.of_worker(make_rank())
-    monkeypatch.setattr(fingerprint, "LAYOUT_VERSION", 2)
+    monkeypatch.setattr(fingerprint, "LAYOUT_VERSION", 3)
     assert fingerprint.of_worker(make_rank()) != before
 
 

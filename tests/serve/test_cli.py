@@ -59,7 +59,7 @@ def test_formats_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     cells = {row[0]: row for line in out.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 6}
     assert set(cells) == {name + "*" if name == "k4v4" else name for name in FORMATS}
     assert cells["bf16"][1:5] == ["bfloat16", "bfloat16", "512", "1.00"]
-    assert cells["k8v4"][1:5] == ["INT8, scale a token", "INT4, calibrated, scale a token", "196", "2.61"]
+    assert cells["k8v4"][1:5] == ["INT8, calibrated, scale a token", "INT4, calibrated, scale a token", "196", "2.61"]
     assert cells["k4v4*"][1:5] == [
         "INT4, calibrated, scale a token",
         "INT4, calibrated, scale a token",

@@ -63,6 +63,7 @@ class Step:
 
     def _round_trip(self, z: Tensor, transform: Transform) -> Tensor:
         vector = get_format("k4v4").k
+        assert transform.feedback is not None
         codes, scale = reference.quantize_with_feedback(z, transform.feedback, vector, self.choices)
         return reference.dequantize(codes, scale, vector, z.dtype)
 

@@ -20,6 +20,9 @@ the codes span, and the pairing makes the diagonal of its triangular factor even
 vector, all z_2 the second; each half is rotated (Hadamard), so that no coordinate decides the scale of the vector,
 and -f becomes the matrix F.
 
+**8 bits.** There the center is what counts: it takes away biases of keys, which would make the steps coarse. The
+basis is a Hadamard matrix.
+
 **Few tokens.** Covariances are shrunk towards their diagonal (for keys and queries the mean of each RoPE pair, which
 doesn't depend on positions), by as much as their own noise says: Ledoit and Wolf, "A well-conditioned estimator
 for large-dimensional covariance matrices" (2004). Independent channels end at a diagonal basis.
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.calibration.importance import Importance
-from fraqtl_kernels.constants import LayerConstants, Transform, make_transform
+from fraqtl_kernels.constants import LayerConstants, Transform, make_transform, sixteen_bits
 from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.rotation import hadamard
 
@@ -69,15 +72,21 @@ def calibrate(
     if format.k.calibrated:
         is_outlier = far_from_the_median(key)
         center = mean_of(key, (~is_outlier).float())
-        covariance = weighted_covariance(key - center, (~is_outlier).float(), tied=True)
-        key_transform = solve(center, covariance, query_hessian(query, importance, key.shape[1]))
+        if format.k.has_feedback:
+            covariance = weighted_covariance(key - center, (~is_outlier).float(), tied=True)
+            key_transform = solve(center, covariance, query_hessian(query, importance, key.shape[1]))
+        else:
+            key_transform = rotation_about(center)
         if is_outlier.any():
             outlier_center = torch.where(is_outlier.any(0)[:, None], mean_of(key, is_outlier.float()), center)
     if format.v.calibrated:
         weight = torch.ones_like(value[..., 0]) if importance is None else floored(importance.value, VALUE_FLOOR)
         center = mean_of(value, weight)
-        covariance = weighted_covariance(value - center, weight, tied=False)
-        value_transform = solve(center, covariance, value_hessian(covariance, importance))
+        if format.v.has_feedback:
+            covariance = weighted_covariance(value - center, weight, tied=False)
+            value_transform = solve(center, covariance, value_hessian(covariance, importance))
+        else:
+            value_transform = rotation_about(center)
     return LayerConstants.of(
         key_transform,
         value_transform,
@@ -150,6 +159,16 @@ def weighted_covariance(x: Tensor, weight: Tensor, *, tied: bool) -> Tensor:
     shrinkage = shrinkage.nan_to_num(1.0, posinf=1.0).clamp(LEAST_SHRINKAGE, 1.0)[:, None, None]
     ridge = _RIDGE * variance.mean(-1)[:, None, None] + _TINY**2
     return (1 - shrinkage) * mean + shrinkage * target + ridge * torch.eye(x.shape[-1]).to(mean)
+
+
+def rotation_about(center: Tensor) -> Transform:
+    """A center, and nothing else but the rotation that a format without calibration has. center: (heads, D)."""
+    size = center.shape[-1]
+    # Of all numbers of 8 digits that whose inverse, as rounded, is the best: 1 where D is a power of two
+    entries = torch.arange(128, 256) / 128
+    error = (sixteen_bits(1 / (size * entries)).double() * size * entries - 1).abs()
+    basis = hadamard(size).sign() * entries[error.argmin()]
+    return make_transform(center, basis.to(center.device).expand(center.shape[0], -1, -1))
 
 
 def solve_transform(center: Tensor, covariance: Tensor, hessian: Tensor) -> Transform:

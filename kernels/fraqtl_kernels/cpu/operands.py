@@ -32,9 +32,9 @@ class StreamOperands:
     """How keys, or values, are stored.
 
     table: for every head one after another, float32: the center (D), the way from it to the outlier center in the basis
-    (D), the basis in panels (D · D), and the feedback, as its spectrum (D/2) or as the matrix divided by FEEDBACK_GRID
-    (D/2 · D/2); nothing without a transform. hadamard_base: of the rotation, if there is one and no transform. scale:
-    (KV heads, D), the steps of static formats.
+    (D), the basis in panels (D · D), and the feedback if there is one, as its spectrum (D/2) or as the matrix divided
+    by FEEDBACK_GRID (D/2 · D/2); nothing without a transform. hadamard_base: of the rotation, if there is one and no
+    transform. scale: (KV heads, D), the steps of static formats.
     """
 
     table: Any
@@ -182,10 +182,13 @@ def _stream(
         return StreamOperands(_NOTHING, make_hadamard_base(size) if vector.rotated else _NO_ROTATION, None)
     center, outlier_center = transform.center.float(), constants.outlier_center
     outlier_shift = torch.zeros_like(center) if outlier_center is None else transform.apply(outlier_center.float())
-    spectrum = spectrum_of(transform.feedback)
-    feedback = transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum
-    table = torch.cat([center, outlier_shift, panels(transform.basis.float()).flatten(1), feedback.flatten(1)], 1)
-    record["is_calibrated"], record["is_structured"] = True, spectrum is not None
+    parts = [center, outlier_shift, panels(transform.basis.float()).flatten(1)]
+    if transform.feedback is not None:
+        spectrum = spectrum_of(transform.feedback)
+        parts.append((transform.feedback.float() / FEEDBACK_GRID if spectrum is None else spectrum).flatten(1))
+        record["feeds_back"], record["is_structured"] = True, spectrum is not None
+    table = torch.cat(parts, 1)
+    record["is_calibrated"] = True
     record["is_shifted"], record["head_numbers"] = outlier_center is not None, table.shape[1]
     return StreamOperands(_array(table.flatten()), _NO_ROTATION, None)
 

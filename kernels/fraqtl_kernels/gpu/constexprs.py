@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import KVFormat, VectorFormat
+from fraqtl_kernels.formats import CALIBRATED_BITS, KVFormat, VectorFormat
 from fraqtl_kernels.gpu.kernels.parts import INTERPRETED
 from fraqtl_kernels.pages import PageLayout
 
@@ -112,7 +112,7 @@ def has_kernels(format: KVFormat) -> bool:
     return (
         k.bits in (4, 8, 16)
         and k.groups == 1
-        and all(x.rotated and x.bits == 4 for x in (k, v) if x.calibrated)
+        and all(x.rotated and x.bits in CALIBRATED_BITS for x in (k, v) if x.calibrated)
         and v.bits in (2, 4, 8, 16)
         and v.groups in (1, 8 // v.bits)
     )
@@ -131,7 +131,8 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, 
     if not has_kernels(layout.format):
         raise UnsupportedError(
             f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, values 2,"
-            " 4, 8 or 16 and a scale for each code of a byte or for all; calibrated vectors are rotated and have 4 bits"
+            " 4, 8 or 16 and a scale for each code of a byte or for all; calibrated vectors are rotated and have 4 or"
+            " 8 bits"
         )
     ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
     options = {"ptx": ptx, "words": words}

@@ -89,7 +89,8 @@ def calibrated_bytes(format: KVFormat, head_size: int, kv_heads: int) -> int:
     square = head_size * head_size
     words = sum(2 * readable_in_words(v) for v in (format.k, format.v) if v.calibrated)
     calibrated = format.k.calibrated + format.v.calibrated
-    return 2 * kv_heads * ((3 * calibrated + words) * square + calibrated * square // 4)
+    feedbacks = format.k.has_feedback + format.v.has_feedback
+    return 2 * kv_heads * ((3 * calibrated + words) * square + feedbacks * square // 4)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _calibrated(
     )
     return StreamOperands(
         store=target.matrix(basis),
-        feedback=target.matrix(transform.feedback),
+        feedback=None if transform.feedback is None else target.matrix(transform.feedback),
         center=stored(center),
         outlier_center=None if outlier is None else stored(outlier),
         own_center=target.vector(center),

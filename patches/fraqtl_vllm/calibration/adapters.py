@@ -28,6 +28,8 @@ from fraqtl_vllm.config import settings_of
 FAR = 1.5
 """Times as coarse as with constants of its own; what that costs: docs/guides/calibration.md."""
 
+FINEST = "k8v8"  # of the packed formats
+
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
 
@@ -107,8 +109,9 @@ def tell(name: str, kv_format: str, found: float) -> None:
         return
     logger.warning(
         "LoRA adapter %s moves keys or values far: %s stores them up to %.1f times as coarsely as with constants of "
-        "their own. Merge it into the model, or choose --kv-format k8v8",
+        "their own. Merge it into the model%s",
         name,
         kv_format,
         found,
+        "" if kv_format == FINEST else f", or choose --kv-format {FINEST}",
     )

@@ -23,7 +23,7 @@ from fraqtl_vllm.calibration.weights import add_weights
 
 logger = _vllm.init_logger("vllm.fraqtl.calibration")
 
-VERSION = 4  # of the procedure and of the tensors' names: another number makes every old file unknown
+VERSION = 5  # of the procedure and of the tensors' names: another number makes every old file unknown
 
 
 def default_folder() -> Path:

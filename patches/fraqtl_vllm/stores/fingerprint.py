@@ -15,7 +15,7 @@ from fraqtl_vllm.config import settings_of
 
 KEY = "fraqtl_fingerprint"
 """Under which the connector finds it, in `kv_connector_extra_config`."""
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Of docs/reference/page-layout.md and of how tokens are rounded: another number makes all stored blocks unknown."""
 
 

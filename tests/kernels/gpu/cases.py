@@ -107,7 +107,7 @@ def biased(batch: PagedBatch) -> PagedBatch:
     Queries are the larger where keys are small, so that scores stay as they are. The constants are chosen to fit.
     """
     kv_heads, size = batch.key.shape[2:]
-    constants, key_factor, value_factor = random_constants(kv_heads, size)
+    constants, key_factor, value_factor = random_constants(kv_heads, size, batch.layout.format)
     assert constants.key.transform is not None and constants.value.transform is not None
     assert constants.key.outlier_center is not None
     is_outlier = (torch.arange(batch.key.shape[1]) % 7 == 0)[:, None, None]

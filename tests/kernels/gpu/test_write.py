@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.calibration.solve import calibrate
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, StreamConstants
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, VectorFormat
 from fraqtl_kernels.gpu.operands import LayerOperands
@@ -40,7 +40,16 @@ def calibration(layout: PageLayout, key: Tensor, value: Tensor) -> LayerConstant
     heads, size = key.shape[1:]
     if layout.format.needs_calibration:
         return calibrate(layout.format, key, key, value)
-    return random_constants(heads, size)[0]
+    return random_constants(heads, size, layout.format)[0]
+
+
+def moved(x: Tensor, constants: StreamConstants, scale: Tensor) -> Tensor:
+    """x (tokens, KV heads, D) about the centers that the scales (tokens, KV heads) name, in the stored basis."""
+    assert constants.transform is not None
+    about = constants.transform.apply(x)
+    if constants.outlier_center is None:
+        return about
+    return torch.where(scale.signbit()[..., None], constants.transform.apply(x, constants.outlier_center), about)
 
 
 def check_vectors(x: Tensor, codes: Tensor, scale: Tensor, vector: VectorFormat) -> None:
@@ -111,10 +120,13 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             assert torch.equal(stored(plane), x.flatten(0, 1).to(vector.raw_dtype))
             continue
         codes = reference.unpack(stored(plane), vector)
-        if vector.calibrated and calibrated:
+        if vector.calibrated and calibrated and x is key:
+            assert stored(scales).signbit().any() and not stored(scales).signbit().all()
+        if vector.has_feedback and calibrated:
             check_feedback(stored(scales), codes, *(y.flatten(0, 1) for y in encode(x, vector, constants)))
-            if vector is key_format:
-                assert stored(scales).signbit().any() and not stored(scales).signbit().all()
+        elif vector.calibrated and calibrated:
+            own = constants.key if x is key else constants.value
+            check_vectors(moved(x, own, stored(scales).view(x.shape[:2])).flatten(0, 1), codes, stored(scales), vector)
         elif vector.static:
             check_codes((x / step.double() + vector.midpoint).flatten(0, 1), codes, 1, vector)
         else:
@@ -161,9 +173,11 @@ def test_packing_is_bit_exact(name: str) -> None:
     layout = PageLayout(FORMATS[name], 64, 16)  # 1/sqrt(64) is a power of two
     key, value = (torch.randint(-64, 65, (50, 2, 64)).half() for _ in range(2))
 
-    key_transform, _ = random_transform(2, 64, center=torch.randint(-8, 9, (2, 64)).float())
-    value_transform, _ = random_transform(2, 64, center=torch.randint(-8, 9, (2, 64)).float())
-    constants = LayerConstants.of(key_transform, value_transform, torch.randint(-99, 100, (2, 64)).float())
+    transforms = (
+        random_transform(2, 64, center=torch.randint(-8, 9, (2, 64)).float(), feeds_back=vector.has_feedback)[0]
+        for vector in (layout.format.k, layout.format.v)
+    )
+    constants = LayerConstants.of(*transforms, torch.randint(-99, 100, (2, 64)).float())
     if layout.format.needs_calibration:
         steps = torch.exp2(torch.randint(0, 5, (2, 64)).float())
         constants = LayerConstants.of(key_scale=steps, value_scale=2 * steps)
@@ -181,7 +195,8 @@ def test_zero_tiny_huge_and_broken_vectors(name: str, calibrated: bool) -> None:
     x[1, 0, 3], x[2, 0, 5], x[3, 0, 7], x[4, 0, 9], x[5, 0, 9] = 1e-9, 1e9, math.nan, math.inf, -math.inf
     constants = IDENTITY
     if calibrated:
-        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64))
+        feeds_back = layout.format.k.has_feedback
+        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64), feeds_back=feeds_back)
         constants = LayerConstants.of(transform, transform)
     planes = layout.planes(written(layout, x, x, torch.arange(6), constants))
     stored = (

@@ -16,7 +16,8 @@ STREAM = np.dtype(
         ("bits", np.int64),  # a code; 0: these vectors are stored as they come, or not here
         ("groups", np.int64),  # scales a vector
         ("is_calibrated", np.int64),
-        ("is_structured", np.int64),  # the feedback comes as its spectrum
+        ("feeds_back", np.int64),  # there is a feedback
+        ("is_structured", np.int64),  # it comes as its spectrum
         ("is_shifted", np.int64),  # there is an outlier center
         ("head_numbers", np.int64),  # of a head in the table of constants
         ("code_offset", np.int64),  # in a page, bytes

@@ -41,15 +41,14 @@ def _load_vector(address, kind, table, center, x, row, size):
 
 
 @njit(cache=True, nogil=True)
-def _choose_center(z, at, size, table, shift, other):
+def _choose_center(z, at, size, table, shift, other, edge):
     """z[at : at + size] <- the vector with the outlier center in place of its own where its scale is smaller then.
 
-    shift: where in `table` the way between the centers begins, in the basis. other: (size,) spare. Returns the sign
-    bit.
+    shift: where in `table` the way between the centers begins, in the basis. other: (size,) spare. edge: of the grid.
+    Returns the sign bit.
     """
     for d in range(0, size, WIDTH):
         store(other, d, load(z, at + d) - load(table, shift + d))
-    edge = np.float32(8)
     center_extent, outlier_extent = extent_of(z, at, size), extent_of(other, 0, size)
     if not (
         center_extent[1] and outlier_extent[1] and scale_of(outlier_extent[0], edge) < scale_of(center_extent[0], edge)
@@ -96,6 +95,7 @@ def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
     stream, pages = batch.streams[stream_index], pool.pages[0]
     bits, groups, distance = stream.bits, stream.groups, stream.distance
     calibrated, is_kept = stream.is_calibrated == 1, stream.keeps_residual == 1
+    feeds_back = stream.feeds_back == 1
     numbers = stream.edge, stream.midpoint, stream.levels
     block_size, heads, size = pages.block_size, pages.heads, pages.head_size
     x, z, spare, scales, code_at, token_of, signs, codes = spaces
@@ -120,23 +120,26 @@ def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
         multiply(x, count, size, table, matrix, z)
         if stream.is_shifted == 1:
             for t in range(count):
-                signs[t] = _choose_center(z, t * size, size, table, center + size, x)
-        encode(z, count, size, table, matrix + size * size, stream.is_structured == 1, spare, pool.raw, code_at, scales)
+                signs[t] = _choose_center(z, t * size, size, table, center + size, x, stream.edge)
+        if feeds_back:
+            feedback = matrix + size * size
+            encode(z, count, size, table, feedback, stream.is_structured == 1, spare, pool.raw, code_at, scales)
     for t in range(count):
         token = token_of[t]
         slot = slots[token]
         offset = slot % block_size
         page = (slot // block_size) * pages.block_stride + head * pages.head_stride
         scale_at = page + stream.scale_offset + offset * stream.scale_bytes
-        if calibrated:
+        row = z[t * size : (t + 1) * size] if calibrated else x[t * size : (t + 1) * size]
+        if feeds_back:
             pool.raw16[scale_at // 2] = np.uint16(half_bits(scales[t]) | signs[t])
         else:
-            row = x[t * size : (t + 1) * size]
             if hadamard_base.shape[0]:
                 rotate(row, z, hadamard_base)
                 for d in range(size):
                     row[d] *= stream.unit
             encode_plain(row, codes, bits, groups, numbers, pool.raw, pool.raw16, code_at[t], scale_at)
+            pool.raw16[scale_at // 2] |= np.uint16(signs[t])
         residual_at = (token * heads + head) * size if is_kept else -1
         if distance == 0 or offset + distance >= block_size:
             for d in range(size if is_kept else 0):
@@ -148,12 +151,11 @@ def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
             residual_code_at = -1  # a token of this batch goes there
         if residual_code_at < 0 and residual_at < 0:
             continue
-        if calibrated:
+        if feeds_back:
             scale = encode_residual(z, t * size, size, pool.raw, residual_code_at, residual, residual_at)
             if residual_code_at >= 0:
                 pool.raw16[residual_scale_at // 2] = np.uint16(half_bits(scale))
         else:
-            row = x[t * size : (t + 1) * size]
             encode_plain_residual(
                 row,
                 codes,

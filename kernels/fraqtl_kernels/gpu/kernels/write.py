@@ -6,7 +6,7 @@ For every (token, KV head), with B the basis (a rotation, or what calibration ch
     y = x B - c,   scale = fp16(max|y| / 2^(bits-1)),   code = clamp(round(y / scale + midpoint), 0, 2^bits - 1)
 
 a scale for each group of dimensions: the midpoint grid of `reference.quantize`, rounding half to even as it does.
-Calibrated vectors take the steps of `reference.quantize_with_feedback` from there. Keys
+Where calibration gives a feedback, vectors take the steps of `reference.quantize_with_feedback` from there. Keys
 take the outlier center if their scale is smaller with it; the sign bit of the scale says so. Static formats divide by
 their steps instead, see `reference.quantize_static`. Sums of products are
 taken in fp32 over exact products, so codes equal the reference's except where y / scale lies within
@@ -166,7 +166,7 @@ def plain_codes(parts, scales, VECTOR: tl.constexpr):
     PARTS: tl.constexpr = VECTOR.PARTS
     codes = ()
     for part in tl.static_range(PARTS):
-        scale = scales[part if part < VECTOR.GROUPS else 0].to(tl.float32)
+        scale = tl.abs(scales[part if part < VECTOR.GROUPS else 0]).to(tl.float32)
         steps = tl.div_rn(parts[part], scale[:, None]) + VECTOR.MIDPOINT
         codes = codes + (round_codes(steps, 0, VECTOR),)
     return codes
