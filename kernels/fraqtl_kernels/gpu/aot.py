@@ -189,8 +189,9 @@ def _constants(variant: Variant) -> LayerConstants:
     if "plain" in variant.options:
         return IDENTITY
     eye, half = (torch.eye(size).expand(KV_HEADS, size, size) for size in (variant.head_size, variant.head_size // 2))
-    transform = Transform(ones, eye, eye, half)
-    return LayerConstants.of(transform, transform, ones)
+    format = FORMATS[variant.format]
+    key, value = (Transform(ones, eye, eye, half if x.has_feedback else None) for x in (format.k, format.v))
+    return LayerConstants.of(key, value, ones)
 
 
 def _attention(variant: Variant, pool: torch.Tensor, layout: PageLayout, operands: LayerOperands) -> None:

@@ -13,11 +13,11 @@ from tests.e2e.families.reference import Reference, Seen, rounding
 from tests.e2e.families.row import FormatResult, Row, SequenceBytes, ServedResult
 from tests.e2e.families.serve import DEFAULT, FormatRun, Run
 
-# nat: float32 sums in another order tip a code over now and then, which counts for more in fewer bits
-EQUAL = {"bf16": 5e-3, "k8v8": 1.5e-2}
+# nat: float32 sums in another order tip a scale or a code over now and then, which counts for more in fewer bits
+EQUAL = {"bf16": 5e-3, "k8v8": 3e-2}
 FIRST_TOKENS = 4
 TIE = 0.1  # nat: between the favourites of random weights often lies less than 8 bits can tell
-ALIKE = 0.75  # of the texts begin as with an exact cache: routers of experts have ties of their own
+ALIKE = 0.6  # of the texts begin as with an exact cache: routers of experts have ties of their own
 SLACK = 1.1  # of an error over its bound
 
 
