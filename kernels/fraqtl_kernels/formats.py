@@ -35,7 +35,6 @@ SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which 
 FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
 FEEDBACK_LIMIT = 2.0
 CODE_BITS = (2, 4, 8)
-CALIBRATED_BITS = (4, 8)
 RAW_DTYPES = (torch.bfloat16, torch.float16)
 GROUPS = (2, 4, 8)
 
@@ -59,16 +58,16 @@ class VectorFormat:
         else:
             valid = self.bits in CODE_BITS
         if self.calibrated:
-            valid = valid and self.bits in CALIBRATED_BITS and self.rotated and not self.static
+            valid = valid and self.rotated and not self.static
         if self.static:
             valid = valid and not (self.rotated or self.has_residual)
         if self.groups != 1:
-            valid = valid and self.groups in GROUPS and not (self.static or self.calibrated or self.is_raw)
+            valid = valid and self.groups in GROUPS and not (self.static or self.has_feedback or self.is_raw)
         if not valid:
             raise ConfigError(
                 f"no kernel reads {self}: codes have 2, 4 or 8 bits, raw numbers are bfloat16 or float16; calibrated"
-                " vectors are rotated and have 4 or 8 bits; static ones are neither rotated nor have residuals; only"
-                " scaled vectors that aren't calibrated come in 2, 4 or 8 groups"
+                " vectors are rotated; static ones are neither rotated nor have residuals; only scaled vectors come"
+                " in 2, 4 or 8 groups, and calibrated ones of 4 bits don't"
             )
 
     @property
@@ -168,7 +167,7 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 INT8 = VectorFormat(8, rotated=True, calibrated=True)
 INT4_KEY = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
 INT4_VALUE = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
-INT2_VALUE = VectorFormat(2, rotated=True, groups=4, has_residual=True)
+INT2_VALUE = VectorFormat(2, rotated=True, groups=4, calibrated=True, has_residual=True)
 INT4_CHANNEL = VectorFormat(4, static=True)
 
 FORMATS: dict[str, KVFormat] = {

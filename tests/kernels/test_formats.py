@@ -55,7 +55,6 @@ def test_midpoint_grid_is_symmetric() -> None:
         {"bits": 8, "raw_dtype": torch.bfloat16},
         {"bits": 16, "raw_dtype": torch.float32},
         {"bits": 16, "raw_dtype": torch.float16, "rotated": True},
-        {"bits": 2, "rotated": True, "calibrated": True},
         {"bits": 8, "calibrated": True},
         {"bits": 4, "calibrated": True},
         {"bits": 4, "static": True, "rotated": True},

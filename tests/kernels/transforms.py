@@ -36,6 +36,16 @@ def random_constants(
     return LayerConstants.of(key, value, outlier), key_factor, value_factor
 
 
+def without_centers(format: KVFormat, size: int) -> LayerConstants:
+    """Of one KV head, with channels that are all alike."""
+    center = torch.zeros(1, size)
+    key, value = (
+        random_transform(1, size, spread=0, center=center, feeds_back=vector.has_feedback)[0]
+        for vector in (format.k, format.v)
+    )
+    return LayerConstants.of(key, value)
+
+
 def only_center(center: Tensor) -> LayerConstants:
     """Keys (KV heads, D) are moved and rotated, no more."""
     heads, size = center.shape

@@ -66,7 +66,7 @@ def test_formats_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         "132",
         "3.88",
     ]
-    assert cells["k4v2"][2] == "INT2, rotated, 4 scales"
+    assert cells["k4v2"][2] == "INT2, calibrated, 4 scales"
     assert cells["k4v4-channel"][1:4] == ["INT4, scale a channel", "INT4, scale a channel", "128"]
 
 

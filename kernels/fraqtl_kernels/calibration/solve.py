@@ -20,8 +20,8 @@ the codes span, and the pairing makes the diagonal of its triangular factor even
 vector, all z_2 the second; each half is rotated (Hadamard), so that no coordinate decides the scale of the vector,
 and -f becomes the matrix F.
 
-**8 bits.** There the center is what counts: it takes away biases of keys, which would make the steps coarse. The
-basis is a Hadamard matrix.
+**8 and 2 bits.** There the center is what counts: it takes away biases of keys, which would make the steps coarse, and
+what values have in common. The basis is a Hadamard matrix.
 
 **Few tokens.** Covariances are shrunk towards their diagonal (for keys and queries the mean of each RoPE pair, which
 doesn't depend on positions), by as much as their own noise says: Ledoit and Wolf, "A well-conditioned estimator

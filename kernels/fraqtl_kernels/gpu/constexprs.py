@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import CALIBRATED_BITS, KVFormat, VectorFormat
+from fraqtl_kernels.formats import KVFormat, VectorFormat
 from fraqtl_kernels.gpu.kernels.parts import INTERPRETED
 from fraqtl_kernels.pages import PageLayout
 
@@ -109,13 +109,7 @@ def rows_for(rows: int) -> int:
 def has_kernels(format: KVFormat) -> bool:
     """Whether these kernels can read and write a format. New fields of `VectorFormat` are asked here."""
     k, v = format.k, format.v
-    return (
-        k.bits in (4, 8, 16)
-        and k.groups == 1
-        and all(x.rotated and x.bits in CALIBRATED_BITS for x in (k, v) if x.calibrated)
-        and v.bits in (2, 4, 8, 16)
-        and v.groups in (1, 8 // v.bits)
-    )
+    return k.bits in (4, 8, 16) and k.groups == 1 and v.bits in (2, 4, 8, 16) and v.groups in (1, 8 // v.bits)
 
 
 @cache
@@ -131,8 +125,7 @@ def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, 
     if not has_kernels(layout.format):
         raise UnsupportedError(
             f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, values 2,"
-            " 4, 8 or 16 and a scale for each code of a byte or for all; calibrated vectors are rotated and have 4 or"
-            " 8 bits"
+            " 4, 8 or 16 and a scale for each code of a byte or for all"
         )
     ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
     options = {"ptx": ptx, "words": words}

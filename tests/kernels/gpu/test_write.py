@@ -20,7 +20,7 @@ from fraqtl_kernels.residual import DISTANCE
 from tests.kernels.conftest import make_pool
 from tests.kernels.gpu.cases import ON_GPU, to_device
 from tests.kernels.gpu.conftest import DEVICE
-from tests.kernels.transforms import random_constants, random_transform
+from tests.kernels.transforms import random_constants, random_transform, without_centers
 
 EDGE = 1e-3  # a value this close to the edge of two codes (in steps) may go either way
 
@@ -126,7 +126,8 @@ def test_codes_and_scales(name: str, size: int, calibrated: bool, dtype: torch.d
             check_feedback(stored(scales), codes, *(y.flatten(0, 1) for y in encode(x, vector, constants)))
         elif vector.calibrated and calibrated:
             own = constants.key if x is key else constants.value
-            check_vectors(moved(x, own, stored(scales).view(x.shape[:2])).flatten(0, 1), codes, stored(scales), vector)
+            first = stored(scales).reshape(*x.shape[:2], -1)[..., 0]
+            check_vectors(moved(x, own, first).flatten(0, 1), codes, stored(scales), vector)
         elif vector.static:
             check_codes((x / step.double() + vector.midpoint).flatten(0, 1), codes, 1, vector)
         else:
@@ -195,9 +196,7 @@ def test_zero_tiny_huge_and_broken_vectors(name: str, calibrated: bool) -> None:
     x[1, 0, 3], x[2, 0, 5], x[3, 0, 7], x[4, 0, 9], x[5, 0, 9] = 1e-9, 1e9, math.nan, math.inf, -math.inf
     constants = IDENTITY
     if calibrated:
-        feeds_back = layout.format.k.has_feedback
-        transform, _ = random_transform(1, 64, spread=0, center=torch.zeros(1, 64), feeds_back=feeds_back)
-        constants = LayerConstants.of(transform, transform)
+        constants = without_centers(layout.format, 64)
     planes = layout.planes(written(layout, x, x, torch.arange(6), constants))
     stored = (
         reference.stored_keys(planes, layout.format.k, constants),

@@ -75,8 +75,8 @@ def eight_bits() -> Iterator[str]:
             cells.append(f"{100 * row['perplexity_delta'] / exact:+.2f} ± {error}, {1000 * moved['kl']:.2f}")
         rows.append([label, *cells])
     scored = {file.model["scored_tokens"] for file in files}
-    yield f"Change of the perplexity on {fixed(scored.pop())} tokens of WikiText-2 in windows of 1,024, float32, with its"
-    yield "standard error, and divergence in 10^-3 nat a token."
+    yield f"Change of the perplexity on {fixed(scored.pop())} tokens of WikiText-2 in windows of 1,024, float32,"
+    yield "with its standard error, and divergence in 10^-3 nat a token."
     yield ""
     yield from table(["8 bits, one scale a vector", *(MODELS[name] for name in REAL)], rows)
     yield from source(*files, model="as in the table")
