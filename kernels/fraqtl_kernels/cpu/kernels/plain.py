@@ -1,4 +1,6 @@
-"""Codes of one vector without calibration on the CPU, compiled: the rotation, `reference.quantize`, and residuals.
+"""Codes of one vector without feedback on the CPU, compiled: the rotation, `reference.quantize`, and residuals.
+
+Vectors with calibrated centers come rotated already.
 
 The rotation is H = S ⊗ B of `rotation.py`, with S of Sylvester's doubling: log2 |S| rounds of sums and differences and
 |B| products a number, in place of D products.
