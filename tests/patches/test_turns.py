@@ -115,7 +115,8 @@ def test_drafts_read_what_plain_decoding_reads(kv_format: str, drafts: int, wind
         outputs = layer.step(rows, [at[row] for row in rows], given)
         for row, good, output in zip(rows, right, outputs, strict=True):
             expected = requests[row].plain[at[row] : at[row] + 1 + good]
-            torch.testing.assert_close(output[: 1 + good], expected, rtol=0, atol=1e-5)
+            # Drafts of a format without residuals take another path, whose products are added up in another order
+            torch.testing.assert_close(output[: 1 + good], expected, rtol=0, atol=1e-5 if kv_format == "k8v8" else 2e-6)
         if any(proposed):
             longest = max(proposed) + 1
             sampled = torch.tensor([[7] * (1 + good) + [-1] * (longest - 1 - good) for good in right])

@@ -13,11 +13,12 @@ from tests.e2e.families.reference import Reference, Seen, rounding
 from tests.e2e.families.row import FormatResult, Row, SequenceBytes, ServedResult
 from tests.e2e.families.serve import DEFAULT, FormatRun, Run
 
-# nat: float32 sums in another order tip a scale or a code over now and then, which counts for more in fewer bits
+# nat: float32 sums in another order tip a code over now and then. In the first tokens of a prompt nothing averages that
+# out: of eight prompts of Gemma 3 two differ by less than 0.0005, and one, from its second token on, by up to 0.019
 EQUAL = {"bf16": 5e-3, "k8v8": 3e-2}
 FIRST_TOKENS = 4
 TIE = 0.1  # nat: between the favourites of random weights often lies less than 8 bits can tell
-ALIKE = 0.6  # of the texts begin as with an exact cache: routers of experts have ties of their own
+ALIKE = 0.75  # of the texts begin as with an exact cache, if the codec moves log-probabilities by less than a tie
 SLACK = 1.1  # of an error over its bound
 
 
@@ -94,7 +95,7 @@ def _of_format(name: str, result: FormatResult) -> Iterator[str]:
         yield f"log-probabilities differ by {result.largest_difference:.2g} from transformers"
     if name in EQUAL and result.texts_of_transformers < result.texts:
         yield f"{result.texts_of_transformers} of {result.texts} texts are those of transformers"
-    if name in EQUAL and result.texts_that_begin_alike < ALIKE * result.texts:
+    if name in EQUAL and result.codec_error < TIE and result.texts_that_begin_alike < ALIKE * result.texts:
         yield f"{result.texts_that_begin_alike} of {result.texts} texts begin as with an exact cache"
     if not 0 < result.error <= SLACK * result.codec_error:
         yield f"error {result.error:.3f}, but the codec's is {result.codec_error:.3f}"
