@@ -1,9 +1,9 @@
 """Adaptive bits: which server format for which layer, under a budget of bits per dimension.
 
-Sensitivity: what each layer costs in each format while all others stay fp16, in nats a token on a search text
-(from the calibration split, so that the test text stays unseen). The losses of layers are taken to add up;
-then the best allocation is found exactly by dynamic programming over bytes. What it gives is measured on
-the held-out windows beside the uniform formats.
+What each layer costs in each format while all others stay fp16 (`sensitivity.py`) is measured on a search text, from
+the calibration split, so that the test text stays unseen. The costs of layers are taken to add up; then the best
+allocation is found exactly by dynamic programming over bytes. What it gives is measured on the held-out windows
+beside the uniform formats.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fraqtl_bench.quality import texts
-from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit
+from fraqtl_bench.quality.fitted import Fitted, fit
 from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import BASELINE, parse
 from fraqtl_bench.quality.schema import Allocation
-from fraqtl_bench.quality.score import Score, perplexity
+from fraqtl_bench.quality.score import perplexity
+from fraqtl_bench.quality.sensitivity import sensitivity
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS
 
@@ -36,21 +37,21 @@ def bits_per_dim(total_bytes: float, layers: int, head_size: int) -> float:
     return total_bytes * 8 / (layers * 2 * head_size)
 
 
-def allocate(loss: Mapping[str, Sequence[float]], size: Mapping[str, int], limit: int) -> list[str]:
-    """The format of every layer with the least summed loss and at most `limit` bytes in all.
+def allocate(cost: Mapping[str, Sequence[float]], size: Mapping[str, int], limit: int) -> list[str]:
+    """The format of every layer with the least summed cost and at most `limit` bytes in all.
 
-    loss: format -> per layer. size: format -> bytes. Exact: the best of every reachable
+    cost: format -> per layer. size: format -> bytes. Exact: the best of every reachable
     number of bytes, layer by layer.
     Raises ConfigError if even the smallest format is too large.
     """
-    layers = len(next(iter(loss.values())))
+    layers = len(next(iter(cost.values())))
     best: dict[int, tuple[float, tuple[str, ...]]] = {0: (0.0, ())}
     for layer in range(layers):
         reached: dict[int, tuple[float, tuple[str, ...]]] = {}
         for used, (total, chosen) in best.items():
-            for name in loss:
+            for name in cost:
                 at = used + size[name]
-                entry = (total + loss[name][layer], (*chosen, name))
+                entry = (total + cost[name][layer], (*chosen, name))
                 if at <= limit and entry[0] < reached.get(at, (math.inf,))[0]:
                     reached[at] = entry
         best = reached
@@ -79,16 +80,9 @@ def search(lab: Lab, budget: float, search_tokens: int) -> Allocation:
     sizes = candidates(size)
     fitted = {name: fit(parse(name), lab.samples) for name in (BASELINE, *sizes)}
     windows = _search_windows(lab, search_tokens)
-    exact = _loss(lab, "search", windows, fitted[BASELINE])
-    loss = {
-        name: [
-            _loss(lab, f"search {name}@{i}", windows, _only(fitted[BASELINE], fitted[name].layers[i], i)) - exact
-            for i in range(layers)
-        ]
-        for name in sizes
-    }
+    cost = sensitivity(lab, windows, fitted[BASELINE], {name: fitted[name] for name in sizes})
     limit = math.floor(budget * layers * 2 * size / 8)
-    chosen = allocate(loss, sizes, limit)
+    chosen = allocate(cost, sizes, limit)
     mixed = Fitted(fitted[BASELINE].method, tuple(fitted[name].layers[i] for i, name in enumerate(chosen)))
     held_out = list(lab.windows())
     uniform = {
@@ -102,7 +96,7 @@ def search(lab: Lab, budget: float, search_tokens: int) -> Allocation:
         budget=budget,
         bits_per_dim=bits_per_dim(sum(sizes[name] for name in chosen), layers, size),
         formats=chosen,
-        sensitivity=loss,
+        sensitivity=cost,
         perplexity=_perplexity(lab, f"mixed {' '.join(chosen)}", held_out, mixed),
         best_uniform=best,
         best_uniform_bits=bits_per_dim(sizes[best], 1, size),
@@ -123,25 +117,12 @@ def _search_windows(lab: Lab, tokens: int) -> list[texts.Window]:
     return list(texts.windows(own, s.window, s.window - len(lab.bos), None, lab.bos))
 
 
-def _only(exact: Fitted, layer: FittedLayer, index: int) -> Fitted:
-    """All layers exact but one."""
-    return Fitted(exact.method, (*exact.layers[:index], layer, *exact.layers[index + 1 :]))
-
-
-def _scores(lab: Lab, key: str, windows: Sequence[texts.Window], fitted: Fitted) -> list[Score]:
+def _perplexity(lab: Lab, key: str, windows: Sequence[texts.Window], fitted: Fitted) -> float:
     found = []
     for window in windows:
         found.append(lab.scored(f"{key} {window.index}", window.ids, window.first, fitted))
         lab.ticker.tick("budget", key)
-    return found
-
-
-def _loss(lab: Lab, key: str, windows: Sequence[texts.Window], fitted: Fitted) -> float:
-    return math.log(perplexity(_scores(lab, key, windows, fitted)))
-
-
-def _perplexity(lab: Lab, key: str, windows: Sequence[texts.Window], fitted: Fitted) -> float:
-    return perplexity(_scores(lab, key, windows, fitted))
+    return perplexity(found)
 
 
 def profile(model: str, head_size: int, allocation: Allocation) -> dict[str, Any]:

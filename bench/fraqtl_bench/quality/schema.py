@@ -162,7 +162,7 @@ class Allocation(Part):
     budget: float
     bits_per_dim: float
     formats: list[str]
-    sensitivity: dict[str, list[float]]  # format -> per layer, nats a token that it alone costs
+    sensitivity: dict[str, list[float]]  # format -> per layer, divergence in nats a token that it alone costs
     perplexity: float
     best_uniform: str
     best_uniform_bits: float
