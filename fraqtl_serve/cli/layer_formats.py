@@ -50,10 +50,13 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
     if args.kv_profile is None:
         return exceptions(args.kv_layers) if args.kv_layers else {}
     if args.kv_layers is not None:
-        raise ConfigError(
-            "--kv-layers contradicts --kv-profile, which says the format of every layer: give one of them"
-        )
+        raise contradiction("--kv-layers", "--kv-profile")
     return read_profile(args.kv_profile)
+
+
+def contradiction(name: str, whole: str) -> ConfigError:
+    """Of `name`, which says the format of some layers, and `whole`, which says that of all."""
+    return ConfigError(f"{name} contradicts {whole}, which says the format of every layer: give one of them")
 
 
 def parse_layers(text: str) -> dict[int, str]:

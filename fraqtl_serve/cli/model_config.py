@@ -53,6 +53,11 @@ def read_shape(source: str) -> ModelShape:
     )
 
 
+def read_layer_kinds(source: str) -> list[str]:
+    """The kind of every layer of the model at `source`, or nothing if all attend alike. Raises ConfigError."""
+    return layer_kinds(_text_config(_load(source)))
+
+
 def _layers(source: str, text: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """(KV heads, head size, window or 0) of every layer that stores keys and values."""
     count, heads = _number(source, text, LAYERS), _first(text, HEADS)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
-from fraqtl_serve.cli import layer_formats, quiet_log, smollm2
+from fraqtl_serve.cli import layer_budget, layer_formats, quiet_log, smollm2
 from fraqtl_serve.cli.checkpoint import check_checkpoint
 from fraqtl_serve.cli.front_end import check_front_end
 from fraqtl_serve.cli.plugin_names import allow_plugin
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Serve MODEL (a folder or a Hugging Face id) from a packed KV cache; without MODEL, the demo model."
     )
-    group = parser.add_argument_group("fraqtl", "--kv-format and nine more of our own, see --help=fraqtl")
+    group = parser.add_argument_group("fraqtl", "--kv-format and ten more of our own, see --help=fraqtl")
     group.add_argument(
         "--kv-format",
         type=_format_name,
@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"how KV blocks are stored: {', '.join(FORMATS)} (default: {DEFAULT_FORMAT}); see fraqtl-serve formats",
     )
     layer_formats.add_flags(group)
+    layer_budget.add_flag(group)
     group.add_argument(
         "--no-fraqtl-report",
         dest="fraqtl_report",
@@ -186,7 +187,7 @@ def configure(args: argparse.Namespace) -> FraqtlConfig:
             vars(args).update(smollm2.TOOLS)
     check_checkpoint(model)
     args.model = args.model_tag = model
-    args.additional_config = _additional_config(args)
+    args.additional_config = _additional_config(args, model)
     _choose_kv_memory(args)
     if args.scheduler_cls is None:
         args.scheduler_cls = "fraqtl_vllm.accounting.scheduler.accounting_scheduler"
@@ -219,7 +220,7 @@ def _backend_name(args: argparse.Namespace) -> str | None:
     return getattr(backend, "name", backend)
 
 
-def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
+def _additional_config(args: argparse.Namespace, model: str) -> dict[str, Any]:
     config = args.additional_config or {}
     if not isinstance(config, dict):
         raise ConfigError(f"--additional-config must be a JSON object, not {config!r}")
@@ -233,7 +234,7 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
             )
         section["kv_format"] = args.kv_format
     section.setdefault("kv_format", format_of(args.kv_cache_dtype) or DEFAULT_FORMAT)
-    section |= _formats_of_layers(args, inside)
+    section |= _formats_of_layers(args, inside, model)
     if not args.kv_calibration:
         section["calibration"] = False
     if not args.kv_residual:
@@ -243,15 +244,18 @@ def _additional_config(args: argparse.Namespace) -> dict[str, Any]:
     return {**config, KEY: section}
 
 
-def _formats_of_layers(args: argparse.Namespace, inside: FraqtlConfig) -> dict[str, Any]:
-    """What `--kv-layers` or `--kv-profile` adds to our settings. inside: those of --additional-config."""
+def _formats_of_layers(args: argparse.Namespace, inside: FraqtlConfig, model: str) -> dict[str, Any]:
+    """What flags say of single layers, in our settings. inside: those of --additional-config."""
+    whole = {"--kv-budget": args.kv_budget, "--kv-profile": args.kv_profile}
     others = {
+        "--kv-profile": args.kv_profile is not None,
+        "--kv-layers": args.kv_layers is not None,
         "--kv-format": args.kv_format is not None,
         "the KV format of --additional-config": bool({"kv_format", "kv_layers"} & inside.model_fields_set),
     }
-    for name, is_given in others.items():
-        if is_given and args.kv_profile is not None:
-            raise ConfigError(
-                f"{name} contradicts --kv-profile, which says the format of every layer: give one of them"
-            )
-    return layer_formats.chosen(args)
+    for flag in (flag for flag, value in whole.items() if value is not None):
+        for name in (name for name, is_given in others.items() if is_given and name != flag):
+            raise layer_formats.contradiction(name, flag)
+    if args.kv_budget is None:
+        return layer_formats.chosen(args)
+    return layer_formats.read_profile(layer_budget.find_profile(model, args.kv_budget, quiet=args.quiet))

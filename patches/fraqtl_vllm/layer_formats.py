@@ -15,9 +15,10 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
-UNLIKE_WINDOWS = (
-    "the packed KV cache does not support formats of single layers in models with windows on some layers only yet"
-)
+_REFUSED = "the packed KV cache does not support formats of single layers"
+UNLIKE_WINDOWS = f"{_REFUSED} in models with windows on some layers only yet"
+ON_A_GPU = f"{_REFUSED} on a GPU yet"
+IN_HYBRIDS = f"{_REFUSED} in hybrid models yet"
 
 
 def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:
@@ -27,9 +28,9 @@ def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:
     model = config.model_config
     ours.by_layer(_layers_of(config))
     if not _vllm.current_platform.is_cpu():
-        raise UnsupportedError("the packed KV cache does not support formats of single layers on a GPU yet")
+        raise UnsupportedError(ON_A_GPU)
     if model.is_hybrid:
-        raise UnsupportedError("the packed KV cache does not support formats of single layers in hybrid models yet")
+        raise UnsupportedError(IN_HYBRIDS)
     if len(set(getattr(model.hf_text_config, "layer_types", None) or ())) > 1:
         raise UnsupportedError(UNLIKE_WINDOWS)
 

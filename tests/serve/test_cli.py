@@ -408,6 +408,9 @@ def test_profiles_that_are_refused(parser: argparse.ArgumentParser, tmp_path: Pa
             *("--kv-profile", good, "--additional-config"),
             '{"fraqtl": {"kv_format": "k4v4"}}',
         ): "the KV format of --additional-config contradicts --kv-profile",
+        ("--kv-budget", "4", "--kv-profile", good): "--kv-profile contradicts --kv-budget, which says the format of",
+        ("--kv-budget", "4", "--kv-layers", "0=k4v4"): "--kv-layers contradicts --kv-budget",
+        ("--kv-budget", "4", "--kv-format", "k4v4"): "--kv-format contradicts --kv-budget",
     }.items():
         with pytest.raises(ConfigError) as error:
             configured(parser, "org/model", *arguments)

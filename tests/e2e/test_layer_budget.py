@@ -1,0 +1,68 @@
+"""`--kv-budget`: formats are found for every layer once, and served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.formats import get_format
+from fraqtl_serve.cli import layer_budget
+from fraqtl_serve.cli.serve import DEMO_MODEL
+from tests.e2e.reports import MODEL, messages
+from tests.e2e.server import running
+
+BITS = 4.0
+HEAD_SIZE = 64
+
+
+def formats_in(profile: Path) -> list[str]:
+    return [layer["kv_format"] for layer in json.loads(profile.read_text())["layers"]]
+
+
+def test_a_budget_is_searched_once_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with running("--kv-budget", str(BITS)) as server:
+        asked = {"model": MODEL, "messages": messages(), "max_tokens": 8}
+        report = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()["fraqtl"]
+        [profile] = (tmp_path / "fraqtl-serve" / "budget").glob("*/fraqtl-profile.json")
+        found = formats_in(profile)
+        assert set(report["kv_format"].split("+")) == set(found)
+        log = server.log_file.read_text()
+    assert "searching formats of single layers for 4 bits" in log
+    sizes = [get_format(name).bytes_per_token(HEAD_SIZE) * 8 / (2 * HEAD_SIZE) for name in found]
+    assert BITS - 0.5 < sum(sizes) / len(sizes) <= BITS
+
+    monkeypatch.setattr(layer_budget, "COMMAND", ("false",))  # a second search would fail
+    assert layer_budget.find_profile(str(DEMO_MODEL), BITS, quiet=True) == profile
+    with pytest.raises(ConfigError, match=r"--kv-budget 5: the search ended with code 1"):
+        layer_budget.find_profile(str(DEMO_MODEL), 5, quiet=True)
+
+
+def test_the_labs_sentence_is_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^--kv-budget 1.5: a budget of 1.5 bits per dimension is below"):
+        layer_budget.find_profile(str(DEMO_MODEL), 1.5, quiet=True)
+    assert not list(tmp_path.rglob("fraqtl-profile.json"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sentence"),
+    [
+        (["linear_attention", "full_attention"], "formats of single layers in hybrid models yet"),
+        (
+            ["sliding_attention", "full_attention"],
+            "formats of single layers in models with windows on some layers",
+        ),
+    ],
+)
+def test_what_the_engine_would_refuse_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: list[str], sentence: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown", "layer_types": kinds}))
+    with pytest.raises(UnsupportedError, match=sentence):
+        layer_budget.find_profile(str(tmp_path), BITS, quiet=True)
