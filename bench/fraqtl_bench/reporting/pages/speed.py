@@ -135,6 +135,11 @@ def _spread(found: dict[str, float], digits: int = 0) -> str:
     return f"{fixed(found['median'], digits)} ({fixed(found['low'], digits)}-{fixed(found['high'], digits)})"
 
 
+def _quartiles(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def _load_rows(file: Result) -> Iterator[list[str]]:
     arms = file.data["arms"]
     for i, first in enumerate(arms[0]["summaries"]):
@@ -252,45 +257,55 @@ def readme_load() -> Iterator[str]:
     file = load("cpu/load_smollm2/load.json")
     arms = {arm["name"]: arm for arm in file.data["arms"]}
     found = {(name, s["point"]["concurrency"]): s["values"] for name, arm in arms.items() for s in arm["summaries"]}
+    ratios = {(name, s["point"]["concurrency"]): s["ratios"] for name, arm in arms.items() for s in arm["summaries"]}
     names = ("bf16", "k4v4")
-    rows = [["requests that fit", *(str(arms[name]["capacity"]["requests"]) for name in names)]]
+    rows = [["requests that fit", *(str(arms[name]["capacity"]["requests"]) for name in names), ""]]
     rows.append(
-        ["first token with 16 users, median", *(f"{found[n, 16]['ttft_ms']['median'] / 1000:.1f} s" for n in names)]
+        ["first token with 16 users, median", *(f"{found[n, 16]['ttft_ms']['median'] / 1000:.1f} s" for n in names), ""]
     )
     for users in (16, 4, 1):
         speeds = (f"{found[n, users]['output_tokens_per_s']['median']:.1f}" for n in names)
-        rows.append([f"output tokens/s, {users} user{'s' if users > 1 else ''}", *speeds])
+        ratio = f"{ratios['k4v4', users]['output_tokens_per_s']['median']:.2f}"
+        rows.append([f"output tokens/s, {users} user{'s' if users > 1 else ''}", *speeds, ratio])
     settings = file.data["settings"]
     point, memory = settings["points"][0], mebibytes(settings["kv_memory_bytes"])
     yield f"{SMOLLM2}, {memory} of KV memory, prompts of {point['input']:,} tokens, answers of {point['output']}."
     turns = settings["repeats"]
     yield f"Machine: {file.machine}. {turns} turn{'s' if turns > 1 else ''}."
     yield ""
-    yield from table(["", *(f"`{name}`" for name in names)], rows)
+    yield from table(["", *(f"`{name}`" for name in names), "ratio within a turn, median"], rows)
 
 
 @block("readme-speed")
 def readme_speed() -> Iterator[str]:
     kernels = load("cpu/kernels.json").data["kernels"]
-    speeds = [arms["k4v4"]["speed_against_baseline"] for arms in kernels.values()]
-    step = load(f"{STEP}new_batch1.json")
-    short, long = (_step(step, context, "k4v4")["ratio"]["median"] for context in ("2048", "6000"))
+    speeds = {n: [arms[n]["speed_against_baseline"] for arms in kernels.values()] for n in ("bf16", "k4v4")}
+    speeds["own"] = [k4v4 / bf16 for k4v4, bf16 in zip(speeds["k4v4"], speeds["bf16"], strict=True)]
+    steps = [load(f"{STEP}{name}_batch1.json") for name in ("new", "again", "third")]
+    short, long = ([_step(step, context, "k4v4")["ratio"]["median"] for step in steps] for context in ("2048", "6000"))
     beside = load("cpu/llama_cpp/smollm2.json").data["ratios"]
     prompt, decode = beside["prompt_tokens_per_second"], beside["decode_tokens_per_second"]
     cost = load("cpu/overhead.json").data["ratios"]
     load_demo_file = load("cpu/load/load.json").data["arms"][1]
     table_rows = [
-        ["tokens in the same memory, `k4v4` over `bf16`", times(load_demo_file["capacity_ratio"])],
-        ["decode attention, `k4v4` over torch's SDPA on bf16", f"{min(speeds):.1f}x to {max(speeds):.1f}x"],
-        ["time of a SmolLM2 token, one core, `k4v4` over `bf16`", f"{short:.2f} at 2,048 tokens, {long:.2f} at 6,000"],
+        ["tokens in the same memory, `k4v4` to `bf16`", times(load_demo_file["capacity_ratio"])],
         [
-            "SmolLM2 beside llama.cpp with its f16 cache, one core",
+            "speed of decode attention, `k4v4` to our `bf16`, and to torch's SDPA on bf16",
+            ", ".join(f"{min(speeds[n]):.1f}x to {max(speeds[n]):.1f}x" for n in ("own", "k4v4")),
+        ],
+        [
+            "time of a SmolLM2 token, one core, `k4v4` to `bf16`, three starts",
+            f"{min(short):.2f} to {max(short):.2f} at 2,048 tokens, {min(long):.2f} to {max(long):.2f} at 6,000",
+        ],
+        [
+            "SmolLM2 (16-bit weights) beside llama.cpp (4-bit weights, f16 cache), one core",
             f"prompts {prompt['k4v4 / f16']:.1f}x as fast, decoding {decode['k4v4 / f16']:.2f}x",
         ],
         [
-            "what the reports cost, 32 requests at once",
-            f"{cost['output_throughput']['median']:.2f} of the throughput, "
-            f"{cost['median_ttft_ms']['median']:.2f} of the time to the first token",
+            "with reports to without, demo model, 32 requests at once; quartiles",
+            "throughput {}, time to the first token {}".format(
+                *(_quartiles(cost[name]) for name in ("output_throughput", "median_ttft_ms"))
+            ),
         ],
     ]
     yield from table(["what", "measured"], table_rows)
