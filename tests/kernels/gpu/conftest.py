@@ -14,8 +14,11 @@ DEVICE = os.environ.get("FRAQTL_TEST_DEVICE", "cpu")
 interpreter_only = pytest.mark.skipif(DEVICE != "cpu", reason="only in Triton's interpreter, or for GPUs not here")
 
 try:
-    import triton  # noqa: F401
-except ImportError:  # every test of the folder needs it
+    from tests.interpreter import speed_up
+
+    if DEVICE == "cpu":
+        speed_up()
+except ImportError:  # every test of the folder needs Triton
     collect_ignore_glob = ["test_*.py"]
 
     def pytest_report_header() -> str:
