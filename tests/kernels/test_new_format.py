@@ -8,6 +8,7 @@ import torch
 from fraqtl_kernels import reference
 from fraqtl_kernels.cpu import plan_attention
 from fraqtl_kernels.formats import FORMATS, INT4_KEY, INT8, KVFormat
+from fraqtl_kernels.gpu import constexprs
 from fraqtl_serve.cli.main import main
 from fraqtl_vllm.config import FraqtlConfig
 from tests.kernels.conftest import make_batch, make_pool, relative_error
@@ -46,6 +47,13 @@ def test_the_cpu_stores_and_attends_it() -> None:
 def test_gpu_kernels_attend_it() -> None:
     case = Case(format=TOY.name, calibrated=True)
     assert decode_error(case) < TOLERANCE[case.dtype]
+
+
+def test_gpu_kernels_refuse_what_a_field_says_that_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert constexprs.has_kernels(TOY) and constexprs.has_kernels(FORMATS["fp16"])
+    monkeypatch.setattr(constexprs, "KNOWN_FIELDS", constexprs.KNOWN_FIELDS - {"rotated"})
+    assert not constexprs.has_kernels(TOY)
+    assert constexprs.has_kernels(FORMATS["fp16"])  # which says nothing there
 
 
 def test_settings_and_the_command_line_offer_it(capsys: pytest.CaptureFixture[str]) -> None:

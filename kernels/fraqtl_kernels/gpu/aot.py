@@ -34,6 +34,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fraqtl_kernels.constants import IDENTITY, LayerConstants, Transform
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES
 from fraqtl_kernels.gpu.decode import decode
 from fraqtl_kernels.gpu.gather import dequantize
@@ -393,19 +394,35 @@ def roofline(usages: list[Usage]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kept(table_file: Path, replaced: set[str]) -> list[Usage]:
+    """What a table has of other variants. Raises ConfigError if another Triton made it."""
+    record = json.loads(table_file.read_text())
+    if record["triton"] != triton.__version__:
+        raise ConfigError(f"{table_file} was made with Triton {record['triton']}: compile all formats anew")
+    return [Usage(**usage) for usage in record["usages"] if usage["variant"] not in replaced]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/results/aot"))
     parser.add_argument("--quick", action="store_true", help="only decoding with the default format at head size 128")
+    parser.add_argument("--formats", nargs="+", metavar="NAME", help="only these; the rest stays as --out has it")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
-    pairs = list(product(variants(arguments.quick), arguments.architectures))
+    chosen = [v for v in variants(arguments.quick) if v.format in (arguments.formats or [v.format])]
+    if not chosen:
+        parser.error(f"--formats: nothing is compiled for {', '.join(arguments.formats)}: see OTHER_FORMATS")
+    pairs = list(product(chosen, arguments.architectures))
+    table_file = arguments.out / "registers.json"
+    others = _kept(table_file, {v.name for v in chosen}) if arguments.formats else []
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        usages = list(pool.map(measure, *zip(*pairs, strict=True)))
+        usages = [*others, *pool.map(measure, *zip(*pairs, strict=True))]
+    order = {v.name: i for i, v in enumerate(variants(arguments.quick))}
+    usages.sort(key=lambda usage: (order[usage.variant], usage.architecture))
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"triton": triton.__version__, "usages": [asdict(u) for u in usages]}
-    (arguments.out / "registers.json").write_text(json.dumps(record, indent=1) + "\n")
+    table_file.write_text(json.dumps(record, indent=1) + "\n")
     (arguments.out / "registers.md").write_text(f"Triton {triton.__version__}\n\n{table(usages)}")
     if not arguments.quick and 90 in arguments.architectures:
         (arguments.out / "roofline.md").write_text(roofline(usages))

@@ -5,7 +5,7 @@ The frozen objects here are compile-time arguments of the kernels, which read th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -23,6 +23,8 @@ MIN_COLUMNS = 8  # and the smallest N
 MIN_WIDTH = 16  # columns of a part, the smallest K of a tensor-core product
 MIN_VALUE_WIDTH = 32  # of values: with 16, four warps share two tiles of a product and ptxas spills
 DEFERRED_ELEMENTS = 16 * 128  # largest (rows, tile) for which row sums stay in registers during the loop
+# Of `VectorFormat`. A new one comes here when the kernels read and write what it says.
+KNOWN_FIELDS = {"bits", "rotated", "raw_dtype", "groups", "static", "calibrated", "has_residual"}
 TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -107,9 +109,16 @@ def rows_for(rows: int) -> int:
 
 
 def has_kernels(format: KVFormat) -> bool:
-    """Whether these kernels can read and write a format. New fields of `VectorFormat` are asked here."""
+    """Whether these kernels can read and write a format."""
     k, v = format.k, format.v
+    if _asks_for_more(k) or _asks_for_more(v):
+        return False
     return k.bits in (4, 8, 16) and k.groups == 1 and v.bits in (2, 4, 8, 16) and v.groups in (1, 8 // v.bits)
+
+
+def _asks_for_more(vector: VectorFormat) -> bool:
+    """Whether it says something in a field that the kernels don't know."""
+    return any(f.name not in KNOWN_FIELDS and getattr(vector, f.name) != f.default for f in fields(vector))
 
 
 @cache

@@ -12,11 +12,13 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fraqtl_kernels.errors import ConfigError
 from fraqtl_kernels.gpu import aot
 from tests.kernels.gpu.conftest import interpreter_only
 
@@ -49,6 +51,31 @@ def check(usages: list[dict[str, Any]], variants: list[aot.Variant]) -> None:
             assert usage["buffers"] == buffers and (usage["wait"] > 0) == (buffers > 1), usage
         if (variant.kernel, variant.format, variant.head_size, variant.queries) == ("transposed", "k4v4", 128, 1):
             assert aot.Usage(**usage).per_token <= BUDGET or "masked" in variant.options, usage
+
+
+def test_one_format_is_compiled_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest stays, in the order of all variants. Not if another Triton made it."""
+    table = tmp_path / "registers.json"
+    table.write_text(RESULTS.read_text())
+    monkeypatch.setattr(aot, "measure", lambda variant, architecture: usage_of(variant.name, architecture))
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(sys, "argv", ["aot", "--out", str(tmp_path), "--formats", "k8v4"])
+    aot.main()
+    found, before = (json.loads(file.read_text())["usages"] for file in (table, RESULTS))
+    assert [(u["variant"], u["architecture"]) for u in found] == [(u["variant"], u["architecture"]) for u in before]
+    changed = {new["variant"] for new, old in zip(found, before, strict=True) if new != old}
+    assert changed == {v.name for v in aot.variants() if v.format == "k8v4"}
+
+    table.write_text(json.dumps({"triton": "0.1", "usages": []}))
+    with pytest.raises(ConfigError, match=r"was made with Triton 0\.1: compile all formats anew"):
+        aot.main()
+
+
+def usage_of(name: str, architecture: int) -> aot.Usage:
+    """That of the committed table, with a register more."""
+    usages = json.loads(RESULTS.read_text())["usages"]
+    [found] = [u for u in usages if (u["variant"], u["architecture"]) == (name, architecture)]
+    return aot.Usage(**{**found, "registers": found["registers"] + 1})
 
 
 def test_the_committed_table() -> None:

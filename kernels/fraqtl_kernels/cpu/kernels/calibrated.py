@@ -37,7 +37,7 @@ from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
 assert len(SCALE_CHOICES) == WIDTH
 _CHOICES = tuple(np.float32(choice) for choice in SCALE_CHOICES)
 _GRID, _FARTHEST = np.float32(FEEDBACK_GRID), np.float32(FEEDBACK_GRID * FEEDBACK_LIMIT)
-_BITS, _MIDPOINT, _LEVELS, _EDGE = 4, np.float32(7.5), np.float32(15), np.float32(8)  # of every calibrated format
+_BITS, _MIDPOINT, _LEVELS, _EDGE = 4, np.float32(7.5), np.float32(15), np.float32(8)  # of every format with feedback
 _HIGHEST = np.float32(65504)
 
 
