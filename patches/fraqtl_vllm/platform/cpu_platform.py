@@ -30,6 +30,7 @@ from fraqtl_vllm.names import BACKEND_CLASS, BACKEND_NAME
 from fraqtl_vllm.platform.draft_ops import DRAFT_KERNELS, DRAFT_MODULES
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
+from fraqtl_vllm.platform.proposal_ops import PROPOSAL_KERNELS, PROPOSAL_MODULES
 from fraqtl_vllm.platform.state_ops import STATE_OPS
 from fraqtl_vllm.support import choose_backend
 
@@ -146,8 +147,10 @@ def replace_kernels() -> None:
         "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
         "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": copy_states,
         **DRAFT_KERNELS,
+        **PROPOSAL_KERNELS,
     }
-    with _vllm.scan_of_vllm_only("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils", *DRAFT_MODULES):
+    homes = ("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils", *DRAFT_MODULES, *PROPOSAL_MODULES)
+    with _vllm.scan_of_vllm_only(*homes):
         _vllm.register_kernels(kernels)
 
 
