@@ -7,12 +7,13 @@ lost where they differ. Where windows are unlike, vLLM pads all pages to the lar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm import _vllm
+from fraqtl_kernels.formats import KVFormat
+from fraqtl_vllm import _vllm, speculation
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
 _REFUSED = "the packed KV cache does not support formats of single layers"
@@ -40,20 +41,26 @@ def in_own_formats(config: _vllm.VllmConfig, specs: Mapping[str, Any], layers: M
 
     layers: those that our backend serves, by name. Raises UnsupportedError if vLLM would pad their pages.
     """
-    ours = settings_of(config)
-    if not ours.kv_layers:
+    ours, has_drafts = settings_of(config), speculation.draft_model_of(config) is not None
+    if not ours.kv_layers and not has_drafts:
         return dict(specs)
-    formats = ours.by_layer(_layers_of(config))
-    for name, layer in layers.items():
-        pages_of = layer.impl.kv_sharing_target_layer_name or name
-        layer.impl.use_format(formats[_vllm.extract_layer_index(pages_of)])
+    if ours.kv_layers:
+        _hand_out(ours.by_layer(_layers_of(config)), layers)
     own = {
         name: replace(spec, state_content_bytes=layers[name].impl.kv_format.bytes_per_token(spec.head_size))
         for name, spec in specs.items()
     }
+    if has_drafts:
+        speculation.check_windows(own)
     if own and not _vllm.UniformTypeKVCacheSpecs.is_uniform_type(own):
         raise UnsupportedError(UNLIKE_WINDOWS)
     return own
+
+
+def _hand_out(formats: Sequence[KVFormat], layers: Mapping[str, Any]) -> None:
+    for name, layer in layers.items():
+        pages_of = layer.impl.kv_sharing_target_layer_name or name
+        layer.impl.use_format(formats[_vllm.extract_layer_index(pages_of)])
 
 
 def by_layer(config: _vllm.VllmConfig) -> list[str] | None:

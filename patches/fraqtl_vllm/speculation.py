@@ -1,13 +1,22 @@
-"""Which speculative decoding the packed cache serves: what was tested, and the reasons against the rest."""
+"""Which speculative decoding the packed cache serves: what was tested, and the reasons against the rest.
+
+A model that drafts has layers and pages of its own, in the same blocks as the model's. They are stored without
+constants and without residuals: then a slot holds its token only, a rejected draft's is simply written again, and
+nothing has to be given back. What a draft is worth is said by the model, so drafts need be neither exact nor small.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.config import settings_of
+from fraqtl_vllm.config import FraqtlConfig, settings_of
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "draft_model")
+DRAFT_FORMAT = "k8v8"
 LEAVE_OUT = "leave --speculative-config out"
 
 
@@ -31,3 +40,43 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"speculative decoding with formats of single layers yet: {LEAVE_OUT}"
     if model is not None and model.is_hybrid:
         yield f"speculative decoding of hybrid models yet: {LEAVE_OUT}"
+    if asked.method == "draft_model":
+        yield from _draft_model_reasons(config, asked)
+
+
+def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:
+    for option in ("parallel_drafting", "use_heterogeneous_vocab", "kv_cache_dtype"):
+        if getattr(asked, option, None):
+            yield f'{option} in --speculative-config: leave "{option}" out'
+    if config.lora_config is not None:
+        yield f"draft models with LoRA yet: {LEAVE_OUT}"
+    if asked.draft_model_config is not None and asked.draft_model_config.is_hybrid:
+        yield f"hybrid models as draft models yet: {LEAVE_OUT}"
+
+
+def draft_model_of(config: _vllm.VllmConfig) -> Any:
+    """The configuration of the model that drafts, vLLM's ModelConfig, or None if there is none."""
+    asked = config.speculative_config
+    return asked.draft_model_config if asked is not None and asked.method == "draft_model" else None
+
+
+def is_draft(config: _vllm.VllmConfig) -> bool:
+    """Whether what is built under this configuration is the model that drafts: vLLM gives it one of its own."""
+    return getattr(config.model_config, "runner_type", None) == "draft"
+
+
+def format_of_drafts(ours: FraqtlConfig) -> KVFormat:
+    """That of a draft model's layers: none that has residuals, and the model's own where that isn't quantized."""
+    return get_format(DRAFT_FORMAT) if ours.format.is_quantized else ours.format
+
+
+def check_windows(specs: dict[str, Any]) -> None:
+    """Raises UnsupportedError unless all layers, those of the draft model among them, can share one block table.
+
+    vLLM hands that of the first group of layers to the draft model, whatever its own is.
+    """
+    if not _vllm.UniformTypeKVCacheSpecs.is_uniform_type(specs):
+        raise UnsupportedError(
+            "the packed KV cache does not support draft models where layers of the two models have unlike windows yet: "
+            f"{LEAVE_OUT}"
+        )

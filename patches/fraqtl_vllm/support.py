@@ -70,7 +70,7 @@ def check_supported(config: _vllm.VllmConfig) -> FraqtlConfig:
         raise UnsupportedError(f"the packed KV cache does not support {reason}")
     if config.model_config is not None and config.model_config.is_hybrid:
         hybrids.check(config)
-    if config.model_config is not None:
+    if config.model_config is not None and not speculation.is_draft(config):
         layer_formats.check(config, ours)
     return ours
 
@@ -88,10 +88,11 @@ def _reasons(config: _vllm.VllmConfig, ours: FraqtlConfig) -> Iterator[str]:
         yield f"--block-size {cache.block_size}: it must be a multiple of {BLOCK_SIZE_MULTIPLE}"
     if any(each.needs_calibration for each in ours.formats) and (obstacle := calibration_obstacle(config)):
         yield f"KV format {ours.format_name} with {obstacle}: its static scales can't be calibrated"
-    if model is not None:
-        yield from _model_reasons(model)
-        if model.is_hybrid and parallel.pipeline_parallel_size > 1:
-            yield "hybrid models with pipeline parallelism yet: use --tensor-parallel-size"
+    for each, name in ((model, "model"), (speculation.draft_model_of(config), "draft model")):
+        if each is not None:
+            yield from _model_reasons(each, name)
+    if model is not None and model.is_hybrid and parallel.pipeline_parallel_size > 1:
+        yield "hybrid models with pipeline parallelism yet: use --tensor-parallel-size"
 
 
 def _cache_dtype_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
@@ -120,7 +121,7 @@ def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:
     return None if given >= tokens else f"LoRA and --max-num-batched-tokens {given} (give {tokens} or more)"
 
 
-def _model_reasons(model: Any) -> Iterator[str]:
+def _model_reasons(model: Any, name: str) -> Iterator[str]:
     text_config = model.hf_text_config
     if model.use_mla:
         yield f"MLA models such as this {text_config.model_type}: their cache is compressed by design"
@@ -138,7 +139,7 @@ def _model_reasons(model: Any) -> Iterator[str]:
         try:
             check_head_size(model.get_head_size())
         except UnsupportedError as error:
-            yield f"this model: {error}"
+            yield f"this {name}: {error}"
 
 
 def _keeps_states_unknown_to_vllm(model: Any) -> bool:

@@ -34,6 +34,7 @@ class Run:
     choices: list[list[list[int]]]
     logprobs: list[list[float]]
     accepted: int
+    drafted: int
     log: str
 
 
@@ -97,6 +98,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         "choices": [[list(choice.token_ids) for choice in o.outputs] for o in outputs],
         "logprobs": [_logprobs(o) for o in outputs],
         "accepted": counters.get("vllm:spec_decode_num_accepted_tokens") or 0,
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens") or 0,
         "prompt_logprobs": [_prompt_logprobs(o) for o in outputs],
         "pool": {
             "dtypes": sorted({str(p.dtype) for p in pools}),

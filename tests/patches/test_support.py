@@ -98,7 +98,8 @@ def on_a_bare_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_a_bare_cpu")
 def test_speculative_decoding() -> None:
     check_supported(make_config(speculative_config=speculation()))
-    assert refusal(speculative_config=speculation("eagle3")) == "speculative decoding by eagle3 yet: choose ngram"
+    said = refusal(speculative_config=speculation("eagle3"))
+    assert said == "speculative decoding by eagle3 yet: choose ngram or draft_model"
     synthetic = speculation(rejection_sample_method="synthetic")
     assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
     for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
@@ -111,6 +112,25 @@ def test_speculative_decoding() -> None:
     assert said == "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
     said = refusal(speculative_config=speculation(), model_config=make_model(is_hybrid=True))
     assert said == "speculative decoding of hybrid models yet: leave --speculative-config out"
+
+
+@pytest.mark.usefixtures("on_a_bare_cpu")
+def test_draft_models() -> None:
+    def drafted_by(model: Any, **options: Any) -> Any:
+        return speculation("draft_model", draft_model_config=model, **options)
+
+    model = make_model()
+    check_supported(make_config(speculative_config=drafted_by(model)))
+    for option in ("parallel_drafting", "use_heterogeneous_vocab"):
+        said = refusal(speculative_config=drafted_by(model, **{option: True}))
+        assert said == f'{option} in --speculative-config: leave "{option}" out'
+    said = refusal(speculative_config=drafted_by(model, kv_cache_dtype="fp8"))
+    assert said == 'kv_cache_dtype in --speculative-config: leave "kv_cache_dtype" out'
+    said = refusal(speculative_config=drafted_by(model), lora_config=object())
+    assert said == "draft models with LoRA yet: leave --speculative-config out"
+    said = refusal(speculative_config=drafted_by(make_model(is_hybrid=True)))
+    assert said == "hybrid models as draft models yet: leave --speculative-config out"
+    assert refusal(speculative_config=drafted_by(make_model(head_size=72))).startswith("this draft model: head size 72")
 
 
 def test_speculative_decoding_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

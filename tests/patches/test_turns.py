@@ -19,6 +19,7 @@ from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.turns import plan_turns, without
 from fraqtl_vllm.platform.cpu_worker import kept_tokens
 from tests.patches.test_backend import make_config
+from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
 BLOCKS = 6  # of a request
@@ -195,6 +196,22 @@ def test_formats_without_residuals_take_no_turns() -> None:
     assert cpu_attention.most_in_turns(config_for("k4v4", 3)) == 4
     assert cpu_attention.most_in_turns(config_for("k8v8", 3)) == 1
     assert cpu_attention.most_in_turns(config_for("k4v4", 0)) == 1
+
+
+@pytest.mark.parametrize(("kv_format", "of_drafts"), [("k4v4", "k8v8"), ("k4v2", "k8v8"), ("bf16", "bf16")])
+def test_layers_of_a_draft_model_take_no_turns(kv_format: str, of_drafts: str) -> None:
+    config = config_for(kv_format, 3)
+    object.__setattr__(config, "model_config", make_model(runner_type="draft"))
+    with set_current_vllm_config(config):
+        impl = cpu_attention.Impl(num_heads=HEADS, head_size=SIZE, scale=0.125, num_kv_heads=KV_HEADS)
+    assert impl.is_draft and impl.kv_format == get_format(of_drafts)
+    layers = {"draft": SimpleNamespace(impl=impl), "other": SimpleNamespace(impl=SimpleNamespace(is_draft=False))}
+    config.compilation_config.static_forward_context.update(layers)
+    most = [
+        cpu_attention.MetadataBuilder(None, names, config, torch.device("cpu"))._most
+        for names in (["draft"], ["other"], ["draft", "other"])
+    ]
+    assert most == [1, *[1 if kv_format == "bf16" else 4] * 2]
 
 
 def test_layers_that_share_a_cache_are_refused() -> None:

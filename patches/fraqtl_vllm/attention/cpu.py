@@ -53,7 +53,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._most = most_in_turns(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        drafts = bool(layer_names) and all(layers[name].impl.is_draft for name in layer_names)
+        self._most = 1 if drafts else most_in_turns(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -77,7 +79,7 @@ class Impl(FraqtlImpl[Metadata]):
         if self.settings.prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
         with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
-            for each in self.settings.formats:
+            for each in dict.fromkeys([*self.settings.formats, self.kv_format]):
                 cpu.warm_up(each, torch.get_default_dtype())  # vLLM builds a model under its dtype
         self.residuals: cpu.Residuals | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None

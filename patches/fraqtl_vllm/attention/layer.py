@@ -11,6 +11,7 @@ from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import KVFormat, check_head_size
 from fraqtl_kernels.pages import PageLayout
+from fraqtl_vllm import speculation
 from fraqtl_vllm._vllm import get_current_vllm_config
 from fraqtl_vllm.calibration.recorder import Recorder
 from fraqtl_vllm.checkpoint import warn_of_unused_scales
@@ -64,7 +65,8 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.constants = IDENTITY
         self.recorder: Recorder | None = None
-        self.kv_format = self.settings.format
+        self.is_draft = speculation.is_draft(config)
+        self.kv_format = speculation.format_of_drafts(self.settings) if self.is_draft else self.settings.format
 
     def use_format(self, kv_format: KVFormat) -> None:
         """In the place of the settings' own, before there is a pool. The layer's number isn't known to begin with."""

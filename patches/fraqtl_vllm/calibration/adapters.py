@@ -89,7 +89,7 @@ def _then_measured(worker: Any, add: Callable[[Any], bool]) -> Callable[[Any], b
 def measure(worker: Any, request: Any) -> float:
     """The coarseness of an adapter that is loaded, over all ranks. request: vLLM's LoRARequest."""
     config, runner = worker.vllm_config, worker.model_runner
-    layers, prompt = forward.packed_layers(config), make_prompt(config.model_config)
+    layers, prompt = forward.target_layers(config), make_prompt(config.model_config)
     targets = [layer.impl.kv_sharing_target_layer_name for layer in layers.values()]
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         grams = projections(runner.get_model(), layers, config.model_config.dtype)

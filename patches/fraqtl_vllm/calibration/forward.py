@@ -25,10 +25,15 @@ def packed_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
     return {name: layer for name, layer in layers if hasattr(getattr(layer, "impl", None), "use_constants")}
 
 
+def target_layers(config: _vllm.VllmConfig) -> dict[str, Any]:
+    """Those of them that the model itself has, and not one that drafts for it: only they are calibrated."""
+    return {name: layer for name, layer in packed_layers(config).items() if not layer.impl.is_draft}
+
+
 def run(runner: Any, config: _vllm.VllmConfig, prompt: Prompt, recorder: Recorder, adapter: Any = None) -> None:
     """The prompt through the model, seen by `recorder`. adapter: vLLM's LoRARequest; the base model's weights alone
     without it."""
-    model, layers = runner.get_model(), packed_layers(config)
+    model, layers = runner.get_model(), target_layers(config)
     device = next(model.parameters()).device
     kept = metadata(runner, layers, prompt.sequences, len(prompt.ids))
     with (

@@ -13,7 +13,7 @@ from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import FraqtlError, UnsupportedError
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import adapters, files, forward, weights_changed
-from fraqtl_vllm.calibration.forward import packed_layers
+from fraqtl_vllm.calibration.forward import target_layers
 from fraqtl_vllm.calibration.projection import projections
 from fraqtl_vllm.calibration.prompt import make_prompt
 from fraqtl_vllm.calibration.ranks import on_all, one_engine_at_a_time, over_stages
@@ -31,7 +31,7 @@ def calibrate_worker(worker: Any) -> None:
     """Give the worker's layers their constants, from disk or from the built-in prompt. Raises UnsupportedError."""
     config = worker.vllm_config
     ours = settings_of(config)
-    layers = packed_layers(config)
+    layers = target_layers(config)
     count = over_stages(len(layers))
     if not count or not any(each.is_calibrated for each in ours.formats):
         return
@@ -75,7 +75,7 @@ def find_constants(worker: Any, ours: FraqtlConfig) -> tuple[Constants, str]:
 
 def key_of(worker: Any, ours: FraqtlConfig) -> str:
     """What the constants of this rank follow from, as its weights are now."""
-    layers, rank = packed_layers(worker.vllm_config), _vllm.get_tp_group().rank_in_group
+    layers, rank = target_layers(worker.vllm_config), _vllm.get_tp_group().rank_in_group
     stored_as = " ".join(
         [ours.format_name, *(layer.impl.kv_format.name for layer in layers.values() if ours.kv_layers)]
     )
@@ -90,7 +90,7 @@ def _read(path: Path, key: str) -> Constants | None:
 
 def run_prompt(runner: Any, config: _vllm.VllmConfig, ours: FraqtlConfig) -> Constants:
     """What one forward pass over the built-in prompt shows of the layers."""
-    prompt, layers = make_prompt(config.model_config), packed_layers(config)
+    prompt, layers = make_prompt(config.model_config), target_layers(config)
     with torch.inference_mode(), _vllm.set_current_vllm_config(config):
         grams = projections(runner.get_model(), layers, config.model_config.dtype)
     targets = [layer.impl.kv_sharing_target_layer_name for layer in layers.values()]

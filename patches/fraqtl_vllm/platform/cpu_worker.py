@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import CPUWorker
-from fraqtl_vllm.calibration.forward import packed_layers
+from fraqtl_vllm.calibration.forward import target_layers
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import GPT_OSS_WEIGHTS
 from fraqtl_vllm.platform import gated_delta
@@ -77,8 +77,13 @@ class FraqtlCpuWorker(CPUWorker):
 
     def _replace_layers(self) -> None:
         """After every change of weights, of which layers of ours may have copies."""
-        if _has_no_native_ops():  # a CPU build has fast layers of its own
-            replace_layers(self.model_runner.get_model(), copies=settings_of(self.vllm_config).cpu_weight_copies)
+        if not _has_no_native_ops():  # a CPU build has fast layers of its own
+            return
+        runner: Any = self.model_runner
+        drafting = getattr(getattr(runner, "drafter", None), "model", None)
+        for model in (runner.get_model(), drafting):
+            if isinstance(model, torch.nn.Module):  # n-grams have none
+                replace_layers(model, copies=settings_of(self.vllm_config).cpu_weight_copies)
 
     def determine_available_memory(self) -> int:
         self._make_room_for_other_stages()
@@ -111,5 +116,5 @@ class FraqtlCpuWorker(CPUWorker):
     def _take_back(self, sampler: Any, given: tuple[Any, ...], sampled: Any) -> None:
         """Called when the sampler has said which drafts are rejected: see `attention/turns.py`."""
         kept = kept_tokens(given[0].num_draft_tokens, sampled.sampled_token_ids)
-        for layer in packed_layers(self.vllm_config).values():
+        for layer in target_layers(self.vllm_config).values():
             layer.impl.take_back(kept)
