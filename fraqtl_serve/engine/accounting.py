@@ -50,6 +50,7 @@ class Accounting:
         self.kv_format = kv_format
         self._on_settled = on_settled  # called once for every ledger that the engine was given work for
         self._sequences: dict[str, Ledger] = {}  # by the engine's ids, until the engine says that they ended
+        self._several: dict[str, tuple[Any, int]] = {}  # of the outputs that vLLM looks at: see `_several`
 
     def open(self, endpoint: str = "") -> Ledger:
         """Start a ledger for the HTTP request of the current context."""
@@ -130,7 +131,10 @@ class Accounting:
                 if self._keep(output.request_id, account) or _has_failed(output):
                     said.append(output)
             alive = {output.request_id for output in said if output.request_id in states}
+            self._several = _several(said, states)
             result = process_outputs(outputs, *args, **kwargs)
+            for key in list(self._several):
+                self._leave_out(key)
             for output in said:
                 # vLLM forgets a sequence when it is finished here, or before, when it was aborted.
                 ended = output.request_id in alive and output.request_id not in states
@@ -146,6 +150,7 @@ class Accounting:
 
     def report_of(self, key: str) -> KVReport | None:
         """The report over one sequence that has not been counted as ended yet, by the engine's id."""
+        self._leave_out(key)
         ledger = self._sequences.get(key)
         return None if ledger is None else ledger.report_of([key])
 
@@ -181,6 +186,12 @@ class Accounting:
         ledger.accounts[key] = brought_up_to_date(ledger.accounts.get(key), account)
         return True
 
+    def _leave_out(self, key: str) -> None:
+        """Tokens of a step that came after a stop string, which vLLM has dropped: the text has none of them."""
+        ledger, (detokenizer, count) = self._sequences.get(key), self._several.pop(key, (None, 0))
+        if ledger is not None and detokenizer is not None:
+            ledger.accounts[key]["tokens"] -= max(0, count - detokenizer.num_output_tokens())
+
     def _end(self, key: str, *, finished: bool) -> None:
         ledger = self._sequences.pop(key, None)
         if ledger is None:  # its end was already seen
@@ -207,6 +218,18 @@ def _pop_account(output: Any) -> Account | Growth | None:
     account: Account | Growth | None = (output.kv_transfer_params or {}).pop(ACCOUNT_KEY, None)
     output.kv_transfer_params = output.kv_transfer_params or None
     return account
+
+
+def _several(outputs: list[Any], states: dict[str, Any]) -> dict[str, tuple[Any, int]]:
+    """Of outputs with more than one token, as drafts bring them, by sequence: vLLM's detokenizer, and how many tokens
+    it will have if it keeps them all. states: vLLM's, of the sequences that go on."""
+    found = {}
+    for output in outputs:
+        state = states.get(output.request_id)
+        if state is not None and len(output.new_token_ids) > 1:
+            count = state.detokenizer.num_output_tokens() + len(output.new_token_ids)
+            found[output.request_id] = (state.detokenizer, count)
+    return found
 
 
 def _is_last(output: Any) -> bool:

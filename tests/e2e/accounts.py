@@ -73,7 +73,12 @@ MIXED_BLOCK = 2 * 2 * 16 * (68 + 132)  # two layers in k4v4, two in k8v8
 MIXED = Setup(("--kv-layers", "0,-1=k8v8"), MIXED_BLOCK, DEMO_BASELINE, blocks=240)
 TINY_POOL = Setup((), DEMO_BLOCK, DEMO_BASELINE, blocks=240)  # one of the longest sequences
 
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+DRAFTS: dict[str, Any] = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 DRAFTS_IN_TINY_POOL = replace(TINY_POOL, arguments=("--speculative-config", json.dumps(DRAFTS)))
 
 
@@ -119,6 +124,8 @@ class Blocks:
     sizes: list[int]
     baseline: tuple[int, ...]  # 0 for states
     keeps_states: list[bool]
+    drafts: int = 0
+    """Tokens that a step may bring beyond one."""
 
 
 @dataclass
@@ -150,7 +157,9 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24, secon
         lines = [json.loads(line) for line in notes.read_text().splitlines()]
     assert len(ranks) == setup.ranks, ranks
     block_bytes = [sum(sizes) for sizes in zip(*(rank["block_bytes"] for rank in ranks), strict=True)]
-    wrong = find_mismatches(jobs, outcomes, lines, Blocks(block_bytes, setup.baseline, ranks[0]["keeps_states"]))
+    drafts = DRAFTS["num_speculative_tokens"] if accepted else 0
+    blocks = Blocks(block_bytes, setup.baseline, ranks[0]["keeps_states"], drafts)
+    wrong = find_mismatches(jobs, outcomes, lines, blocks)
     counts = {**count(jobs, outcomes, lines), "accepted_drafts": accepted}
     return Comparison(requests, round(took, 1), counts, wrong)
 
@@ -208,7 +217,11 @@ def expected(
     blocks: Blocks,
 ) -> dict[str, int] | None:
     """What the report must say, by the witness; None if the engine never saw the request."""
-    ends = [line for key, seen in sequences.items() if (line := last_line(job, outcome, key, seen)) is not None]
+    ends = [
+        line
+        for key, seen in sequences.items()
+        if (line := last_line(job, outcome, key, seen, blocks.drafts)) is not None
+    ]
     if not ends:
         return None
     groups = range(len(blocks.sizes))
@@ -226,11 +239,12 @@ def expected(
     }
 
 
-def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Line | None:
+def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line], drafts: int = 0) -> Line | None:
     """The witness's line of the moment at which a sequence ended.
 
     A stop string is found by the API server, and the engine goes on until it hears of that: the
-    sequence ended with the last token that the client got.
+    sequence ended with the last token that the client got. A step with drafts may have made more: they are not in the
+    text, but it held blocks for them.
     """
     match = SEQUENCE.match(sequence)
     assert match is not None
@@ -242,11 +256,12 @@ def last_line(job: Job, outcome: Outcome, sequence: str, seen: list[Line]) -> Li
     elif outcome.status == "finished" and job.aborts and job.stop and job.n == 1 and outcome.report:
         length = outcome.report["tokens"] + 1  # it had stopped before the client could go
     if length is not None:
-        of_that_length = [line for line in seen if line["event"] != "preempted" and line["length"] == length]
+        lengths = range(length, length + drafts + 1)
+        of_that_length = [line for line in seen if line["event"] != "preempted" and line["length"] in lengths]
         if not of_that_length:
-            lengths = sorted({line["length"] for line in seen})
-            raise _UnseenError(f"{sequence} ended at {length} tokens, {choice}, but was seen at {lengths}")
-        return of_that_length[0]
+            found = sorted({line["length"] for line in seen})
+            raise _UnseenError(f"{sequence} ended at {length} tokens, {choice}, but was seen at {found}")
+        return {**of_that_length[0], "length": length}
     return next((line for line in seen if line["event"] == "end"), None)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.accounts import DEMO_BASELINE, DEMO_BLOCK
+from tests.e2e.accounts import DEMO_BASELINE, DEMO_BLOCK, Setup, compare
 from tests.e2e.draft_models import first_layers
 from tests.e2e.engine import Run, run
 from tests.e2e.random_models import random_gemma2, random_llama
@@ -117,3 +118,11 @@ def test_windows_unlike_the_models(tmp_path: Path) -> None:
     model = random_gemma2(tmp_path / "model")
     with pytest.raises(RuntimeError, match="draft models where layers of the two models have unlike windows yet"):
         run(PROMPTS[:1], **by(model), **FLOATS)
+
+
+def test_reports_equal_what_the_pool_held(drafting: Path) -> None:
+    flags = ("--speculative-config", json.dumps(by(drafting)["speculative_config"]))
+    found = compare(Setup(flags, BLOCK_BYTES, BASELINE, blocks=64, longest=600), requests=60, seed=3)
+    assert found.mismatches == []
+    for event in ("accepted_drafts", "aborted", "streamed", "several_sequences", "with_shared_blocks", "preemptions"):
+        assert found.counts[event] > 0, found.counts

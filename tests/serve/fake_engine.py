@@ -40,6 +40,17 @@ def account(
     }
 
 
+class FakeDetokenizer:
+    """Of one sequence: keeps as many of an output's tokens as `keeps` says, as vLLM's does after a stop string."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.keeps: int | None = None
+
+    def num_output_tokens(self) -> int:
+        return len(self.tokens)
+
+
 class FakeProcessor:
     """In the place of vLLM's `OutputProcessor`."""
 
@@ -53,7 +64,7 @@ class FakeProcessor:
     def add_request(
         self, request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, queue: Any = None
     ) -> None:
-        state = SimpleNamespace(request=request, parent_req=parent_req, queue=queue)
+        state = SimpleNamespace(request=request, parent_req=parent_req, queue=queue, detokenizer=FakeDetokenizer())
         self.request_states[request.request_id] = state
         self.external_req_ids.setdefault(request.external_req_id, []).append(request.request_id)
 
@@ -70,6 +81,8 @@ class FakeProcessor:
     def process_outputs(self, engine_core_outputs: list[Any], timestamp: float | None = None) -> str:
         self.seen += engine_core_outputs
         for output in engine_core_outputs:
+            if (state := self.request_states.get(output.request_id)) is not None:
+                state.detokenizer.tokens += output.new_token_ids[: state.detokenizer.keeps]
             if output.finished or output.request_id in self.stopped:
                 self.request_states.pop(output.request_id, None)
         return f"processed {len(engine_core_outputs)} at {timestamp}"
@@ -139,11 +152,13 @@ class FakeEngine:
         output = EngineCoreOutput(request_id=key, new_token_ids=[], kv_transfer_params={ACCOUNT_KEY: said})
         self.output_processor.process_outputs([output])
 
-    def say(self, key: str, kv_transfer_params: dict[str, Any] | None = None, *, finish: bool = False) -> Any:
+    def say(
+        self, key: str, kv_transfer_params: dict[str, Any] | None = None, *, finish: bool = False, tokens: int = 1
+    ) -> Any:
         """Send one output of the sequence `key` through the processor; returns that output."""
         output = EngineCoreOutput(
             request_id=key,
-            new_token_ids=[1],
+            new_token_ids=[1] * tokens,
             finish_reason=FinishReason.STOP if finish else None,
             kv_transfer_params=kv_transfer_params,
         )

@@ -201,6 +201,18 @@ def test_stop_string_finishes_a_sequence(accounting: Accounting, engine: FakeEng
     assert (settled, ledger.accounts) == ([ledger], {key: account([1])})
 
 
+@pytest.mark.parametrize("kept", [1, 3, 4])
+def test_tokens_after_a_stop_string_are_none_of_the_text(accounting: Accounting, engine: FakeEngine, kept: int) -> None:
+    """A step with drafts brings several tokens at once, and its stop string may end before the last of them."""
+    ledger = start(accounting, engine)
+    (key,) = admit(engine, ledger)
+    engine.say(key, {ACCOUNT_KEY: account([1], tokens=20)}, tokens=4)
+    engine.output_processor.stopped.add(key)
+    engine.output_processor.request_states[key].detokenizer.keeps = kept
+    engine.say(key, {ACCOUNT_KEY: account([1, 2], tokens=24)}, tokens=4)
+    assert ledger.accounts == {key: account([1, 2], tokens=20 + kept)}
+
+
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), RuntimeError("the engine is dead")])
 def test_sequence_that_was_never_sent_is_not_waited_for(
     accounting: Accounting, engine: FakeEngine, settled: list[Ledger], error: BaseException
