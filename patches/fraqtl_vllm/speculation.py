@@ -17,6 +17,14 @@ from fraqtl_vllm.config import FraqtlConfig, settings_of
 
 METHODS = ("ngram", "draft_model")
 DRAFT_FORMAT = "k8v8"
+NOT_TRIED = (
+    "parallel_drafting",
+    "use_heterogeneous_vocab",
+    "num_speculative_tokens_per_batch_size",
+    "use_local_argmax_reduction",
+    "kv_cache_dtype",
+)
+"""What vLLM lets a draft model do besides."""
 LEAVE_OUT = "leave --speculative-config out"
 
 
@@ -45,7 +53,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
 
 
 def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:
-    for option in ("parallel_drafting", "use_heterogeneous_vocab", "kv_cache_dtype"):
+    for option in NOT_TRIED:
         if getattr(asked, option, None):
             yield f'{option} in --speculative-config: leave "{option}" out'
     if config.lora_config is not None:
