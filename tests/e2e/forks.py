@@ -67,6 +67,12 @@ def _context() -> ForkServerContext:
     return context
 
 
+def _fork_workers() -> None:
+    """vLLM spawns its engine and workers, and each imports it anew. Here nothing has used OpenMP or a GPU yet."""
+    contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    contexts["spawn"] = contexts["fork"]
+
+
 def _run(
     sending: Connection, log: Path, environment: dict[str, str], function: Callable[..., T], arguments: Sequence[Any]
 ) -> None:
@@ -78,6 +84,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    _fork_workers()
     answer = function(*arguments)
     sys.stdout.flush()
     sending.send_bytes(pickle.dumps(answer))  # send() would leave tensors in memory that ends with this process
