@@ -12,7 +12,7 @@ from tests.e2e.accounts import DEMO_BASELINE, DEMO_BLOCK, Setup, compare
 from tests.e2e.draft_models import first_layers
 from tests.e2e.engine import Run, run
 from tests.e2e.random_models import random_gemma2, random_llama
-from tests.e2e.test_speculation import FLOATS, PROMPTS, plain
+from tests.e2e.test_speculation import FLOATS, PROMPTS, plain, reads_the_same
 
 LAYERS = 3  # of the draft model
 BYTES = {"k4v4": 68, "k8v8": 132, "bf16": 256}  # of a token and KV head, keys and values of 64
@@ -76,6 +76,10 @@ def test_preemption_leaves_the_text(drafting: Path) -> None:
     found = run(PROMPTS, sampling=sampling, **by(drafting), **FLOATS, **CHUNKS, **TINY_POOL)
     assert [a[: len(b)] for a, b in zip(found.tokens, plain().tokens, strict=True)] == plain().tokens
     assert found.preemptions > 0 and kept_some_but_not_all(found)
+
+
+def test_what_is_read_is_what_plain_decoding_reads(drafting: Path) -> None:
+    reads_the_same(**by(drafting))
 
 
 def test_drafts_end_where_the_context_does(drafting: Path) -> None:
