@@ -3,9 +3,9 @@
     python bench/examples/speculation.py MODEL --text wikitext2-test.txt --out speculation.json
 
 For each arm, a model dtype and a KV format, on vLLM's engine with greedy decoding: the model is asked to copy passages
-of a text, plainly, plainly in other groups of tokens, and with n-grams as drafts. The pool is small, prompts come in
-chunks, and share their beginning: there are preemptions and prefix hits. Linear layers round by how many tokens they
-are given, so what other groups change is what drafts may change, too.
+of a text, plainly, plainly in other groups of tokens, and with drafts: from n-grams, or from --draft-model. The pool
+is small, prompts come in chunks, and share their beginning: there are preemptions and prefix hits. Linear layers
+round by how many tokens they are given, so what other groups change is what drafts may change, too.
 
 - `acceptance_length`: tokens a request and step with drafts, 1 + accepted / drafts
 - `differing`: texts that are not the same token by token as the first ones
@@ -30,10 +30,16 @@ ARMS = [("float32", "bf16"), ("float32", "k4v4"), ("bfloat16", "bf16"), ("bfloat
 RUNS = {
     "plain": {"max_num_batched_tokens": 256, "max_num_seqs": 16},
     "grouped": {"max_num_batched_tokens": 200, "max_num_seqs": 7},
-    "drafts": {"max_num_batched_tokens": 256, "max_num_seqs": 16, "speculative_config": DRAFTS},
+    "drafts": {"max_num_batched_tokens": 256, "max_num_seqs": 16},
 }
 PASSAGE, TOKENS = 30, 24  # words, new tokens
 TASK = "Copy the following passage word by word, and write nothing else.\n\n"
+
+
+def drafts_of(args: argparse.Namespace) -> dict[str, Any]:
+    if args.draft_model is None:
+        return DRAFTS
+    return {"method": "draft_model", "model": args.draft_model, "num_speculative_tokens": 4}
 
 
 def prompts(text: Path, count: int) -> list[str]:
@@ -55,6 +61,7 @@ def measure(args: argparse.Namespace, dtype: str, kv_format: str, how: str) -> d
         attention_backend="FRAQTL",
         additional_config={"fraqtl": {"kv_format": kv_format}},
         disable_log_stats=False,
+        speculative_config=drafts_of(args) if how == "drafts" else None,
         **RUNS[how],
     )
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts(args.text, args.prompts)]
@@ -124,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--draft-model", metavar="MODEL", help="drafts in the place of n-grams")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
     parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "RUN"), help=argparse.SUPPRESS)
@@ -139,7 +147,7 @@ def main() -> None:
         arms.append(arm(args, dtype, kv_format))
         print(json.dumps(arms[-1]), flush=True)
         command = " ".join(["python bench/examples/speculation.py", *sys.argv[1:]])
-        results.save(args.out, {"command": command, "drafts": DRAFTS, "new_tokens": TOKENS, "arms": arms})
+        results.save(args.out, {"command": command, "drafts": drafts_of(args), "new_tokens": TOKENS, "arms": arms})
 
 
 if __name__ == "__main__":
