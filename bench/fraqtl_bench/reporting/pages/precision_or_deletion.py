@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
+from statistics import fmean
+from typing import Any
 
 from fraqtl_bench.reporting.markdown import table
 from fraqtl_bench.reporting.pages.numbers import fixed, share
-from fraqtl_bench.reporting.pages.results import Result, block, load, source
+from fraqtl_bench.reporting.pages.results import MODELS, Result, block, load, source
+from fraqtl_kernels.formats import FORMATS
 
 LAB = "cpu/quality/quality.json"
 GROUPS = "cpu/quality/groups.json"
@@ -166,25 +170,39 @@ def law() -> Iterator[str]:
 
 @block("adaptive-bits")
 def adaptive_bits() -> Iterator[str]:
-    file = load("cpu/quality/budget.json")
-    rows = []
-    for model in file.data["models"]:
-        found = model["allocation"]
-        rows.append(
-            [
-                f"`{model['model']}`",
-                ", ".join(found["formats"]),
-                fixed(found["bits_per_dim"], 2),
-                fixed(found["perplexity"], 3),
-                f"`{found['best_uniform']}`",
-                fixed(found["best_uniform_bits"], 2),
-                fixed(found["best_uniform_perplexity"], 3),
-                fixed(found["uniform"]["k4v4"], 3),
-            ]
-        )
-    head = ["model", "format of each layer", "bits/dim", "perplexity", "best uniform within the budget", "bits/dim"]
-    yield from table([*head, "perplexity", "`k4v4` everywhere"], rows)
-    yield from source(file, model="as in the table")
+    files = [load(path) for path in ("cpu/quality/budget.json", "cpu/real/budget_smollm2.json")]
+    rows: list[list[str]] = []
+    for model in (model for file in files for model in file.data["models"]):
+        rows += _allocation_rows(model["allocation"], MODELS.get(model["model"], model["model"]), model["head_size"])
+    yield from table(["model", "layers in each format", "bits/dim", "perplexity", "divergence, added up"], rows)
+    yield from source(*files, model="as in the table")
+
+
+def _allocation_rows(found: dict[str, Any], model: str, size: int) -> Iterator[list[str]]:
+    """The allocation, the best format for all layers within the budget, and `k4v4`."""
+    cost, layers = found["sensitivity"], range(len(found["formats"]))
+    names = {_by_format(found["formats"]): found["formats"]}
+    names |= {f"`{name}` all": [name] * len(layers) for name in (found["best_uniform"], "k4v4")}
+    perplexities = [found["perplexity"], found["best_uniform_perplexity"], found["uniform"]["k4v4"]]
+    for (label, formats), perplexity in zip(names.items(), perplexities, strict=True):
+        bits = fmean(FORMATS[name].bytes_per_token(size) * 8 / (2 * size) for name in formats)
+        nats = sum(cost[name][layer] for layer, name in enumerate(formats))
+        yield [model, label, fixed(bits, 2), fixed(perplexity, 3), fixed(1000 * nats, 1)]
+        model = ""
+
+
+def _by_format(formats: list[str]) -> str:
+    """Ranges of layers by format, such as `k4v4` 0-2, 5."""
+    return "; ".join(
+        f"`{name}` " + ", ".join(_ranges([i for i, each in enumerate(formats) if each == name]))
+        for name in sorted(set(formats))
+    )
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        first, *others = [number for _, number in run]
+        yield f"{first}-{others[-1]}" if others else str(first)
 
 
 @block("reproduced")
