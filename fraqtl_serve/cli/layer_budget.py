@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from filelock import FileLock
 
@@ -110,9 +112,15 @@ def _search(model: str, budget: float, folder: Path, *, quiet: bool) -> None:
 
 @contextmanager
 def _ended_with_us(lab: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever ends this start, a signal that raises included, ends the search, too."""
+    """Whatever ends this start, a signal included, ends the search, too. What it has found so far is kept."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         if lab.poll() is None:
             lab.kill()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("terminated")  # which `serve` takes for a SIGTERM, as vLLM says it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import httpx
@@ -13,7 +15,7 @@ from fraqtl_kernels.formats import get_format
 from fraqtl_serve.cli import layer_budget
 from fraqtl_serve.cli.serve import DEMO_MODEL
 from tests.e2e.reports import MODEL, messages
-from tests.e2e.server import running
+from tests.e2e.server import group_members, remove_log, running, start
 
 BITS = 4.0
 HEAD_SIZE = 64
@@ -40,6 +42,18 @@ def test_a_budget_is_searched_once_and_served(tmp_path: Path, monkeypatch: pytes
     assert layer_budget.find_profile(str(DEMO_MODEL), BITS, quiet=True) == profile
     with pytest.raises(ConfigError, match=r"--kv-budget 5: the search ended with code 1"):
         layer_budget.find_profile(str(DEMO_MODEL), 5, quiet=True)
+
+
+def test_a_stop_ends_the_search(tmp_path: Path) -> None:
+    server = start("--kv-budget", "4", environment={"XDG_CACHE_HOME": str(tmp_path)})
+    while "searching formats" not in server.log or len(group_members(server)) < 2:
+        assert server.process.poll() is None, server.log
+        time.sleep(0.1)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 128 + signal.SIGTERM
+    assert server.log.splitlines()[-1] == "fraqtl-serve: stopped by SIGTERM while it started"
+    assert group_members(server) == []
+    remove_log(server)
 
 
 def test_the_labs_sentence_is_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
