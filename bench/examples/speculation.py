@@ -39,7 +39,7 @@ TASK = "Copy the following passage word by word, and write nothing else.\n\n"
 def drafts_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.draft_model is None:
         return DRAFTS
-    return {"method": "draft_model", "model": args.draft_model, "num_speculative_tokens": 4}
+    return {"method": args.method, "model": args.draft_model, "num_speculative_tokens": 4}
 
 
 def prompts(text: Path, count: int) -> list[str]:
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--draft-model", metavar="MODEL", help="drafts in the place of n-grams")
+    parser.add_argument("--method", choices=["draft_model", "eagle"], default="draft_model", help="of --draft-model")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
     parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "RUN"), help=argparse.SUPPRESS)

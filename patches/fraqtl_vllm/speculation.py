@@ -1,8 +1,8 @@
 """Which speculative decoding the packed cache serves: what was tested, and the reasons against the rest.
 
-A model that drafts has layers and pages of its own, in the same blocks as the model's. They are stored without
-constants and without residuals: then a slot holds its token only, a rejected draft's is simply written again, and
-nothing has to be given back. What a draft is worth is said by the model, so drafts need be neither exact nor small.
+A model or EAGLE head that drafts has layers and pages of its own, in the same blocks as the model's. They are stored
+without constants and without residuals: then a slot holds its token only, a rejected draft's is simply written again,
+and nothing has to be given back. What a draft is worth is said by the model, so drafts need be neither exact nor small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
-METHODS = ("ngram", "draft_model")
+METHODS = ("ngram", "draft_model", "eagle")
+WITH_MODELS = ("draft_model", "eagle")
 DRAFT_FORMAT = "k8v8"
 NOT_TRIED = (
     "parallel_drafting",
@@ -24,7 +25,7 @@ NOT_TRIED = (
     "use_local_argmax_reduction",
     "kv_cache_dtype",
 )
-"""What vLLM lets a draft model do besides."""
+"""What vLLM lets models that draft do besides."""
 LEAVE_OUT = "leave --speculative-config out"
 
 
@@ -39,7 +40,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
     if getattr(config, "use_v2_model_runner", False):
         yield "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
     if asked.method not in METHODS:
-        yield f"speculative decoding by {asked.method} yet: choose {' or '.join(METHODS)}"
+        yield f"speculative decoding by {asked.method} yet: choose one of {', '.join(METHODS)}"
     if asked.rejection_sample_method != "standard":
         yield f"rejection_sample_method {asked.rejection_sample_method}: choose standard"
     if parallel.world_size > 1 or parallel.data_parallel_size > 1:
@@ -48,7 +49,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"speculative decoding with formats of single layers yet: {LEAVE_OUT}"
     if model is not None and model.is_hybrid:
         yield f"speculative decoding of hybrid models yet: {LEAVE_OUT}"
-    if asked.method == "draft_model":
+    if asked.method in WITH_MODELS:
         yield from _draft_model_reasons(config, asked)
 
 
@@ -63,13 +64,13 @@ def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:
 
 
 def draft_model_of(config: _vllm.VllmConfig) -> Any:
-    """The configuration of the model that drafts, vLLM's ModelConfig, or None if there is none."""
+    """The configuration of the model or head that drafts, vLLM's ModelConfig, or None if there is none."""
     asked = config.speculative_config
-    return asked.draft_model_config if asked is not None and asked.method == "draft_model" else None
+    return asked.draft_model_config if asked is not None and asked.method in WITH_MODELS else None
 
 
 def is_draft(config: _vllm.VllmConfig) -> bool:
-    """Whether what is built under this configuration is the model that drafts: vLLM gives it one of its own."""
+    """Whether this is the configuration that vLLM makes for a draft model. A head has none of its own."""
     return getattr(config.model_config, "runner_type", None) == "draft"
 
 

@@ -100,7 +100,7 @@ def on_a_bare_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_speculative_decoding() -> None:
     check_supported(make_config(speculative_config=speculation()))
     said = refusal(speculative_config=speculation("eagle3"))
-    assert said == "speculative decoding by eagle3 yet: choose ngram or draft_model"
+    assert said == "speculative decoding by eagle3 yet: choose one of ngram, draft_model, eagle"
     synthetic = speculation(rejection_sample_method="synthetic")
     assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
     for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
@@ -116,9 +116,10 @@ def test_speculative_decoding() -> None:
 
 
 @pytest.mark.usefixtures("on_a_bare_cpu")
-def test_draft_models() -> None:
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_draft_models(method: str) -> None:
     def drafted_by(model: Any, **options: Any) -> Any:
-        return speculation("draft_model", draft_model_config=model, **options)
+        return speculation(method, draft_model_config=model, **options)
 
     model = make_model()
     check_supported(make_config(speculative_config=drafted_by(model)))

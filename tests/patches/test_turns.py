@@ -19,7 +19,6 @@ from fraqtl_vllm.attention import cpu as cpu_attention
 from fraqtl_vllm.attention.turns import plan_turns, without
 from fraqtl_vllm.platform.cpu_worker import kept_tokens
 from tests.patches.test_backend import make_config
-from tests.patches.test_support import make_model
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
 BLOCKS = 6  # of a request
@@ -201,9 +200,9 @@ def test_formats_without_residuals_take_no_turns() -> None:
 @pytest.mark.parametrize(("kv_format", "of_drafts"), [("k4v4", "k8v8"), ("k4v2", "k8v8"), ("bf16", "bf16")])
 def test_layers_of_a_draft_model_take_no_turns(kv_format: str, of_drafts: str) -> None:
     config = config_for(kv_format, 3)
-    object.__setattr__(config, "model_config", make_model(runner_type="draft"))
     with set_current_vllm_config(config):
         impl = cpu_attention.Impl(num_heads=HEADS, head_size=SIZE, scale=0.125, num_kv_heads=KV_HEADS)
+    impl.serve_drafts()
     assert impl.is_draft and impl.kv_format == get_format(of_drafts)
     layers = {"draft": SimpleNamespace(impl=impl), "other": SimpleNamespace(impl=SimpleNamespace(is_draft=False))}
     config.compilation_config.static_forward_context.update(layers)

@@ -9,6 +9,7 @@ would hold, so that chunking, prefix hits and preemption can't change what is at
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from fraqtl_kernels import cpu
 from fraqtl_kernels.constants import LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
+from fraqtl_kernels.formats import KVFormat
 from fraqtl_kernels.pages import PageLayout
 from fraqtl_vllm._vllm import VllmConfig, get_current_vllm_config, get_forward_context
 from fraqtl_vllm.attention.layer import FraqtlImpl
@@ -78,9 +80,8 @@ class Impl(FraqtlImpl[Metadata]):
         super().__init__(*args, **kwargs)
         if self.settings.prefill_keys == "raw":
             raise UnsupportedError("prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out")
-        with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
-            for each in dict.fromkeys([*self.settings.formats, self.kv_format]):
-                cpu.warm_up(each, torch.get_default_dtype())  # vLLM builds a model under its dtype
+        self._dtype = torch.get_default_dtype()  # vLLM builds a model under its dtype
+        self._compile(self.settings.formats)
         self.residuals: cpu.Residuals | None = None  # of the running batch, between write and attention
         self._unwritten: tuple[Tensor, Tensor, Tensor] | None = None
         self._operands: cpu.LayerOperands | None = None
@@ -93,6 +94,15 @@ class Impl(FraqtlImpl[Metadata]):
                     "yet: leave --speculative-config out"
                 )
             _SHARED.add(self.kv_sharing_target_layer_name)
+
+    def _compile(self, formats: Iterable[KVFormat]) -> None:
+        with progress.if_slow("compiling the kernels for this processor, once, in about half a minute"):
+            for each in formats:
+                cpu.warm_up(each, self._dtype)
+
+    def serve_drafts(self) -> None:
+        super().serve_drafts()
+        self._compile([self.kv_format])
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

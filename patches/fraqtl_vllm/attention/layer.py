@@ -65,8 +65,13 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.constants = IDENTITY
         self.recorder: Recorder | None = None
-        self.is_draft = speculation.is_draft(config)
-        self.kv_format = speculation.format_of_drafts(self.settings) if self.is_draft else self.settings.format
+        self.is_draft = False
+        self.kv_format = self.settings.format
+
+    def serve_drafts(self) -> None:
+        """Called when it is known, after the models are loaded, that this layer is of the one that drafts."""
+        self.is_draft = True
+        self.kv_format = speculation.format_of_drafts(self.settings)
 
     def use_format(self, kv_format: KVFormat) -> None:
         """In the place of the settings' own, before there is a pool. The layer's number isn't known to begin with."""
