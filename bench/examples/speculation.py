@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--draft-model", metavar="MODEL", help="drafts in the place of n-grams")
-    parser.add_argument("--method", choices=["draft_model", "eagle"], default="draft_model", help="of --draft-model")
+    parser.add_argument(
+        "--method", choices=["draft_model", "eagle", "eagle3"], default="draft_model", help="of --draft-model"
+    )
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
     parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "RUN"), help=argparse.SUPPRESS)

@@ -15,8 +15,8 @@ from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
-METHODS = ("ngram", "draft_model", "eagle")
-WITH_MODELS = ("draft_model", "eagle")
+WITH_MODELS = ("draft_model", "eagle", "eagle3")
+METHODS = ("ngram", *WITH_MODELS)
 DRAFT_FORMAT = "k8v8"
 NOT_TRIED = (
     "parallel_drafting",

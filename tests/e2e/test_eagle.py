@@ -1,8 +1,10 @@
-"""An EAGLE head drafts, one layer that reads the model's hidden states: the text is that of plain decoding."""
+"""An EAGLE or EAGLE-3 head drafts, a layer that reads the model's hidden states: the text is that of plain decoding."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,20 @@ STEPS = 30  # after which a third of its drafts is right
 
 
 @pytest.fixture(scope="module")
-def eagle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder: Path = tmp_path_factory.mktemp("eagle") / "head"
-    losses = train(folder, STEPS, step_tokens=2048)
-    assert losses[-1] < losses[0] / 2
-    return by(folder, 3, method="eagle")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    @cache
+    def head(method: str) -> dict[str, Any]:
+        folder: Path = tmp_path_factory.mktemp(method) / "head"
+        losses = train(folder, STEPS, method, step_tokens=2048)
+        assert losses[-1] < losses[0] / 2
+        return by(folder, 3, method=method)
+
+    return head
+
+
+@pytest.fixture(params=["eagle", "eagle3"])
+def eagle(request: pytest.FixtureRequest, trained: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return trained(request.param)
 
 
 def test_text_is_that_of_plain_decoding(eagle: dict[str, Any]) -> None:
@@ -53,15 +64,15 @@ def test_what_is_read_is_what_plain_decoding_reads(eagle: dict[str, Any]) -> Non
     reads_the_same(**eagle)
 
 
-def test_formats_without_residuals(eagle: dict[str, Any]) -> None:
-    texts = [run(PROMPTS, kv_format="bf16", **FLOATS, **more) for more in ({}, eagle)]
+def test_formats_without_residuals(trained: Callable[[str], dict[str, Any]]) -> None:
+    texts = [run(PROMPTS, kv_format="bf16", **FLOATS, **more) for more in ({}, trained("eagle"))]
     assert texts[0].tokens == texts[1].tokens
     assert kept_some_but_not_all(texts[1])
     assert {shape[-1] for shape in texts[1].pool["shapes"]} == {BYTES["bf16"]}
 
 
-def test_reports_equal_what_the_pool_held(eagle: dict[str, Any]) -> None:
-    flags = ("--speculative-config", json.dumps(eagle["speculative_config"]))
+def test_reports_equal_what_the_pool_held(trained: Callable[[str], dict[str, Any]]) -> None:
+    flags = ("--speculative-config", json.dumps(trained("eagle3")["speculative_config"]))
     found = compare(Setup(flags, BLOCK_BYTES, BASELINE, blocks=64, longest=600), requests=60, seed=3)
     assert found.mismatches == []
     for event in ("accepted_drafts", "aborted", "streamed", "several_sequences", "with_shared_blocks", "preemptions"):

@@ -99,8 +99,8 @@ def on_a_bare_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_a_bare_cpu")
 def test_speculative_decoding() -> None:
     check_supported(make_config(speculative_config=speculation()))
-    said = refusal(speculative_config=speculation("eagle3"))
-    assert said == "speculative decoding by eagle3 yet: choose one of ngram, draft_model, eagle"
+    said = refusal(speculative_config=speculation("mtp"))
+    assert said == "speculative decoding by mtp yet: choose one of ngram, draft_model, eagle, eagle3"
     synthetic = speculation(rejection_sample_method="synthetic")
     assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
     for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
@@ -116,7 +116,7 @@ def test_speculative_decoding() -> None:
 
 
 @pytest.mark.usefixtures("on_a_bare_cpu")
-@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 def test_draft_models(method: str) -> None:
     def drafted_by(model: Any, **options: Any) -> Any:
         return speculation(method, draft_model_config=model, **options)
