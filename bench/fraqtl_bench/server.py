@@ -7,6 +7,7 @@ keeps them all.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 import httpx
 
 STOCK_SERVER = ("vllm.entrypoints.cli.main", "serve")  # to start with VLLM_PLUGINS empty
+PORTS = range(20000, 32000)  # below those of Linux's connections, see ip_local_port_range
 START_SECONDS = float(os.environ.get("FRAQTL_START_SECONDS", "180"))  # more where many programs share few cores
 
 
@@ -37,9 +39,12 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """One that the kernel gives to no connection, which could take it before the server that is started does."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def start(
