@@ -95,7 +95,9 @@ def test_corrupt_weights(tmp_path: Path) -> None:
 
 def test_speculative_decoding() -> None:
     flags = ("--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 3}')
-    assert "does not support speculative decoding by ngram_gpu yet: choose ngram" in last_words(*flags)
+    assert "does not support speculative decoding by ngram_gpu yet: choose one of ngram, draft_model" in last_words(
+        *flags
+    )
 
 
 def test_pool_that_holds_no_sequence_and_the_two_ways_out() -> None:

@@ -19,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
 from fraqtl_serve.http import shutdown
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeDetokenizer, FakeEngine
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -57,7 +57,9 @@ def engine() -> StoppableEngine:
 
 def admit(engine: StoppableEngine, key: str, *, has_spoken: bool) -> RequestOutputCollector:
     queue = RequestOutputCollector(RequestOutputKind.DELTA, key)
-    engine.output_processor.request_states[key] = SimpleNamespace(queue=queue, is_prefilling=not has_spoken)
+    engine.output_processor.request_states[key] = SimpleNamespace(
+        queue=queue, is_prefilling=not has_spoken, detokenizer=FakeDetokenizer()
+    )
     return queue
 
 
