@@ -71,9 +71,9 @@ class FraqtlCpuWorker(CPUWorker):
     def _tell_drafts(self) -> None:
         """Layers of a model or head that drafts are built like all others. vLLM says afterwards which they are."""
         names: set[str] = getattr(getattr(self.model_runner, "drafter", None), "_draft_attn_layer_names", set())
-        for name, layer in packed_layers(self.vllm_config).items():
-            if name in names:
-                layer.impl.serve_drafts()
+        layers = packed_layers(self.vllm_config) if names else {}
+        for name in names & layers.keys():
+            layers[name].impl.serve_drafts()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         super().reload_weights(*args, **kwargs)

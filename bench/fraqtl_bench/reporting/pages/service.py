@@ -123,7 +123,19 @@ def texts_differ() -> Iterator[str]:
 @block("speculation")
 def speculation() -> Iterator[str]:
     file = load("cpu/speculation/smollm2.json")
-    arms = file.data["arms"]
+    yield from _speculation_table(file.data["arms"])
+    yield from source(file, model=MODELS["smollm2-135m-instruct"])
+
+
+@block("speculation-heads")
+def speculation_heads() -> Iterator[str]:
+    file = load("cpu/speculation/eagle3.json")
+    yield from _speculation_table(file.data["arms"])
+    yield from source(file, model=MODELS["demo"])
+
+
+def _speculation_table(arms: list[dict[str, Any]]) -> Iterator[str]:
+    """A column an arm: a model dtype and a KV format."""
 
     def row(label: str, show: Callable[[dict[str, Any]], str]) -> list[str]:
         return [label, *map(show, arms)]
@@ -143,4 +155,3 @@ def speculation() -> Iterator[str]:
         row("prompt tokens from the prefix cache", lambda arm: f"{arm['cached_tokens']['drafts']}"),
     ]
     yield from table(["", *(f"`{arm['kv_format']}`, {arm['dtype']}" for arm in arms)], rows)
-    yield from source(file, model=MODELS["smollm2-135m-instruct"])
