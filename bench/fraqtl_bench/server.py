@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -27,10 +28,25 @@ PORTS = range(20000, 32000)  # below those of Linux's connections, see ip_local_
 START_SECONDS = float(os.environ.get("FRAQTL_START_SECONDS", "180"))  # more where many programs share few cores
 
 
+class Process(Protocol):
+    """What is used of a subprocess.Popen."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+Launch = Callable[[list[str], Path, dict[str, str]], Process]
+
+
 @dataclass
 class Server:
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log_file: Path
 
     @property
@@ -47,29 +63,37 @@ def free_port() -> int:
             return port
 
 
+def popen(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The process of `python command`, in a group of its own; what it says goes to `log`."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
 def start(
     *arguments: str,
     port: int | None = None,
     environment: dict[str, str] | None = None,
     module: tuple[str, ...] = ("fraqtl_serve", "serve"),
     log_level: str | None = "INFO",
+    launch: Launch = popen,
 ) -> Server:
     """Start a server, on a free port if none is given, in a process group of its own; does not wait for it.
 
     module: what to run with `python -m`, and its first arguments. log_level: vLLM's; None for what users see.
+    launch: makes the process of Python's arguments, the log and the environment.
     """
     port = port or free_port()
     log = Path(tempfile.mkdtemp(prefix="fraqtl-server-")) / "server.log"
-    full = [sys.executable, "-m", *module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    command = ["-m", *module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     env.pop("TRITON_INTERPRET", None)  # a caller's, that tests kernels beside
     if log_level is None:
         env.pop("VLLM_LOGGING_LEVEL", None)
     else:
         env.setdefault("VLLM_LOGGING_LEVEL", log_level)
-    with log.open("wb") as out:
-        process = subprocess.Popen(full, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    return Server(f"http://127.0.0.1:{port}", process, log)
+    return Server(f"http://127.0.0.1:{port}", launch(command, log, env), log)
 
 
 def wait_until_ready(server: Server) -> None:
@@ -132,8 +156,9 @@ def running(
     environment: dict[str, str] | None = None,
     module: tuple[str, ...] = ("fraqtl_serve", "serve"),
     log_level: str | None = "INFO",
+    launch: Launch = popen,
 ) -> Iterator[Server]:
-    server = start(*arguments, environment=environment, module=module, log_level=log_level)
+    server = start(*arguments, environment=environment, module=module, log_level=log_level, launch=launch)
     try:
         wait_until_ready(server)
         yield server

@@ -31,7 +31,7 @@ import httpx
 from fraqtl_bench import results
 from fraqtl_bench.random_load import Job, Outcome, make_jobs, send_all
 from tests.e2e.random_models import NAS_KV_HEADS, random_gemma2, random_granite_hybrid, random_nemotron_nas
-from tests.e2e.server import running
+from tests.e2e.server import forked
 from tests.e2e.witness import FILE
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def compare(setup: Setup, requests: int, seed: int, concurrency: int = 24, secon
         notes = Path(folder) / "witness.jsonl"
         environment = {FILE: str(notes), "VLLM_SERVER_DEV_MODE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        with running(*setup.flags, environment=environment) as server:
+        with forked(*setup.flags, environment=environment) as server:
             answer = httpx.post(f"{server.url}/collective_rpc", json={"method": "fraqtl_pages"}, timeout=60)
             ranks = answer.raise_for_status().json()["results"]
             began = time.monotonic()

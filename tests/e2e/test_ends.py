@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.e2e.reports import ANSWER, MODEL, check, messages, metric
-from tests.e2e.server import Server, running
+from tests.e2e.server import Server, forked
 
 CHAT = "/v1/chat/completions"
 ENDLESS: dict[str, Any] = {"model": MODEL, "messages": messages("hi"), "max_tokens": 6000, "ignore_eos": True}
@@ -23,7 +23,7 @@ LATE_STEPS = 12  # in test_accounts.py the count is exact: nothing is cut off th
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running("--root-path", PREFIX, environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+    with forked("--root-path", PREFIX, environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.collector import ENVIRONMENT, Collector, collecting
 from tests.e2e.reports import ANSWER, MODEL, messages
-from tests.e2e.server import Server, running
+from tests.e2e.server import Server, forked
 
 KEY = "sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -37,7 +37,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def server(collector: Collector) -> Iterator[Server]:
     flags = ["--api-key", KEY, "--max-body-bytes", str(LIMIT), "--allowed-origins", f'["{ORIGIN}"]']
-    with running(*flags, "--otlp-traces-endpoint", collector.url, environment=ENVIRONMENT) as server:
+    with forked(*flags, "--otlp-traces-endpoint", collector.url, environment=ENVIRONMENT) as server:
         yield server
 
 

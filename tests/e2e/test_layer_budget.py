@@ -15,7 +15,7 @@ from fraqtl_kernels.formats import get_format
 from fraqtl_serve.cli import layer_budget
 from fraqtl_serve.cli.serve import DEMO_MODEL
 from tests.e2e.reports import MODEL, messages
-from tests.e2e.server import group_members, remove_log, running, start
+from tests.e2e.server import forked, group_members, remove_log, start
 
 BITS = 4.0
 HEAD_SIZE = 64
@@ -27,7 +27,7 @@ def formats_in(profile: Path) -> list[str]:
 
 def test_a_budget_is_searched_once_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with running("--kv-budget", str(BITS)) as server:
+    with forked("--kv-budget", str(BITS)) as server:
         asked = {"model": MODEL, "messages": messages(), "max_tokens": 8}
         report = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()["fraqtl"]
         [profile] = (tmp_path / "fraqtl-serve" / "budget").glob("*/fraqtl-profile.json")

@@ -14,7 +14,7 @@ from tests.e2e.adapters import make_adapter
 from tests.e2e.engine import DEMO_MODEL, run
 from tests.e2e.prompts import recall_prompt
 from tests.e2e.reports import ANSWER, BASELINE_BLOCK_BYTES, BLOCK_BYTES, MODEL, messages
-from tests.e2e.server import Server, running
+from tests.e2e.server import Server, forked
 
 PROMPTS = [recall_prompt(n, seed=n)[0] for n in (300, 411)]
 SAMPLING = {"prompt_logprobs": 0, "max_tokens": 8}
@@ -48,7 +48,7 @@ def ask(server: Server, model: str) -> dict[str, Any]:
 def test_adapters_and_new_weights(tmp_path: Path) -> None:
     near, far = make_adapter(tmp_path / "near", 0.05), make_adapter(tmp_path / "far", 3.0)
     flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"near={near}", f"far={far}")
-    with running(*flags, environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+    with forked(*flags, environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         assert "KV cache calibrated" in server.log
         assert "LoRA adapter near: the base model's constants fit" in server.log
         assert "LoRA adapter far moves keys or values far: k4v4 stores them up to" in server.log

@@ -19,7 +19,7 @@ import pytest
 
 from tests.browser import Visit, chromium, expected_figures, expected_row, plain, shown_bytes
 from tests.e2e.reports import BASELINE_BLOCK_BYTES, BLOCK_BYTES, MODEL
-from tests.e2e.server import Server, running
+from tests.e2e.server import Server, forked
 from tests.grafana import metric_names
 
 KEY = "sesame"
@@ -33,7 +33,7 @@ IDS_AND_CELLS = """rows => rows.map(row => [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running("--api-key", KEY, "--kv-cache-memory-bytes", str(POOL)) as server:
+    with forked("--api-key", KEY, "--kv-cache-memory-bytes", str(POOL)) as server:
         yield server
 
 

@@ -13,7 +13,7 @@ from fraqtl_bench.totals import measure
 from tests.e2e.engine import Run, run
 from tests.e2e.prompts import recall_prompt
 from tests.e2e.reports import ANSWER, MODEL, check, messages
-from tests.e2e.server import running
+from tests.e2e.server import forked, running
 
 PROMPTS = [recall_prompt(n, seed=n)[0] for n in (300, 411)]
 
@@ -58,7 +58,7 @@ def test_pipeline_2(ranks: int, alone: tuple[Run, list[str]], tmp_path: Path) ->
 
 
 def test_reports_count_all_stages() -> None:
-    with running("--pipeline-parallel-size", "2") as server:
+    with forked("--pipeline-parallel-size", "2") as server:
         body = {"model": MODEL, "messages": messages(), "temperature": 0, "max_tokens": 20}
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == ANSWER
