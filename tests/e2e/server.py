@@ -3,9 +3,11 @@
 from functools import partial
 
 from fraqtl_bench.server import (
+    Launch,
     Server,
     free_port,
     group_members,
+    popen,
     remove_log,
     running,
     start,
@@ -15,10 +17,12 @@ from fraqtl_bench.server import (
 from tests.e2e import forks
 
 __all__ = [
+    "Launch",
     "Server",
     "forked",
     "free_port",
     "group_members",
+    "popen",
     "remove_log",
     "running",
     "start",

@@ -18,9 +18,10 @@ import httpx
 import psutil
 import pytest
 
+from tests.e2e import forks
 from tests.e2e.engine import DEMO_MODEL
 from tests.e2e.reports import metric
-from tests.e2e.server import Server, group_members, remove_log, running, start, stop
+from tests.e2e.server import Launch, Server, forked, group_members, popen, remove_log, running, start, stop
 
 COMPLETIONS = "/v1/completions"
 MLA = {
@@ -44,9 +45,12 @@ MLA = {
 }
 
 
-def last_words(*arguments: str, port: int | None = None) -> str:
-    """The last line of a server that must fail to start, with exit status 2."""
-    server = start(*arguments, port=port)
+def last_words(*arguments: str, port: int | None = None, launch: Launch = forks.launch) -> str:
+    """The last line of a server that must fail to start, with exit status 2.
+
+    launch: `popen` where the engine's process has to find the reason; a forked one doesn't begin as it would.
+    """
+    server = start(*arguments, port=port, launch=launch)
     try:
         assert server.process.wait(120) == 2, server.log[-3000:]
         wait_for_an_empty_group(server)  # of several workers one may take a moment longer
@@ -66,7 +70,7 @@ def model_folder(tmp_path: Path, **config: object) -> Path:
 
 
 def test_unknown_format() -> None:
-    said = last_words("--kv-format", "int3")
+    said = last_words("--kv-format", "int3", launch=popen)
     assert "unknown KV format 'int3': choose one of bf16, fp16, k8v8, k8v4, k4v4" in said
 
 
@@ -89,7 +93,7 @@ def test_corrupt_weights(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = last_words(str(folder))
+    said = last_words(str(folder), launch=popen)
     assert said.startswith(f"fraqtl-serve: {weights} is not a readable safetensors file")
 
 
@@ -102,7 +106,7 @@ def test_speculative_decoding() -> None:
 
 def test_pool_that_holds_no_sequence_and_the_two_ways_out() -> None:
     """Each of them is tried: the server starts with it."""
-    said = last_words("--kv-cache-memory-bytes", "1M")
+    said = last_words("--kv-cache-memory-bytes", "1M", launch=popen)
     found = re.fullmatch(
         r"fraqtl-serve: the longest sequence \(--max-model-len\), 8192 tokens, takes (\d+) bytes of KV memory, but "
         r"--kv-cache-memory-bytes is 1048576: give --kv-cache-memory-bytes (\d+), or --max-model-len (\d+)",
@@ -112,7 +116,7 @@ def test_pool_that_holds_no_sequence_and_the_two_ways_out() -> None:
     need, more, shorter = found.groups()
     assert need == more
     for ways in (["--kv-cache-memory-bytes", more], ["--kv-cache-memory-bytes", "1M", "--max-model-len", shorter]):
-        with running(*ways) as server:
+        with forked(*ways) as server:
             assert httpx.get(f"{server.url}/plugins/fraqtl/capacity").json()["concurrency"] >= 1
 
 
@@ -120,7 +124,7 @@ def test_pool_that_nobody_chose_fits_a_long_context(tmp_path: Path) -> None:
     """Two million tokens of the demo model take 1.1 GB, more than our default."""
     config = json.loads((DEMO_MODEL / "config.json").read_text())
     folder = model_folder(tmp_path, **{**config, "max_position_embeddings": 2 << 20})
-    with running(str(folder)) as server:
+    with forked(str(folder)) as server:
         capacity = httpx.get(f"{server.url}/plugins/fraqtl/capacity").json()
     assert capacity["max_model_len"] == 2 << 20
     assert capacity["blocks"] == (2 << 20) // 16 + 1
@@ -128,7 +132,7 @@ def test_pool_that_nobody_chose_fits_a_long_context(tmp_path: Path) -> None:
 
 def test_what_a_layer_refuses() -> None:
     """Found in the engine's process, where the layers are built."""
-    said = last_words("--additional-config", json.dumps({"fraqtl": {"prefill_keys": "raw"}}))
+    said = last_words("--additional-config", json.dumps({"fraqtl": {"prefill_keys": "raw"}}), launch=popen)
     assert said == "fraqtl-serve: prefill_keys 'raw' needs a GPU: on the CPU choose 'packed' or leave it out"
 
 

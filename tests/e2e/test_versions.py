@@ -9,6 +9,7 @@ import pytest
 
 from fraqtl_bench.server import STOCK_SERVER
 from fraqtl_vllm._vllm import VERSION
+from tests.e2e import forks
 from tests.e2e.engine import DEMO_MODEL, Run, run
 from tests.e2e.prompts import recall_prompt
 from tests.e2e.reports import BLOCK_BYTES, MODEL
@@ -69,7 +70,7 @@ def test_vllms_own_command_serves_a_named_format() -> None:
     ],
 )
 def test_what_is_refused(flags: tuple[str, ...], said: str) -> None:
-    server = start(*flags)
+    server = start(*flags, launch=forks.launch)
     try:
         assert server.process.wait(120) == 2, server.log[-3000:]
     finally:
