@@ -26,6 +26,7 @@ from fraqtl_vllm.start import progress
 
 SEARCH = 1  # another number makes every profile that was found before unknown
 PROFILE = "fraqtl-profile.json"
+NOTES = "notes.jsonl"  # what each layer costs, which takes nearly all of a search and is the same for every budget
 COMMAND = (sys.executable, "-m", "fraqtl_bench", "quality")
 OPTIONS = ("--quick", "--methods", "fp16", "--measures", "perplexity", "--no-figures")
 IDENTIFYING = ("*.json", "*.safetensors", "*.bin")
@@ -56,15 +57,16 @@ def find_profile(model: str, budget: float, *, quiet: bool) -> Path:
     model: a folder or a Hugging Face id. budget: bits a dimension, scales included. quiet: a search shows no progress.
     """
     _check(model)
-    folder = cache_folder() / _key(model, budget)
+    folder, of_model = (cache_folder() / _key(model, about) for about in (f"{budget:g}", "notes"))
     profile = folder / PROFILE
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # a second server that starts meanwhile waits, and finds what this one found
+    for each in (folder, of_model):
+        each.mkdir(parents=True, exist_ok=True)
+    with FileLock(of_model / "lock"):  # a second server that starts meanwhile waits, and finds what this one found
         if profile.is_file():
             progress.say(f"formats of single layers for {budget:g} bits as found before: {profile}")
         else:
             progress.say(f"searching formats of single layers for {budget:g} bits; the next start finds them")
-            _search(model, budget, folder, quiet=quiet)
+            _search(model, budget, folder, of_model / NOTES, quiet=quiet)
             progress.say(f"formats of single layers found: {profile}")
     return profile
 
@@ -88,9 +90,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fraqtl-serve" / "budget"
 
 
-def _key(model: str, budget: float) -> str:
-    """A hash of what the profile follows from; of a folder, the names, sizes and times of its files."""
-    digest = hashlib.sha256(f"{SEARCH} {budget:g} {model}".encode())
+def _key(model: str, about: str) -> str:
+    """A hash of what a file `about` the model follows from; of a folder, the names, sizes and times of its files."""
+    digest = hashlib.sha256(f"{SEARCH} {about} {model}".encode())
     folder = Path(model)
     if folder.is_dir():
         digest.update(str(folder.resolve()).encode())
@@ -99,9 +101,9 @@ def _key(model: str, budget: float) -> str:
     return digest.hexdigest()[:32]
 
 
-def _search(model: str, budget: float, folder: Path, *, quiet: bool) -> None:
-    """Writes the profile, or leaves what is done for the next try. Raises ConfigError with the lab's sentence."""
-    command = [*COMMAND, model, "--budget", f"{budget:g}", *OPTIONS, "--out", str(folder), "--resume"]
+def _search(model: str, budget: float, folder: Path, notes: Path, *, quiet: bool) -> None:
+    """Writes the profile, and what is done to `notes` for the next try. Raises ConfigError with the lab's sentence."""
+    command = [*COMMAND, model, "--budget", f"{budget:g}", *OPTIONS, "--out", str(folder), "--notes", str(notes)]
     shown = subprocess.DEVNULL if quiet or not sys.stderr.isatty() else sys.stderr
     with subprocess.Popen(command, stdout=shown, stderr=subprocess.PIPE, text=True) as lab, _ended_with_us(lab):
         _, said = lab.communicate()

@@ -18,6 +18,7 @@ from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.methods import parse
 from fraqtl_bench.quality.schema import Report
 from fraqtl_bench.quality.score import Score, score
+from fraqtl_bench.quality.sensitivity import Below
 from fraqtl_bench.quantizer.capture import demo_model
 from fraqtl_kernels.errors import ConfigError
 from fraqtl_serve.cli.layer_formats import read_profile
@@ -138,6 +139,22 @@ def test_the_same_seed_gives_the_same_report_also_resumed(
     quality(tmp_path / "cut", *options, "--resume")
     assert calls < 100 + 3 * (1 + 2 + 3)  # four scores were in the notes
     assert without_time(tmp_path / "cut") == without_time(tmp_path / "whole")
+
+
+def test_a_second_budget_finds_what_the_layers_cost_in_kept_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = ["--methods", "fp16", "--notes", str(tmp_path / "notes")]
+    quality(tmp_path / "first", "--budget", "4", *notes)
+    monkeypatch.setattr(Below, "divergence", None)  # nothing is measured again
+    quality(tmp_path / "second", "--budget", "3.8", *notes)
+    first, second = (
+        json.loads((tmp_path / name / "quality.json").read_text())["models"][0]["allocation"]
+        for name in ("first", "second")
+    )
+    assert first["sensitivity"] == second["sensitivity"]
+    assert first["bits_per_dim"] > 3.8 >= second["bits_per_dim"]
+    assert not (tmp_path / "first" / NOTES).exists()
 
 
 def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

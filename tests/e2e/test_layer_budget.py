@@ -38,6 +38,13 @@ def test_a_budget_is_searched_once_and_served(tmp_path: Path, monkeypatch: pytes
     sizes = [get_format(name).bytes_per_token(HEAD_SIZE) * 8 / (2 * HEAD_SIZE) for name in found]
     assert BITS - 0.5 < sum(sizes) / len(sizes) <= BITS
 
+    [notes] = (tmp_path / "fraqtl-serve" / "budget").glob("*/notes.jsonl")
+    measured = notes.read_text()
+    smaller = formats_in(layer_budget.find_profile(str(DEMO_MODEL), 3.8, quiet=True))
+    assert smaller != found
+    more = notes.read_text().removeprefix(measured)
+    assert "sensitivity" in measured and "sensitivity" not in more  # what the layers cost is measured once
+
     monkeypatch.setattr(layer_budget, "COMMAND", ("false",))  # a second search would fail
     assert layer_budget.find_profile(str(DEMO_MODEL), BITS, quiet=True) == profile
     with pytest.raises(ConfigError, match=r"--kv-budget 5: the search ended with code 1"):

@@ -31,6 +31,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--suite", type=Path, help="YAML file with models and options, such as bench/paper.yaml")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the report (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    parser.add_argument(
+        "--notes", type=Path, metavar="FILE", help="go on with what FILE notes, and keep it: for another --budget"
+    )
     parser.add_argument("--quick", action="store_true", help="few methods on little text, within two minutes")
     _add_texts(parser)
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="instead of the standard set")

@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> None:
     for name in settings.methods or ():
         parse(name, settings.seed)
     start = time.monotonic()
-    notes = Progress(args.out / NOTES, {**settings.model_dump(), "quick": args.quick}, args.resume)
+    kept = args.notes is not None
+    args.out.mkdir(parents=True, exist_ok=True)
+    notes = Progress(
+        args.notes or args.out / NOTES, {**settings.model_dump(), "quick": args.quick}, args.resume or kept
+    )
     try:
         models = _measure_all(args, settings, notes)
     except Exception as error:
@@ -73,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
         provenance=results.provenance(), settings=settings, seconds=seconds, published=published, models=models
     )
     write(report, args.out, with_figures=not args.no_figures)
-    notes.finish()
+    if not kept:
+        notes.finish()
 
 
 def _measure_all(args: argparse.Namespace, settings: Settings, notes: Progress) -> list[ModelReport]:
