@@ -51,12 +51,13 @@ def _bits(text: str) -> float:
     return bits
 
 
-def find_profile(model: str, budget: float, *, quiet: bool) -> Path:
+def find_profile(model: str, budget: float, *, quiet: bool, drafts: bool = False) -> Path:
     """The profile of this model and budget; searched now if there is none. Raises ConfigError or UnsupportedError.
 
     model: a folder or a Hugging Face id. budget: bits a dimension, scales included. quiet: a search shows no progress.
+    drafts: whether the server is to speculate.
     """
-    _check(model)
+    _check(model, drafts)
     folder, of_model = (cache_folder() / _key(model, about) for about in (f"{budget:g}", "notes"))
     profile = folder / PROFILE
     for each in (folder, of_model):
@@ -71,11 +72,14 @@ def find_profile(model: str, budget: float, *, quiet: bool) -> Path:
     return profile
 
 
-def _check(model: str) -> None:
+def _check(model: str, drafts: bool) -> None:
     """Before minutes are spent on it: what the engine would refuse when they are over."""
     from fraqtl_serve._vllm import current_platform
     from fraqtl_vllm.layer_formats import IN_HYBRIDS, ON_A_GPU, UNLIKE_WINDOWS
+    from fraqtl_vllm.speculation import WITH_LAYERS
 
+    if drafts:
+        raise UnsupportedError(f"the packed KV cache does not support {WITH_LAYERS}")
     if not current_platform.is_cpu():
         raise UnsupportedError(ON_A_GPU)
     kinds = set(read_layer_kinds(model))

@@ -27,6 +27,7 @@ NOT_TRIED = (
 )
 """What vLLM lets models that draft do besides."""
 LEAVE_OUT = "leave --speculative-config out"
+WITH_LAYERS = f"speculative decoding with formats of single layers yet: {LEAVE_OUT}"
 
 
 def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
@@ -46,7 +47,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
     if parallel.world_size > 1 or parallel.data_parallel_size > 1:
         yield f"speculative decoding on several ranks yet: {LEAVE_OUT}"
     if settings_of(config).kv_layers:
-        yield f"speculative decoding with formats of single layers yet: {LEAVE_OUT}"
+        yield WITH_LAYERS
     if model is not None and model.is_hybrid:
         yield f"speculative decoding of hybrid models yet: {LEAVE_OUT}"
     if asked.method in WITH_MODELS:

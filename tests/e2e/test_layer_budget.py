@@ -13,7 +13,7 @@ import pytest
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import get_format
 from fraqtl_serve.cli import layer_budget
-from fraqtl_serve.cli.serve import DEMO_MODEL
+from fraqtl_serve.cli.serve import DEMO_MODEL, build_parser, configure
 from tests.e2e.reports import MODEL, messages
 from tests.e2e.server import forked, group_members, remove_log, start
 
@@ -87,3 +87,12 @@ def test_what_the_engine_would_refuse_is_refused_before_the_search(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown", "layer_types": kinds}))
     with pytest.raises(UnsupportedError, match=sentence):
         layer_budget.find_profile(str(tmp_path), BITS, quiet=True)
+
+
+def test_drafts_are_refused_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    drafts = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}')
+    args = build_parser().parse_args(["serve", "--kv-budget", "4", *drafts])
+    with pytest.raises(UnsupportedError, match="speculative decoding with formats of single layers yet: leave"):
+        configure(args)
+    assert not list(tmp_path.iterdir())
