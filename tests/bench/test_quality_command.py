@@ -263,6 +263,7 @@ def test_the_simulation_of_layers_in_formats_of_their_own(tmp_path: Path) -> Non
     with httpx.Client(transport=server) as client:
         found = through_server.measure(own, "http://server/v1", client)
     assert found.kv_format == "k4v2+bf16+fp16"
+    assert found.capacity is not None and found.capacity.kv_formats == formats
     assert abs(found.relative_difference) > 1e-4  # the server is exact, the simulation is not
 
 

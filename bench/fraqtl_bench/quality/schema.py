@@ -172,6 +172,20 @@ class Allocation(Part):
     held_out_tokens: int
 
 
+class Capacity(Part):
+    """What a server says of its pool. kv_formats: of every layer, where they differ. baseline: the model's own dtype.
+
+    None: a server that doesn't say it.
+    """
+
+    kv_formats: list[str] | None = None
+    block_size: int | None = None
+    block_bytes: int | None = None
+    pool_bytes: int | None = None
+    tokens: int | None = None
+    baseline_tokens: int | None = None
+
+
 class Through(Part):
     """What a running server gave on the same windows, beside the simulation of its format."""
 
@@ -186,6 +200,7 @@ class Through(Part):
     simulated_needle_accuracy: float | None
     ruler: list[RulerCell] | None = None
     simulated_ruler: list[RulerCell] | None = None
+    capacity: Capacity | None = None
 
 
 class ModelReport(Part):

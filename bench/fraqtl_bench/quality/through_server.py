@@ -20,7 +20,7 @@ from fraqtl_bench.quality.lab import Lab
 from fraqtl_bench.quality.methods import as_served, parse
 from fraqtl_bench.quality.ruler.measure import measure_through
 from fraqtl_bench.quality.ruler.question import Item as RulerItem
-from fraqtl_bench.quality.schema import Through
+from fraqtl_bench.quality.schema import Capacity, Through
 from fraqtl_bench.quality.score import Score, perplexity
 from fraqtl_bench.quality.server_codec import read_constants
 from fraqtl_bench.quality.tasks import Item
@@ -62,13 +62,15 @@ class Endpoint:
             raise ConfigError(f"the server at {self.url!r} sends no fraqtl report: give the URL of a fraqtl-serve")
         return str(found)
 
-    def formats(self) -> list[str] | None:
-        """The format of every layer, None where they are alike."""
+    def capacity(self) -> dict[str, Any]:
+        """What the server says of its pool; `kv_formats` is the format of every layer, None where they are alike."""
         try:
-            found = self.client.get(f"{self.url}/plugins/fraqtl/capacity", timeout=TIMEOUT).raise_for_status().json()
+            found: dict[str, Any] = (
+                self.client.get(f"{self.url}/plugins/fraqtl/capacity", timeout=TIMEOUT).raise_for_status().json()
+            )
         except (httpx.HTTPError, ValueError) as error:
             raise ConfigError(f"the server at {self.url!r} does not say what its pool holds: {error}") from error
-        return list(found["kv_formats"]) if found.get("kv_formats") else None
+        return found
 
     def score(self, ids: Sequence[int], first: int) -> Score:
         """The same as `score.score`, from the log-probabilities that the server gives to the prompt's tokens."""
@@ -147,8 +149,8 @@ def measure(
 ) -> Through:
     """Perplexity, and needle accuracy if the settings ask for it, through a server and by simulation of its format."""
     endpoint = Endpoint(url, client)
-    name = endpoint.kv_format()
-    fitted = simulation(lab, name, calibration, endpoint.formats(), residual=residual)
+    name, capacity = endpoint.kv_format(), endpoint.capacity()
+    fitted = simulation(lab, name, calibration, capacity.get("kv_formats"), residual=residual)
     key = f"simulated with {calibration}, " if calibration else ""
     windows: list[texts.Window] = list(lab.windows())
     there, here = [], []
@@ -177,4 +179,5 @@ def measure(
         simulated_needle_accuracy=sum(expected) / len(expected) if expected else None,
         ruler=ruler,
         simulated_ruler=simulated_ruler,
+        capacity=Capacity(**{name: capacity.get(name) for name in Capacity.model_fields}),
     )
