@@ -2,11 +2,13 @@
 
     python -m tests.e2e.accounts --requests 300 --out bench/results/cpu/accounting.json
     python -m tests.e2e.accounts --store --requests 500 --out bench/results/cpu/accounting-store.json
+    python -m tests.e2e.accounts --drafts MODEL DRAFT --requests 60 --out accounting-drafts.json
 
 Four servers: the demo model in a pool so small that requests are preempted, with and without speculation; a model
 whose layers with sliding windows give blocks back; the demo model on two tensor-parallel ranks. A request that has no
 answer when the server's --seconds are over is a mismatch. FRAQTL_KEEP_LOGS=1 keeps what the servers said.
 
+With --drafts one server: a model of heads of 64 and one that drafts for it, both folders.
 With --store one server: a small pool, a smaller memory beside it and a folder of files, from which evicted blocks come
 back.
 """
@@ -107,6 +109,20 @@ def hybrid(folder: Path, longest: int = 600) -> Setup:
     block, baseline = tokens * 2 * 2 * 68, tokens * 2 * 2 * 256
     flags = (model, "--mamba-ssm-cache-dtype", "float32")  # as vLLM chooses on some processors
     return Setup(flags, block, (*[0] * groups, baseline), blocks=40, longest=longest)
+
+
+def with_drafts(model: Path, draft: Path, longest: int = 600) -> Setup:
+    """Both models have heads of 64. Their pages are in the same blocks, those of drafts in 8 bits."""
+    asked = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": DRAFTS["num_speculative_tokens"]}
+    own, drafting = (16 * _kv_heads(folder) for folder in (model, draft))
+    flags = (str(model), "--speculative-config", json.dumps(asked))
+    return Setup(flags, own * 68 + drafting * 132, ((own + drafting) * 256,), blocks=longest // 6, longest=longest)
+
+
+def _kv_heads(folder: Path) -> int:
+    """Of all layers together."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config["num_hidden_layers"] * config["num_key_value_heads"])
 
 
 def with_store(folder: Path, chunks: int = 24, longest: int = 600) -> Setup:
@@ -304,9 +320,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all requests to a server")
     parser.add_argument("--store", action="store_true", help="only the server with a store of blocks")
+    parser.add_argument("--drafts", type=Path, nargs=2, metavar=("MODEL", "DRAFT"), help="only a server with these two")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     found = {}
+    only_one = args.store or args.drafts is not None
     with tempfile.TemporaryDirectory() as folder:
         setups = {
             "tiny pool": TINY_POOL,
@@ -316,8 +334,10 @@ def main() -> None:
         }
         if args.store:
             setups = {"small pool and a store": with_store(Path(folder) / "store")}
+        if args.drafts:
+            setups = {"a draft model": with_drafts(*args.drafts)}
         for name, setup in setups.items():
-            requests = args.requests if setup is TINY_POOL or args.store else max(1, args.requests // 5)
+            requests = args.requests if setup is TINY_POOL or only_one else max(1, args.requests // 5)
             comparison = compare(setup, requests, args.seed, seconds=args.seconds)
             found[name] = vars(comparison)
             print(
@@ -326,8 +346,8 @@ def main() -> None:
             )
             print("\n".join(comparison.mismatches[:20]), flush=True)
     if args.out:
-        store = "--store " if args.store else ""
-        command = f"python -m tests.e2e.accounts {store}--requests {args.requests} --seed {args.seed}"
+        chosen = "--store " if args.store else f"--drafts {args.drafts[0]} {args.drafts[1]} " if args.drafts else ""
+        command = f"python -m tests.e2e.accounts {chosen}--requests {args.requests} --seed {args.seed}"
         results.save(args.out, {"command": command, "setups": found})
     if any(one["mismatches"] for one in found.values()):
         sys.exit("the reports are not what the pools held")
