@@ -136,6 +136,9 @@ def main() -> None:
         "--method", choices=["draft_model", "eagle", "eagle3"], default="draft_model", help="of --draft-model"
     )
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="of the model"
+    )
     parser.add_argument("--pool-bytes", type=int, default=6 << 20, help="of k4v4; unpacked formats get four times that")
     parser.add_argument("--arm", nargs=3, metavar=("DTYPE", "FORMAT", "RUN"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("speculation.json"))
@@ -146,7 +149,7 @@ def main() -> None:
     from fraqtl_bench import results
 
     arms = []
-    for dtype, kv_format in ARMS:
+    for dtype, kv_format in (arm for arm in ARMS if arm[0] in args.dtypes):
         arms.append(arm(args, dtype, kv_format))
         print(json.dumps(arms[-1]), flush=True)
         command = " ".join(["python bench/examples/speculation.py", *sys.argv[1:]])
