@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -58,7 +59,8 @@ def find_profile(model: str, budget: float, *, quiet: bool, drafts: bool = False
     drafts: whether the server is to speculate.
     """
     _check(model, drafts)
-    folder, of_model = (cache_folder() / _key(model, about) for about in (f"{budget:g}", "notes"))
+    notes_of = f"notes of {version('fraqtl-serve')}"  # another version's lab may measure otherwise
+    folder, of_model = (cache_folder() / _key(model, about) for about in (f"{budget:g}", notes_of))
     profile = folder / PROFILE
     for each in (folder, of_model):
         each.mkdir(parents=True, exist_ok=True)
