@@ -55,6 +55,7 @@ def add_command(commands: Any) -> None:
         help="sequences of hybrid models hold their states once then, not twice",
     )
     layer_formats.add_flags(parser)
+    parser.add_argument("--draft-model", metavar="MODEL", help="a model that drafts, its pages are in the same memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -85,6 +86,7 @@ def only_errors_of_vllm() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     chosen = layer_formats.chosen(args)
     own = FraqtlConfig(**chosen) if chosen else None
+    draft = read_shape(args.draft_model) if args.draft_model else None
     with only_errors_of_vllm():
         plans = [
             plan(
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
                 async_scheduling=args.async_scheduling,
                 prefix_caching=args.prefix_caching,
                 own=own,
+                draft=draft,
             )
             for shape in shapes(args)
         ]
@@ -143,9 +146,13 @@ def _shape(numbers: dict[str, Any]) -> ModelShape:
 
 
 def heading(planned: dict[str, Any]) -> str:
-    model = planned["model"]
-    windows = f", {model['windowed_layers']} with a window of {model['window']:,}" if model["windowed_layers"] else ""
     ranks = f" on each of {planned['ranks']} ranks" if planned["ranks"] > 1 else ""
+    draft = f"; drafts by {_described(planned['draft_model'])}" if "draft_model" in planned else ""
+    return f"{_described(planned['model'])}{draft}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
+
+
+def _described(model: dict[str, Any]) -> str:
+    windows = f", {model['windowed_layers']} with a window of {model['window']:,}" if model["windowed_layers"] else ""
     others = "".join(
         f"; {other['layers']} layers"
         + (f" with a window of {other['window']:,}" if other["window"] else "")
@@ -154,7 +161,7 @@ def heading(planned: dict[str, Any]) -> str:
     )
     return (
         f"{model['name']}: {model['layers']} layers{windows}, {model['kv_heads']} KV heads, head size "
-        f"{model['head_size']}{others}{_states(model)}; {planned['kv_memory'] / 2**30:g} GiB of KV memory{ranks}"
+        f"{model['head_size']}{others}{_states(model)}"
     )
 
 

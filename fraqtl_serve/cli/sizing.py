@@ -149,14 +149,16 @@ def fit(
     async_scheduling: bool = True,
     prefix_caching: bool = True,
     own: FraqtlConfig | None = None,
+    draft: ModelShape | None = None,
 ) -> Fit:
     """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
 
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
     async_scheduling: whether two steps may be on their way, vLLM's default on GPUs. prefix_caching: with it a sequence
     of a hybrid model holds its states twice. own: settings with formats of single layers, in the place of `kv_format`.
+    draft: a model that drafts, whose pages are in the same blocks. Raises ConfigError or UnsupportedError.
     """
-    from fraqtl_vllm import hybrids
+    from fraqtl_vllm import hybrids, speculation
     from fraqtl_vllm.accounting import planner
 
     config = _config()
@@ -175,6 +177,9 @@ def fit(
         specs, layout = hybrids.cut(specs), hybrids.LAYOUT
     if own is not None:
         specs = _in_own_formats(shape, specs, own)
+    if draft is not None:
+        specs |= _draft_specs(shape, draft, kv_format)
+        speculation.check_windows(specs)
     pool = planner.plan(config, [specs], [memory], layout=layout)
     parts = {name: getattr(pool, name) for name in ("attention_bytes", "state_bytes", "padding_bytes")}
     name = kv_format.name if own is None else own.format_name
@@ -234,6 +239,23 @@ def _in_own_formats(shape: ModelShape, specs: dict[str, Any], own: FraqtlConfig)
     }
 
 
+def _draft_specs(shape: ModelShape, draft: ModelShape, kv_format: KVFormat) -> dict[str, Any]:
+    """The layers of a model that drafts, in the format that they are stored in beside `kv_format`."""
+    from fraqtl_vllm import speculation
+
+    if shape.states is not None or draft.states is not None:
+        raise ConfigError("hybrid models are not served with a draft model: leave --draft-model out")
+    stored_as = speculation.format_of_drafts(FraqtlConfig(kv_format=kv_format.name))
+    return {f"draft.{name}": spec for name, spec in _specs(draft, stored_as, ranks=1, mode="none").items()}
+
+
+def _check_draft(ranks: int, own: FraqtlConfig | None) -> None:
+    if ranks > 1:
+        raise ConfigError("a draft model is served on one rank: leave --tensor-parallel-size or --draft-model out")
+    if own is not None:
+        raise ConfigError("formats of single layers are not served with a draft model: leave one of them out")
+
+
 def plan(
     shape: ModelShape,
     memory: int,
@@ -241,13 +263,17 @@ def plan(
     context: int,
     ranks: int = 1,
     own: FraqtlConfig | None = None,
+    draft: ModelShape | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Every format's fit (`options`: see there), and the model and memory it is for; plain numbers, ready for JSON.
 
-    own: settings with formats of single layers, for a fit of their own.
+    own: settings with formats of single layers, for a fit of their own. draft: a model that drafts.
     """
     shape.check_ranks(ranks)
+    if draft is not None:
+        _check_draft(ranks, own)
+        options["draft"] = draft
     if context < 1:
         raise ConfigError(f"the context must be at least 1 token, not {context}")
     fits = {name: fit(shape, f, memory, context=context, ranks=ranks, **options) for name, f in FORMATS.items()}
@@ -256,6 +282,7 @@ def plan(
     baseline = fits[BASELINE]
     return {
         "model": shape.numbers(),
+        **({"draft_model": draft.numbers()} if draft else {}),
         "kv_memory": memory,
         "ranks": ranks,
         "context": context,

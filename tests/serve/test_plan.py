@@ -108,6 +108,33 @@ def test_worked_out_by_hand() -> None:
     assert rows["k4v4"]["tokens_vs_baseline"] == 3.88
 
 
+def test_a_draft_model_is_in_the_same_blocks() -> None:
+    """SmolLM2-135M with a draft of its own shape in 256 MiB on a CPU: what a server with the two said."""
+    smollm2 = ModelShape("smollm2", 30, 3, 64, 2048)
+    found = fit(smollm2, FORMATS["k4v4"], 256 << 20, context=2048, draft=smollm2)
+    assert found.block_bytes == 30 * 3 * 16 * (68 + 132)
+    assert (found.blocks, found.tokens) == (932, 14_912)
+    plain = fit(smollm2, FORMATS["bf16"], 256 << 20, context=2048, draft=smollm2)
+    assert plain.block_bytes == 30 * 3 * 16 * 2 * 256  # drafts are no smaller than the model's own
+
+
+def test_draft_models_that_are_not_served() -> None:
+    gemma = ModelShape("gemma", 18, 1, 256, 32768, 512, 15)
+    for options, says in (
+        ({"ranks": 2}, "is served on one rank"),
+        ({"own": FraqtlConfig(kv_layers={0: "k8v8"})}, "formats of single layers are not served with a draft model"),
+    ):
+        with pytest.raises(FraqtlError, match=says):
+            plan(LLAMA, GIB, context=4096, draft=LLAMA, **options)
+    with pytest.raises(FraqtlError, match="layers of the two models have unlike windows"):
+        plan(LLAMA, GIB, context=4096, draft=gemma)
+
+
+def test_the_command_line_takes_a_draft_model(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--model-config", str(DEMO), "--draft-model", str(DEMO), "--kv-memory", "1GiB")
+    assert "; drafts by demo_model: 4 layers" in capsys.readouterr().out
+
+
 def test_every_format_has_a_row() -> None:
     assert [row["name"] for row in plan(LLAMA, GIB, context=4096)["formats"]] == list(FORMATS)
 
