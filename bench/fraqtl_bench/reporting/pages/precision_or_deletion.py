@@ -16,6 +16,8 @@ LAB = "cpu/quality/quality.json"
 GROUPS = "cpu/quality/groups.json"
 REDUCED = ("rank", "hybrid")
 GROUP_MODELS = ("mha", "gqa4", "gqa8")
+SEARCHES = ("search_smollm2_4.25", "search_smollm2_3.9", "search_qwen2.5_3.9")
+SERVED = ("smollm2_3.9", "smollm2_3.625", "qwen2.5_3.9", "qwen2.5_3.625")
 
 
 def _lab_row(file: Result, method: str, model: int = 0) -> list[str]:
@@ -189,6 +191,47 @@ def _allocation_rows(found: dict[str, Any], model: str, size: int) -> Iterator[l
         nats = sum(cost[name][layer] for layer, name in enumerate(formats))
         yield [model, label, fixed(bits, 2), fixed(perplexity, 3), fixed(1000 * nats, 1)]
         model = ""
+
+
+@block("adaptive-bits-searches")
+def adaptive_bits_searches() -> Iterator[str]:
+    files = [load(f"cpu/real/{name}.json") for name in SEARCHES]
+    rows = []
+    for file in files:
+        found = file.model["allocation"]
+        cells = [f"{found['budget']:g}", fixed(found["search_tokens"]), fixed(file.data["seconds"])]
+        rows.append(
+            [MODELS[file.model["model"]], *cells, _by_format(found["formats"]), fixed(found["bits_per_dim"], 3)]
+        )
+    yield from table(["model", "budget", "tokens", "seconds", "layers in each format", "bits/dim"], rows)
+    yield from source(*files, model="as in the table")
+
+
+@block("adaptive-bits-served")
+def adaptive_bits_served() -> Iterator[str]:
+    files = [load(f"cpu/real/through_budget_{name}.json") for name in SERVED]
+    head = ["model", "layers in each format", "bits/dim", "tokens in the pool", "with `bf16`", "server"]
+    head += ["against exact", "simulation", "server against simulation"]
+    yield from table(head, list(map(_served_row, files)))
+    yield from source(*files, model="as in the table")
+
+
+def _served_row(file: Result) -> list[str]:
+    """What the server said of its profile and its pool, beside the lab's simulation."""
+    model, [found] = file.model, file.model["through_server"]
+    capacity = found["capacity"]
+    numbers = capacity["block_size"] * model["layers"] * model["kv_heads"] * 2 * model["head_size"]
+    return [
+        MODELS[model["model"]],
+        _by_format(capacity["kv_formats"] or [found["kv_format"]] * model["layers"]),
+        fixed(8 * capacity["block_bytes"] / numbers, 3),
+        fixed(capacity["tokens"]),
+        fixed(capacity["baseline_tokens"]),
+        fixed(found["perplexity"], 3),
+        f"{100 * (found['perplexity'] / file.method('fp16')['perplexity'] - 1):+.1f} %",
+        fixed(found["simulated"], 3),
+        f"{100 * found['relative_difference']:+.2f} % ± {100 * found['standard_error']:.2f} %",
+    ]
 
 
 def _by_format(formats: list[str]) -> str:
