@@ -113,9 +113,13 @@ def hybrid(folder: Path, longest: int = 600) -> Setup:
 
 def with_drafts(model: Path, draft: Path, longest: int = 600) -> Setup:
     """Both models have heads of 64. Their pages are in the same blocks, those of drafts in 8 bits."""
-    asked = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": DRAFTS["num_speculative_tokens"]}
+    asked = {
+        "method": "draft_model",
+        "model": str(draft.resolve()),
+        "num_speculative_tokens": DRAFTS["num_speculative_tokens"],
+    }
     own, drafting = (16 * _kv_heads(folder) for folder in (model, draft))
-    flags = (str(model), "--speculative-config", json.dumps(asked))
+    flags = (str(model.resolve()), "--speculative-config", json.dumps(asked))  # servers start in another folder
     return Setup(flags, own * 68 + drafting * 132, ((own + drafting) * 256,), blocks=longest // 6, longest=longest)
 
 

@@ -10,10 +10,12 @@ from fraqtl_bench.reporting.markdown import table
 from fraqtl_bench.reporting.pages.numbers import fixed, mebibytes
 from fraqtl_bench.reporting.pages.results import MODELS, block, load, source
 
+ACCOUNTED = "fraqtl-demo; a model with sliding windows and random weights; with a draft model SmolLM2-135M-Instruct"
+
 
 @block("accounting")
 def accounting() -> Iterator[str]:
-    files = [load(f"cpu/{name}.json") for name in ("accounting", "accounting-store")]
+    files = [load(f"cpu/{name}.json") for name in ("accounting", "accounting-store", "accounting-drafts")]
     keys = ("aborted", "streamed", "several_sequences", "with_shared_blocks", "with_loaded_blocks", "preemptions")
     rows = []
     for name, setup in chain(*(file.data["setups"].items() for file in files)):
@@ -23,7 +25,7 @@ def accounting() -> Iterator[str]:
         rows.append([name, fixed(setup["requests"]), *cells, ends, fixed(len(setup["mismatches"]))])
     head = ["set-up", "requests", "aborted", "streamed", "several sequences", "shared blocks", "blocks from a store"]
     yield from table([*head, "preemptions", "ends checked", "mismatches"], rows)
-    yield from source(*files, model="fraqtl-demo; a model with sliding windows and random weights")
+    yield from source(*files, model=ACCOUNTED)
 
 
 @block("totals")
@@ -132,6 +134,36 @@ def speculation_heads() -> Iterator[str]:
     file = load("cpu/speculation/eagle3.json")
     yield from _speculation_table(file.data["arms"])
     yield from source(file, model=MODELS["demo"])
+
+
+@block("speculation-models")
+def speculation_models() -> Iterator[str]:
+    """Real models: a row a cache, in float32."""
+    runs = {
+        "smollm2_draft": ("smollm2-135m-instruct", "itself, weights rounded to 4 bits"),
+        "qwen2.5_draft": ("qwen2.5-coder-0.5b", "itself, weights rounded to 3 bits"),
+        "qwen2.5_ngram": ("qwen2.5-coder-0.5b", "n-grams"),
+    }
+    files = {name: load(f"cpu/speculation/{name}.json") for name in runs}
+    rows = [
+        [MODELS[model], drafts, *_speculation_cells(arm)]
+        for name, (model, drafts) in runs.items()
+        for arm in files[name].data["arms"]
+    ]
+    head = ["model", "drafts from", "cache", "prompts", "tokens a step", "texts that differ", "largest gap, nat"]
+    yield from table([*head, "log-probabilities, nat", "preemptions"], rows)
+    yield from source(*files.values(), model="as in the table")
+
+
+def _speculation_cells(arm: dict[str, Any]) -> Iterator[str]:
+    against = arm["against_plain"].values()
+    yield f"`{arm['kv_format']}`"
+    yield fixed(arm["of"])
+    yield f"{arm['acceptance_length']:.2f}"
+    yield ", ".join(str(found["differing"]) for found in against)
+    yield ", ".join(f"{found['largest_gap']:.2g}" for found in against)
+    yield ", ".join(f"{found['log_probabilities']['p99']:.2g}" for found in against)
+    yield f"{arm['preemptions']['drafts']:.0f}"
 
 
 def _speculation_table(arms: list[dict[str, Any]]) -> Iterator[str]:
