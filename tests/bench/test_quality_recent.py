@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fraqtl_bench.quality import attention
-from fraqtl_bench.quality.cache import logits
+from fraqtl_bench.quality.cache import LabCache, logits
 from fraqtl_bench.quality.codecs import Exact, LayerSample, deserialize, serialize
 from fraqtl_bench.quality.fitted import Fitted, FittedLayer, fit, fit_layer
 from fraqtl_bench.quality.methods import Method, parse
@@ -146,6 +146,13 @@ def test_a_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == before
     with attention.attending(model, fit(parse("q4_0"), calibration_samples(model, IDS)).layers):
         assert model.config._attn_implementation == before
+
+
+def test_a_pass_that_would_see_nothing_of_it_is_refused() -> None:
+    model = random_model("llama")
+    layers = fit(of_the_server(), calibration_samples(model, token_ids(64, seed=1))).layers
+    with pytest.raises(RuntimeError, match="use attending"):
+        model(torch.tensor([IDS]), past_key_values=LabCache(model.config, layers), use_cache=True)
 
 
 @pytest.mark.parametrize("codec", [of_kivi().key, of_kivi().value, of_turbo_attn().key])

@@ -10,7 +10,7 @@ import torch
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import figures
-from fraqtl_bench.quality.cache import LabCache, logits
+from fraqtl_bench.quality.cache import logits
 from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.heatmaps import needle_maps, ruler_maps
 from fraqtl_bench.quality.methods import parse
@@ -46,24 +46,23 @@ def test_replies_are_what_the_model_itself_generates() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_replies_with_a_lossy_cache_are_the_likeliest_tokens_of_one_pass(kind: str) -> None:
+@pytest.mark.parametrize("method", ["int4-token@hadamard", "k4v2+residual", "kivi-2", "turbo-attn"])
+def test_replies_with_a_lossy_cache_are_the_likeliest_tokens_of_one_pass(kind: str, method: str) -> None:
     """Which is what teacher forcing sees: decoding step by step attends the same stored keys."""
     subject = random_subject(kind)
-    layers = fit(parse("int4-token@hadamard"), calibration_samples(subject.model, token_ids(64))).layers
+    subject.model.double()  # or a code next to its rounding threshold may fall on either side
+    layers = fit(parse(method), calibration_samples(subject.model, token_ids(64))).layers
     [item] = ruler_items(tokenizer(), ["niah_multivalue"], [200], 1, 0)
     reply = greedy(subject, item, layers)
-    said = _tokens(subject, item.prompt, layers, item.limit)
+    said = _one_pass_a_token(subject, item.prompt, layers, item.limit)
     assert tokenizer().decode(said, skip_special_tokens=True).startswith(reply) and reply
-    rows = logits(subject.model, [*item.prompt, *said[:-1]], layers, len(said))
-    assert sum(a == b for a, b in zip(rows.argmax(-1).tolist(), said, strict=True)) >= len(said) - 1  # one near tie
+    assert reply != greedy(subject, item, None)
 
 
-@torch.inference_mode()
-def _tokens(subject: Any, prompt: tuple[int, ...], layers: Any, count: int) -> list[int]:
-    cache, said, ids = LabCache(subject.model.config, layers), [], list(prompt)
+def _one_pass_a_token(subject: Any, prompt: tuple[int, ...], layers: Any, count: int) -> list[int]:
+    said: list[int] = []
     for _ in range(count):
-        ids = [int(subject.model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1].argmax())]
-        said += ids
+        said.append(int(logits(subject.model, [*prompt, *said], layers, 1)[0].argmax()))
     return said
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fraqtl_bench.quality.watch import attention_of, full_mask, plain_attention
 ROWS = 256  # queries at a time, so that memory grows with the length and not with its square
 State = tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]
 """Keys or values (1, H, T, D), and which pairs of positions of queries and keys find them so."""
+_ATTENDING = ContextVar("_ATTENDING", default=False)
 
 
 @contextmanager
@@ -43,8 +45,17 @@ def attending(model: Any, layers: Sequence[FittedLayer] | None) -> Iterator[None
             outputs.append(plain_attention(module)(module, own, keys, values, masks[None, None], *args, **kwargs)[0])
         return torch.cat(outputs, 1), None
 
-    with attention_of(model, attention):
-        yield
+    token = _ATTENDING.set(True)
+    try:
+        with attention_of(model, attention):
+            yield
+    finally:
+        _ATTENDING.reset(token)
+
+
+def is_attending() -> bool:
+    """Whether this is within such a context, for layers that keep their newest tokens in another way."""
+    return _ATTENDING.get()
 
 
 def _states(stream: FittedStream, x: Tensor) -> list[State]:

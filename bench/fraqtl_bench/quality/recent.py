@@ -3,12 +3,14 @@
 What a query attends then depends on how far it stands behind a key. One forward pass over a text in which every key has
 one state can't show that. So both states of every key are made, `is_new` says which one a query finds, and
 `attention.attending` has each query attend that one: just what decoding the text token by token would attend.
+Decoding itself has one query at a time; what it finds is in `History`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ class Recent(Codec):
     old: Codec
     new: Codec
     window: int
+    by_token: ClassVar[bool] = False
+    """Whether a token's states depend on no other token."""
 
     @abstractmethod
     def is_new(self, query: Tensor, key: Tensor) -> Tensor:
@@ -119,3 +123,33 @@ class Ring(Recent):
 
     def _first_new(self, old: int, new: int) -> int:
         return old - new
+
+
+class History:
+    """The tokens of one sequence that came to a codec so far."""
+
+    def __init__(self, codec: Recent, constants: Kept) -> None:
+        self.codec, self.constants = codec, constants
+        self._came: list[Tensor] = []
+        self._states: tuple[Tensor, Tensor] | None = None
+
+    def append(self, x: Tensor) -> None:
+        """x: (..., H, T, D), behind what came before."""
+        self._came.append(x)
+
+    def found(self) -> Tensor:
+        """(..., H, T, D): all tokens, each in the state in which the query of the last one finds it."""
+        old, new = self._made()
+        tokens = torch.arange(old.shape[-2], device=old.device)
+        return torch.where(self.codec.is_new(tokens[-1], tokens)[:, None], new, old)
+
+    def _made(self) -> tuple[Tensor, Tensor]:
+        if not self.codec.by_token:
+            return self.codec.states(torch.cat(self._came, -2), self.constants)
+        if self._came:
+            fresh = self.codec.states(torch.cat(self._came, -2), self.constants)
+            before = self._states or tuple(x[..., :0, :] for x in fresh)
+            old, new = (torch.cat(pair, -2) for pair in zip(before, fresh, strict=True))
+            self._states, self._came = (old, new), []
+        assert self._states is not None
+        return self._states

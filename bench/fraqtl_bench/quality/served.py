@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Served(Recent):
     """
 
     old: ServerStream
+    by_token: ClassVar[bool] = True
 
     def is_new(self, query: Tensor, key: Tensor) -> Tensor:
         return reads_residual(query, key, self.window)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from fraqtl_bench.quality.attention import attending
 from fraqtl_bench.quality.cache import LabCache
 from fraqtl_bench.quality.fitted import FittedLayer
 from fraqtl_bench.quality.models import Subject
@@ -37,7 +39,8 @@ def greedy(subject: Subject, item: Item, layers: Sequence[FittedLayer] | None) -
     said: list[int] = []
     while len(said) < item.limit and not _settled(item, reply):
         inputs = torch.tensor([ids], device=model.device)
-        logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        with attending(model, layers) if not said else nullcontext():
+            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         token = int(logits.float().argmax())
         if token in ends:
             break
