@@ -17,9 +17,10 @@ from fraqtl_vllm import _vllm, speculation
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
 _REFUSED = "the packed KV cache does not support formats of single layers"
-UNLIKE_WINDOWS = f"{_REFUSED} in models with windows on some layers only yet"
-ON_A_GPU = f"{_REFUSED} on a GPU yet"
-IN_HYBRIDS = f"{_REFUSED} in hybrid models yet"
+INSTEAD = "give one --kv-format for all layers"
+UNLIKE_WINDOWS = f"{_REFUSED} in models with windows on some layers only yet: {INSTEAD}"
+ON_A_GPU = f"{_REFUSED} on a GPU yet: {INSTEAD}"
+IN_HYBRIDS = f"{_REFUSED} in hybrid models yet: {INSTEAD}"
 
 
 def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:

@@ -108,7 +108,7 @@ def _cache_dtype_reasons(config: _vllm.VllmConfig) -> Iterator[str]:
             "choose one with --kv-format and leave --kv-cache-dtype out"
         )
     if cache.kv_cache_dtype_skip_layers:
-        yield "--kv-cache-dtype-skip-layers: it stores all layers in one format"
+        yield "--kv-cache-dtype-skip-layers: name layers and their formats with --kv-layers"
 
 
 def calibration_obstacle(config: _vllm.VllmConfig) -> str | None:

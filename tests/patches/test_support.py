@@ -84,7 +84,7 @@ def test_the_models_own_dtype_may_be_named() -> None:
 
 def test_layers_with_another_dtype() -> None:
     said = refusal(cache_config=CacheConfig(kv_cache_dtype_skip_layers=["sliding_window"]))
-    assert said == "--kv-cache-dtype-skip-layers: it stores all layers in one format"
+    assert said == "--kv-cache-dtype-skip-layers: name layers and their formats with --kv-layers"
 
 
 def speculation(method: str = "ngram", **options: Any) -> Any:
@@ -408,7 +408,7 @@ def test_formats_of_layers_where_vllm_would_pad_pages() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     windows = decoder_of(4, layer_types=kinds)
     assert refusal(model_config=windows, additional_config=ours) == (
-        "formats of single layers in models with windows on some layers only yet"
+        "formats of single layers in models with windows on some layers only yet: give one --kv-format for all layers"
     )
     check_supported(make_config(model_config=decoder_of(4, layer_types=kinds[:1] * 4), additional_config=ours))
 
@@ -416,4 +416,6 @@ def test_formats_of_layers_where_vllm_would_pad_pages() -> None:
 def test_formats_of_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     ours = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
-    assert refusal(model_config=decoder_of(4), additional_config=ours) == "formats of single layers on a GPU yet"
+    assert refusal(model_config=decoder_of(4), additional_config=ours) == (
+        "formats of single layers on a GPU yet: give one --kv-format for all layers"
+    )
