@@ -167,6 +167,20 @@ def readme_recall() -> Iterator[str]:
     yield from table(["context", "questions", *(f"`{name}`" for name in formats)], list(_recall_rows()))
 
 
+@block("ruler-real")
+def ruler_real() -> Iterator[str]:
+    files = [load(f"cpu/real/ruler_{part}_smollm2.json") for part in ("needles", "words")]
+    methods = [row["method"] for row in files[0].model["rows"]]
+    rows = []
+    for file in files:
+        of_method = {row["method"]: row["ruler"] for row in file.model["rows"]}
+        for i, cell in enumerate(of_method["fp16"]):
+            found = (of_method[method][i]["found"] for method in methods)
+            rows.append([f"`{cell['task']}`", fixed(cell["length"]), fixed(cell["answers"]), *map(fixed, found)])
+    yield from table(["task", "tokens", "answers", *(f"`{method}`" for method in methods)], rows)
+    yield from source(*files, model=MODELS["smollm2-135m-instruct"])
+
+
 def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {100 * error:.2f} %"
 
