@@ -30,7 +30,7 @@ import httpx
 
 from tests.e2e.fuzz_requests import Attempt, make_attempt
 from tests.e2e.reports import metric
-from tests.e2e.server import Server, forked, group_members
+from tests.e2e.server import Server, group_members, running
 
 CONCURRENCY = 16
 ROUNDS = 4
@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     args = parser.parse_args()
     scheduler = ("--scheduler-cls", args.scheduler_cls) if args.scheduler_cls else ()
-    with forked(*FLAGS, *scheduler) as server:
+    with running(*FLAGS, *scheduler) as server:
         result = run(server, args.requests, args.seed, args.rounds)
     command = f"python -m tests.e2e.fuzz --requests {args.requests} --rounds {args.rounds} --seed {args.seed}"
     command = " ".join([command, *scheduler])

@@ -31,5 +31,6 @@ __all__ = [
 ]
 
 # As `running`, for tests that don't look at a server's start and end: forked, it takes a fifth of the time to start.
-# Not with several API servers: Prometheus' client asks when it is imported whether it has to share its numbers.
+# Not where memory is measured: a forked process comes to own what it shared. Not with several API servers: Prometheus'
+# client asks when it is imported whether it has to share its numbers.
 forked = partial(running, launch=forks.launch)

@@ -13,13 +13,13 @@ import pytest
 
 from tests.e2e.fuzz import FLAGS, problems, run
 from tests.e2e.reports import ANSWER, MODEL, messages
-from tests.e2e.server import Server, forked
+from tests.e2e.server import Server, running
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server of its own: what else runs on a shared one would be counted."""
-    with forked(*FLAGS) as server:
+    with running(*FLAGS) as server:
         yield server
 
 
