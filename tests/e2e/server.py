@@ -30,7 +30,7 @@ __all__ = [
     "wait_until_ready",
 ]
 
-# As `running`, for tests that don't look at a server's start and end: forked, it takes a fifth of the time to start.
+# As `running`, for tests that don't look at a server's start and end: forked, it doesn't import vLLM again.
 # Not where memory is measured: a forked process comes to own what it shared. Not with several API servers: Prometheus'
 # client asks when it is imported whether it has to share its numbers.
 forked = partial(running, launch=forks.launch)

@@ -199,11 +199,11 @@ def adaptive_bits_searches() -> Iterator[str]:
     rows = []
     for file in files:
         found = file.model["allocation"]
-        cells = [f"{found['budget']:g}", fixed(found["search_tokens"]), fixed(file.data["seconds"])]
+        cells = [f"{found['budget']:g}", fixed(found["search_tokens"])]
         rows.append(
             [MODELS[file.model["model"]], *cells, _by_format(found["formats"]), fixed(found["bits_per_dim"], 3)]
         )
-    yield from table(["model", "budget", "tokens", "seconds", "layers in each format", "bits/dim"], rows)
+    yield from table(["model", "budget", "tokens", "layers in each format", "bits/dim"], rows)
     yield from source(*files, model="as in the table")
 
 
