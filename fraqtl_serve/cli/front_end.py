@@ -1,4 +1,4 @@
-"""Front ends that the reports, the metrics and the key guard can't be on: refused before anything is loaded."""
+"""What stands before the engine: front ends that our server can't be on, and how long connections are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from argparse import Namespace
 from fraqtl_kernels.errors import ConfigError
 
 RUST = "VLLM_USE_RUST_FRONTEND"
+KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+IDLE_SECONDS = 75
 
 
 def check_front_end(args: Namespace) -> None:
@@ -26,3 +28,12 @@ def check_front_end(args: Namespace) -> None:
             "--grpc and --grpc-port start servers without reports, metrics and key guard: "
             f"leave them out, or {packed_only}"
         )
+
+
+def keep_idle_connections() -> None:
+    """Keeps a connection open for longer than a client that asks again does, unless the environment says how long.
+
+    vLLM closes it after 5 seconds, and httpx (openai, litellm) uses one again for up to 5 seconds: a request that is
+    sent while the server closes has no answer. Proxies keep theirs for a minute.
+    """
+    os.environ.setdefault(KEEP_ALIVE, str(IDLE_SECONDS))

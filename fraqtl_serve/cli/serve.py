@@ -18,7 +18,7 @@ from fraqtl_kernels.errors import ConfigError, FraqtlError
 from fraqtl_kernels.formats import DEFAULT_FORMAT, FORMATS, get_format
 from fraqtl_serve.cli import layer_budget, layer_formats, quiet_log, smollm2
 from fraqtl_serve.cli.checkpoint import check_checkpoint
-from fraqtl_serve.cli.front_end import check_front_end
+from fraqtl_serve.cli.front_end import check_front_end, keep_idle_connections
 from fraqtl_serve.cli.plugin_names import allow_plugin
 from fraqtl_serve.cli.start_errors import TRACEBACK_SWITCH, explain, noted_reasons
 from fraqtl_serve.cli.start_stop import StoppedError, stoppable_start
@@ -44,6 +44,7 @@ def serve(argv: Sequence[str]) -> None:
         raise ConfigError(f"vLLM can't be imported ({error}): run fraqtl-serve doctor") from error
 
     cli_env_setup()
+    keep_idle_connections()
     args = argparse.Namespace()
     with noted_reasons():
         try:

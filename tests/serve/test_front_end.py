@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import Namespace
 
 import pytest
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_serve.cli.front_end import check_front_end
+from fraqtl_serve.cli.front_end import KEEP_ALIVE, check_front_end, keep_idle_connections
 from fraqtl_serve.cli.serve import build_parser, configure
 
 NAME = "VLLM_USE_RUST_FRONTEND"
@@ -47,3 +48,17 @@ def test_vllm_has_these_switches() -> None:
     assert NAME in envs.environment_variables
     args: argparse.Namespace = build_parser().parse_args(["serve", "org/model"])
     assert (args.grpc, args.grpc_port) == (False, None)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "75"), ("5", "5")])
+def test_connections_are_kept_as_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    from vllm import envs
+
+    monkeypatch.setenv(KEEP_ALIVE, given or "")  # so that what is set here is taken back
+    if given is None:
+        monkeypatch.delenv(KEEP_ALIVE)
+    keep_idle_connections()
+    assert os.environ[KEEP_ALIVE] == kept
+    assert int(kept) == envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
