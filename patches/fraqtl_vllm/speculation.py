@@ -1,13 +1,17 @@
 """Which speculative decoding the packed cache serves: what was tested, and the reasons against the rest.
 
-A model or EAGLE head that drafts has layers and pages of its own, in the same blocks as the model's. They are stored
-without constants and without residuals: then a slot holds its token only, a rejected draft's is simply written again,
-and nothing has to be given back. What a draft is worth is said by the model, so drafts need be neither exact nor small.
+A model that drafts, or a head (EAGLE, multi-token prediction), has layers and pages of its own, in the same blocks as
+the model's. They are stored without constants and without residuals: then a slot holds its token only, a rejected
+draft's is simply written again, and nothing has to be given back. What a draft is worth is said by the model, so drafts
+need be neither exact nor small.
+
+On a GPU the model's own layers are stored without residuals, too, so all drafts are attended in one call, and a CUDA
+graph needs nothing to be given back either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fraqtl_kernels.errors import UnsupportedError
@@ -18,6 +22,8 @@ from fraqtl_vllm.config import FraqtlConfig, settings_of
 WITH_MODELS = ("draft_model", "eagle", "eagle3")
 METHODS = ("ngram", *WITH_MODELS)
 DRAFT_FORMAT = "k8v8"
+MOST_ON_A_GPU = 7
+"""Drafts of a request in a step. With its newest token, its queries are all that one call to decode takes."""
 NOT_TRIED = (
     "parallel_drafting",
     "use_heterogeneous_vocab",
@@ -36,8 +42,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
     if asked is None:
         return
     parallel, model = config.parallel_config, config.model_config
-    if not getattr(_vllm.current_platform, "serves_drafts", False):
-        yield f"speculative decoding on GPUs and vLLM's CPU builds yet: {LEAVE_OUT}"
+    yield from _platform_reasons(asked)
     if getattr(config, "use_v2_model_runner", False):
         yield "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
     if asked.method not in METHODS:
@@ -52,6 +57,15 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"speculative decoding of hybrid models yet: {LEAVE_OUT}"
     if asked.method in WITH_MODELS:
         yield from _draft_model_reasons(config, asked)
+
+
+def _platform_reasons(asked: Any) -> Iterator[str]:
+    if _vllm.current_platform.is_cuda():
+        drafts = asked.num_speculative_tokens or 0
+        if drafts > MOST_ON_A_GPU:
+            yield f"{drafts} drafts a step on a GPU yet: choose num_speculative_tokens from 1 to {MOST_ON_A_GPU}"
+    elif not getattr(_vllm.current_platform, "serves_drafts", False):
+        yield f"speculative decoding on vLLM's CPU builds yet: {LEAVE_OUT}"
 
 
 def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:
@@ -78,6 +92,17 @@ def is_draft(config: _vllm.VllmConfig) -> bool:
 def format_of_drafts(ours: FraqtlConfig) -> KVFormat:
     """That of a draft model's layers: none that has residuals, and the model's own where that isn't quantized."""
     return get_format(DRAFT_FORMAT) if ours.format.is_quantized else ours.format
+
+
+def tell_layers(runner: Any, layers: Mapping[str, Any]) -> None:
+    """Tell layers of a model or head that drafts. They are built like all others: vLLM says afterwards which they are.
+
+    layers: those that our backend serves, by name.
+    """
+    names: set[str] = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
+    for name in names & layers.keys():
+        if not layers[name].impl.is_draft:
+            layers[name].impl.serve_drafts()
 
 
 def check_windows(specs: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fraqtl_vllm import _vllm, hooks, hybrids, layer_formats
+from fraqtl_vllm import _vllm, hooks, hybrids, layer_formats, speculation
 
 
 def install() -> None:
@@ -16,12 +16,14 @@ def install() -> None:
 
 
 def _get_kv_cache_spec(self: Any) -> Any:
-    """The worker's own, under its configuration, each in the format of its layer."""
+    """The worker's own, under its configuration, each in the format of its layer. The model is loaded by then."""
     from fraqtl_vllm.calibration.forward import packed_layers
 
+    layers = packed_layers(self.vllm_config)
     with _vllm.set_current_vllm_config(self.vllm_config):
+        speculation.tell_layers(self.worker.model_runner, layers)
         specs = hybrids.without_checkpoints(self.worker.get_kv_cache_spec())
-    return layer_formats.in_own_formats(self.vllm_config, specs, packed_layers(self.vllm_config))
+    return layer_formats.in_own_formats(self.vllm_config, specs, layers)
 
 
 def _get_supported_kv_cache_layouts(self: Any) -> list[str]:

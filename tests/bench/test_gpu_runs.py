@@ -164,11 +164,11 @@ def test_a_verdict_on_the_engine(tmp_path: Path) -> None:
     compared = {"same": 58, "differ_by_rounding": 2, "differ": []}
     (tmp_path / "texts.json").write_text(json.dumps({"compared": compared}))
     found = engine.findings(plan, tmp_path, [Outcome("imports", "passed", 0, 1, 9)])
-    assert [f.verdict for f in found] == ["met", "met", "met", "missed", *["not measured"] * 4]
+    assert [f.verdict for f in found] == ["met", "met", "met", "missed", *["not measured"] * 5]
     assert found[1].found == "58 the same, 2 by rounding, 0 differ"
     assert found[2].found == "1.25x (10.00 / 8.00 ms)"
     (tmp_path / "prefix.json").write_text('{"hits": [0, 992], "same_text": true, "start_seconds": 40}')
-    last = engine.findings(plan, tmp_path, [Outcome("prefix", "passed", 0, 1, 9)])[-1]
+    last = engine.findings(plan, tmp_path, [Outcome("prefix", "passed", 0, 1, 9)])[-2]
     assert (last.found, last.verdict) == ("992 tokens found, the same text, start 40 s", "met")
 
 
@@ -259,6 +259,7 @@ def test_the_engine_run_rehearsed(tmp_path: Path) -> None:
     assert process.returncode == 0, output + found.get("prefix.log", "")[-2000:]
     assert list(json.loads(found["k4v4.json"])["itl_ms"]) == ["1x40", "2x40"]
     assert json.loads(found["prefix.json"])["hits"][1] > 0
+    assert "compared" in json.loads(found["drafts.json"])
     assert "**A rehearsal without a GPU" in output
 
 

@@ -100,7 +100,12 @@ def make_config(
     )
     config.model_config = make_model(dtype=dtype, max_model_len=256, head_size=SIZE)
     if speculation:
-        config.speculative_config = SimpleNamespace(num_speculative_tokens=speculation, parallel_drafting=False)
+        config.speculative_config = SimpleNamespace(
+            method="ngram",
+            num_speculative_tokens=speculation,
+            parallel_drafting=False,
+            rejection_sample_method="standard",
+        )
     return config
 
 
@@ -109,13 +114,14 @@ def make_layer(
     *,
     workspace: int = 96,
     settings: dict[str, Any] | None = None,
+    speculation: int | None = None,
     **options: Any,
 ) -> cuda_attention.Impl:
     scale = SIZE**-0.5
     window, soft_cap = options.get("sliding_window"), options.get("logits_soft_cap")
     monkeypatch.setattr(cuda_prefill, "flash_attention", lambda *_: plain_flash(scale, window, soft_cap))
     monkeypatch.setattr(cuda_prefill, "WORKSPACE_BYTES", 4 * KV_HEADS * SIZE * workspace)
-    with set_current_vllm_config(make_config(settings=settings)):
+    with set_current_vllm_config(make_config(settings=settings, speculation=speculation)):
         return cuda_attention.Impl(HEADS, SIZE, scale, KV_HEADS, **options)
 
 
@@ -360,17 +366,20 @@ def launches_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> 
     return launched
 
 
+@pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_a_captured_step_is_nothing_but_launches(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+def test_a_captured_step_is_nothing_but_launches(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, queries: int
+) -> None:
     """No waiting, no allocation, and the same launches whatever the lengths on the device are."""
     tuning = Tuning(16, 1, 5, transposed=transposed)
     monkeypatch.setattr(cuda_attention, "plan_decode", partial(plan_decode, tuning=tuning))
-    layer = make_layer(monkeypatch)
+    layer = make_layer(monkeypatch, speculation=queries - 1)
     batch = make_batch(
-        "k4v4", kv_heads=KV_HEADS, group=2, seq_lens=(130, 77, 16), queries=(1, 1, 1), dtype=torch.bfloat16
+        "k4v4", kv_heads=KV_HEADS, group=2, seq_lens=(130, 77, 16), queries=(queries,) * 3, dtype=torch.bfloat16
     )
-    layer.plan(batch.layout, 3, 1)  # the first step of a size, before its capture
-    metadata = make_builder().build_for_cudagraph_capture(common(batch))
+    layer.plan(layer.layout(batch.pool), 3, queries)  # the first step of a size, before its capture
+    metadata = make_builder(make_config(speculation=queries - 1)).build_for_cudagraph_capture(common(batch))
     key = torch.zeros(len(batch.query), KV_HEADS, SIZE, dtype=torch.bfloat16)
     slots, output = torch.zeros(len(batch.query), dtype=torch.int64), torch.empty_like(batch.query)
 

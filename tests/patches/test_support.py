@@ -13,6 +13,7 @@ from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConf
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
+from fraqtl_kernels.gpu.plan import MAX_QUERIES
 from fraqtl_vllm import _vllm, layer_formats
 from fraqtl_vllm.speculation import NOT_TRIED
 from fraqtl_vllm.stores.support import use_packed_spec
@@ -93,7 +94,23 @@ def speculation(method: str = "ngram", **options: Any) -> Any:
 
 @pytest.fixture
 def on_a_bare_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "current_platform", SimpleNamespace(serves_drafts=True), raising=False)
+    use_platform(monkeypatch, serves_drafts=True)
+
+
+def use_platform(monkeypatch: pytest.MonkeyPatch, cuda: bool = False, **others: Any) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: cuda, is_cpu=lambda: not cuda, **others)
+    monkeypatch.setattr(_vllm, "current_platform", platform, raising=False)
+
+
+def test_speculative_decoding_by_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_platform(monkeypatch, cuda=True)
+    for drafts in (None, 1, MAX_QUERIES - 1):
+        check_supported(make_config(speculative_config=speculation(num_speculative_tokens=drafts)))
+    said = refusal(speculative_config=speculation(num_speculative_tokens=MAX_QUERIES))
+    assert said == "8 drafts a step on a GPU yet: choose num_speculative_tokens from 1 to 7"
+    use_platform(monkeypatch)  # vLLM's own of a CPU build
+    said = refusal(speculative_config=speculation())
+    assert said == "speculative decoding on vLLM's CPU builds yet: leave --speculative-config out"
 
 
 @pytest.mark.usefixtures("on_a_bare_cpu")
@@ -131,13 +148,6 @@ def test_draft_models(method: str) -> None:
     said = refusal(speculative_config=drafted_by(make_model(is_hybrid=True)))
     assert said == "hybrid models as draft models yet: leave --speculative-config out"
     assert refusal(speculative_config=drafted_by(make_model(head_size=72))).startswith("this draft model: head size 72")
-
-
-def test_speculative_decoding_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_vllm, "current_platform", SimpleNamespace(), raising=False)
-    assert refusal(speculative_config=speculation()) == (
-        "speculative decoding on GPUs and vLLM's CPU builds yet: leave --speculative-config out"
-    )
 
 
 LEAVE_OUT = "leave --kv-transfer-config and --kv-offloading-* out"

@@ -26,6 +26,7 @@ CPU_TEXTS = "bench/results/cpu/texts_unrefined.json"
 # Compiling with torch takes longer than the step; decode steps are captured all the same.
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 PACKED_KEYS = {"fraqtl": {"prefill_keys": "packed"}}
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
             server=(),
             demo_server=(),
             prefix=("--context", "100"),
-            limits=dict.fromkeys(("imports", "texts", "k4v4", "stock", "prefix"), 120),
+            limits=dict.fromkeys(("imports", "texts", "k4v4", "stock", "prefix", "drafts"), 120),
         )
     graphs = ("--compilation-config", json.dumps(GRAPHS))
     return Plan(
@@ -66,7 +67,7 @@ def plan_for(rehearse: bool, work: Path) -> Plan:
         server=("--load-format", "dummy", "--gpu-memory-utilization", "0.6", *graphs),
         demo_server=("--gpu-memory-utilization", "0.3", *graphs),
         prefix=("--context", "2000"),
-        limits={"imports": 45, "texts": 60, "k4v4": 90, "stock": 80, "prefix": 60},
+        limits={"imports": 45, "texts": 60, "k4v4": 90, "stock": 80, "prefix": 60, "drafts": 60},
     )
 
 
@@ -81,14 +82,17 @@ def steps(plan: Plan, work: Path) -> list[Step]:
         what = ("latency", "--format", format, "--points", *plan.points, *plan.latency, *plan.model, *out(name))
         return step(name, *python("-m", "fraqtl_bench.gpu.serving", *what, "--server-args", *plan.server))
 
-    texts = (*plan.texts, *out("texts"), "--server-args", *plan.demo_server)
-    packed = ("--additional-config", json.dumps(PACKED_KEYS))
+    def texts(name: str, *flags: str) -> Step:
+        server = ("--server-args", *plan.demo_server, "--additional-config", json.dumps(PACKED_KEYS), *flags)
+        return step(name, *python("-m", "fraqtl_bench.cli", "texts", *plan.texts, *out(name), *server))
+
     return [
         step("imports", *python("-c", IMPORTS), must_pass=True),
-        step("texts", *python("-m", "fraqtl_bench.cli", "texts", *texts, *packed)),
+        texts("texts"),
         latency("k4v4", "k4v4"),
         latency("stock", plan.stock),
         step("prefix", *python("-m", "fraqtl_bench.gpu.serving", "prefix", *plan.prefix, *out("prefix"))),
+        texts("drafts", "--speculative-config", json.dumps(DRAFTS)),
     ]
 
 
@@ -106,15 +110,16 @@ assert "fraqtl" in names, "the plugin's entry points can't be found"
 def findings(plan: Plan, work: Path, outcomes: Sequence[Outcome]) -> list[Finding]:
     return [
         verdict.passed("vLLM and the plugin can be imported", outcomes, "imports"),
-        texts(work / "texts.json", outcomes),
+        texts(work, outcomes, "texts", "greedy texts are the CPU's, up to rounding"),
         *latencies(plan, work),
         prefix(work / "prefix.json", outcomes),
+        texts(work, outcomes, "drafts", "so are they with n-gram drafts"),
     ]
 
 
-def texts(path: Path, outcomes: Sequence[Outcome]) -> Finding:
-    finding = verdict.passed("greedy texts are the CPU's, up to rounding", outcomes, "texts")
-    found: dict[str, Any] = verdict.load(path) or {}
+def texts(work: Path, outcomes: Sequence[Outcome], step: str, goal: str) -> Finding:
+    finding = verdict.passed(goal, outcomes, step)
+    found: dict[str, Any] = verdict.load(work / f"{step}.json") or {}
     if "compared" not in found:
         return Finding(finding.goal, finding.found, verdict.NOT_MEASURED)
     counts = {name: len(x) if isinstance(x, list) else x for name, x in found["compared"].items()}

@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 
-from fraqtl_kernels.constants import LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, HEAD_SIZES, KVFormat
 from fraqtl_kernels.gpu.constexprs import has_kernels
@@ -146,17 +146,19 @@ class Impl(FraqtlImpl[Metadata]):
             raise UnsupportedError(f"the packed KV cache does not support head size {self.head_size} on a GPU yet")
         config = get_current_vllm_config()
         packed = self.settings.prefill_keys == "packed"
-        if packed:  # the pages don't hold the residuals of a chunk
+        # The pages don't hold the residuals of a chunk, and would lose some to drafts that are rejected.
+        if packed or config.speculative_config is not None:
             self.kv_format = self.kv_format.without_residual
         self.dtype = config.model_config.dtype
         self.device = torch.device(config.device_config.device)
         capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
         check_gpu(OLDEST_GPU if capability is None else (capability.major, capability.minor), self.dtype)
         self.max_seq_len = config.model_config.max_model_len
+        self.max_requests, self.max_queries = config.scheduler_config.max_num_seqs, decode_queries(config)
         self.num_sms = num_sms(self.device)
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
         self.buffers = Buffers.of_worker(self.device)
-        self.buffers.reserve_scratch(self._scratch_floats(config))
+        self.buffers.reserve_scratch(self._scratch_floats())
         check_format(self.kv_format)
         self.use_constants(self._before_calibration())
         # What calibration will need, held while vLLM sizes the pool, which comes first.
@@ -181,6 +183,12 @@ class Impl(FraqtlImpl[Metadata]):
             return self.constants
         ones = torch.ones(self.num_kv_heads, self.head_size, dtype=torch.float32)
         return LayerConstants.of(key_scale=ones, value_scale=ones)
+
+    def serve_drafts(self) -> None:
+        """In another format, that is with other operands and launches, and nothing to come from calibration."""
+        super().serve_drafts()
+        self.buffers.reserve_scratch(self._scratch_floats())
+        self.use_constants(IDENTITY)
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
@@ -288,13 +296,13 @@ class Impl(FraqtlImpl[Metadata]):
             )
         return self._plans[key]
 
-    def _scratch_floats(self, config: VllmConfig) -> int:
+    def _scratch_floats(self) -> int:
         """What the largest decode batch leaves between its launches."""
         layout = PageLayout(self.kv_format, self.head_size, BLOCK_SIZE_MULTIPLE)
         return max(
             self.plan(layout, requests, queries).scratch_floats(self.head_size)
-            for requests in range(1, config.scheduler_config.max_num_seqs + 1)
-            for queries in range(1, decode_queries(config) + 1)
+            for requests in range(1, self.max_requests + 1)
+            for queries in range(1, self.max_queries + 1)
         )
 
 

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import CPUWorker
-from fraqtl_vllm.calibration.forward import packed_layers, target_layers
+from fraqtl_vllm.calibration.forward import target_layers
 from fraqtl_vllm.config import settings_of
 from fraqtl_vllm.names import GPT_OSS_WEIGHTS
 from fraqtl_vllm.platform import gated_delta
@@ -64,16 +64,8 @@ class FraqtlCpuWorker(CPUWorker):
         if _has_no_native_ops() and self.vllm_config.model_config.is_hybrid:
             gated_delta.install()
         loaded = super().load_model(*args, **kwargs)
-        self._tell_drafts()
         self._replace_layers()
         return loaded
-
-    def _tell_drafts(self) -> None:
-        """Layers of a model or head that drafts are built like all others. vLLM says afterwards which they are."""
-        names: set[str] = getattr(getattr(self.model_runner, "drafter", None), "_draft_attn_layer_names", set())
-        layers = packed_layers(self.vllm_config) if names else {}
-        for name in names & layers.keys():
-            layers[name].impl.serve_drafts()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         super().reload_weights(*args, **kwargs)
