@@ -19,7 +19,7 @@ from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
 
-WITH_MODELS = ("draft_model", "eagle", "eagle3")
+WITH_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 METHODS = ("ngram", *WITH_MODELS)
 DRAFT_FORMAT = "k8v8"
 MOST_ON_A_GPU = 7

@@ -110,6 +110,29 @@ def random_qwen3_moe(folder: Path) -> Path:
     return _save(Qwen3MoeForCausalLM(_config(Qwen3MoeConfig, **options)), folder)
 
 
+def random_glm4_moe(folder: Path) -> Path:
+    """Its checkpoint has a head for multi-token prediction: a layer that reads the model's hidden states.
+
+    It mostly repeats what the model has just said, which a random model often does itself.
+    """
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    options: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    options |= {"first_k_dense_replace": 1, "head_dim": 64, "initializer_range": 0.1, "num_nextn_predict_layers": 1}
+    _save(Glm4MoeForCausalLM(_config(Glm4MoeConfig, **options)), folder)
+    weights, of_head = load_file(folder / "model.safetensors"), SHAPE["num_hidden_layers"]
+    like, head = f"model.layers.{of_head - 1}.", f"model.layers.{of_head}."
+    last = {name.replace(like, head): weight.clone() for name, weight in weights.items() if name.startswith(like)}
+    last |= {name: weight * 0.2 for name, weight in last.items() if "o_proj" in name or "down_proj" in name}
+    size = SHAPE["hidden_size"]
+    embedding, hidden = torch.randn(size, size) * 0.02, torch.eye(size)
+    last[f"{head}eh_proj.weight"] = torch.cat([embedding, hidden], 1).bfloat16()
+    ones = torch.ones(size, dtype=torch.bfloat16)
+    last |= {f"{head}{name}.weight": ones.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    save_file(weights | last, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def random_gpt_oss(folder: Path, *, mxfp4: bool = False) -> Path:
     """The same numbers either way: MXFP4 weights in float32 range, written as bfloat16, or as they lie in files."""
     from transformers import GptOssConfig, GptOssForCausalLM
