@@ -49,8 +49,8 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"speculative decoding by {asked.method} yet: choose one of {', '.join(METHODS)}"
     if asked.rejection_sample_method != "standard":
         yield f"rejection_sample_method {asked.rejection_sample_method}: choose standard"
-    if parallel.world_size > 1 or parallel.data_parallel_size > 1:
-        yield f"speculative decoding on several ranks yet: {LEAVE_OUT}"
+    if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
+        yield f"speculative decoding with pipeline or data parallelism yet: use --tensor-parallel-size, or {LEAVE_OUT}"
     if settings_of(config).kv_layers:
         yield WITH_LAYERS
     if model is not None and model.is_hybrid:

@@ -14,7 +14,7 @@ from fraqtl_bench.demo_model.eagle_head import train
 from tests.e2e.accounts import DEMO_BASELINE, DEMO_BLOCK, Setup, compare
 from tests.e2e.engine import run
 from tests.e2e.test_draft_models import BYTES, CHUNKS, by, kept_some_but_not_all
-from tests.e2e.test_speculation import FLOATS, PROMPTS, plain, reads_the_same
+from tests.e2e.test_speculation import FLOATS, PROMPTS, TWO_RANKS, plain, plain_on_two_ranks, reads_the_same
 
 BLOCK_BYTES = DEMO_BLOCK + 2 * 16 * BYTES["k8v8"]
 BASELINE = (DEMO_BASELINE[0] + 2 * 16 * BYTES["bf16"],)
@@ -62,6 +62,12 @@ def test_preemption_leaves_the_text(eagle: dict[str, Any]) -> None:
 
 def test_what_is_read_is_what_plain_decoding_reads(eagle: dict[str, Any]) -> None:
     reads_the_same(**eagle)
+
+
+def test_two_ranks(trained: Callable[[str], dict[str, Any]]) -> None:
+    found = run(PROMPTS, **trained("eagle3"), **FLOATS, **TWO_RANKS)
+    assert found.tokens == plain_on_two_ranks().tokens
+    assert kept_some_but_not_all(found)
 
 
 def test_formats_without_residuals(trained: Callable[[str], dict[str, Any]]) -> None:

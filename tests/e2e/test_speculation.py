@@ -17,6 +17,7 @@ LENGTHS = (*range(90, 106), 150, 233, 400, 641)
 PROMPTS = [recall_prompt(n, seed=n)[0] for n in LENGTHS]
 NGRAM: dict[str, Any] = {"speculative_config": DRAFTS}
 FLOATS: dict[str, Any] = {"dtype": "float32"}
+TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "in_process": False}
 BLOCK_BYTES = 4 * 2 * 16 * 68  # of all layers in k4v4
 CHUNKS: dict[str, Any] = {"max_num_batched_tokens": 96, "enable_prefix_caching": True, "max_model_len": 704}
 TINY_POOL: dict[str, Any] = {"kv_cache_memory_bytes": 48 * BLOCK_BYTES, "max_num_seqs": 12}  # one of the longest
@@ -33,6 +34,18 @@ def test_text_is_that_of_plain_decoding() -> None:
     assert found.tokens == plain().tokens
     assert found.accepted > len(PROMPTS), "most answers repeat a sentence of their prompt"
     assert plain().accepted == 0
+
+
+@cache
+def plain_on_two_ranks() -> Run:
+    return run(PROMPTS, **FLOATS, **TWO_RANKS)
+
+
+def test_two_ranks() -> None:
+    """Each gives back what rejected drafts displaced in its own heads' pages."""
+    found = run(PROMPTS, **NGRAM, **FLOATS, **TWO_RANKS)
+    assert found.tokens == plain_on_two_ranks().tokens
+    assert found.accepted > len(PROMPTS)
 
 
 def test_chunks_and_prefix_hits_leave_the_text() -> None:

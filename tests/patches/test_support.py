@@ -116,13 +116,19 @@ def test_speculative_decoding_by_platform(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("on_a_bare_cpu")
 def test_speculative_decoding() -> None:
     check_supported(make_config(speculative_config=speculation()))
-    said = refusal(speculative_config=speculation("mtp"))
-    assert said == "speculative decoding by mtp yet: choose one of ngram, draft_model, eagle, eagle3"
+    said = refusal(speculative_config=speculation("medusa"))
+    assert said == "speculative decoding by medusa yet: choose one of ngram, draft_model, eagle, eagle3, mtp"
     synthetic = speculation(rejection_sample_method="synthetic")
     assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
-    for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
+    check_supported(
+        make_config(speculative_config=speculation(), parallel_config=ParallelConfig(tensor_parallel_size=2))
+    )
+    for ranks in ({"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
         said = refusal(speculative_config=speculation(), parallel_config=ParallelConfig(**ranks))
-        assert said == "speculative decoding on several ranks yet: leave --speculative-config out"
+        assert said == (
+            "speculative decoding with pipeline or data parallelism yet: "
+            "use --tensor-parallel-size, or leave --speculative-config out"
+        )
     unlike = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
     said = refusal(speculative_config=speculation(), additional_config=unlike)
     assert said == "speculative decoding with formats of single layers yet: leave --speculative-config out"
@@ -133,7 +139,7 @@ def test_speculative_decoding() -> None:
 
 
 @pytest.mark.usefixtures("on_a_bare_cpu")
-@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
 def test_draft_models(method: str) -> None:
     def drafted_by(model: Any, **options: Any) -> Any:
         return speculation(method, draft_model_config=model, **options)
