@@ -77,13 +77,16 @@ def find_profile(model: str, budget: float, *, quiet: bool, drafts: bool = False
 def _check(model: str, drafts: bool) -> None:
     """Before minutes are spent on it: what the engine would refuse when they are over."""
     from fraqtl_serve._vllm import current_platform
-    from fraqtl_vllm.layer_formats import IN_HYBRIDS, ON_A_GPU, UNLIKE_WINDOWS
+    from fraqtl_vllm.layer_formats import IN_HYBRIDS, UNLIKE_WINDOWS
     from fraqtl_vllm.speculation import WITH_LAYERS
 
     if drafts:
         raise UnsupportedError(f"the packed KV cache does not support {WITH_LAYERS}")
     if not current_platform.is_cpu():
-        raise UnsupportedError(ON_A_GPU)
+        raise UnsupportedError(
+            "--kv-budget is searched on a CPU only yet: give --kv-profile the file that fraqtl-bench quality MODEL "
+            "--budget BITS writes"
+        )
     kinds = set(read_layer_kinds(model))
     if kinds & STATE_LAYERS:
         raise UnsupportedError(IN_HYBRIDS)

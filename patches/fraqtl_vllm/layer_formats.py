@@ -19,7 +19,6 @@ from fraqtl_vllm.config import FraqtlConfig, settings_of
 _REFUSED = "the packed KV cache does not support formats of single layers"
 INSTEAD = "give one --kv-format for all layers"
 UNLIKE_WINDOWS = f"{_REFUSED} in models with windows on some layers only yet: {INSTEAD}"
-ON_A_GPU = f"{_REFUSED} on a GPU yet: {INSTEAD}"
 IN_HYBRIDS = f"{_REFUSED} in hybrid models yet: {INSTEAD}"
 
 
@@ -29,8 +28,6 @@ def check(config: _vllm.VllmConfig, ours: FraqtlConfig) -> None:
         return
     model = config.model_config
     ours.by_layer(_layers_of(config))
-    if not _vllm.current_platform.is_cpu():
-        raise UnsupportedError(ON_A_GPU)
     if model.is_hybrid:
         raise UnsupportedError(IN_HYBRIDS)
     if len(set(getattr(model.hf_text_config, "layer_types", None) or ())) > 1:

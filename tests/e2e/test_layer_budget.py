@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import get_format
@@ -87,6 +88,13 @@ def test_what_the_engine_would_refuse_is_refused_before_the_search(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unknown", "layer_types": kinds}))
     with pytest.raises(UnsupportedError, match=sentence):
         layer_budget.find_profile(str(tmp_path), BITS, quiet=True)
+
+
+def test_searches_on_a_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(UnsupportedError, match=r"searched on a CPU only yet: give --kv-profile the file that fraqtl-"):
+        layer_budget.find_profile(str(DEMO_MODEL), BITS, quiet=True)
 
 
 def test_drafts_are_refused_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from fraqtl_kernels import reference
 from fraqtl_kernels.constants import IDENTITY
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import FORMATS, KVFormat, VectorFormat
+from fraqtl_kernels.gpu.operands import calibrated_bytes
 from fraqtl_kernels.gpu.plan import plan_decode
 from fraqtl_kernels.gpu.tuning import Tuning
 from fraqtl_vllm import _vllm
@@ -301,6 +302,45 @@ def test_the_matrices_of_calibration_are_counted_before_the_pool(monkeypatch: py
     uncalibrated = make_layer(monkeypatch)
     uncalibrated.warm_up(torch.empty(0))
     assert uncalibrated.reserved is None
+
+
+@pytest.mark.parametrize("name", ["k8v8", "k4v2", "k4v4-channel"])
+def test_a_layer_is_given_a_format_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """After it was built, when its number is known, and before there is a pool."""
+    layer, format = make_layer(monkeypatch), FORMATS[name]
+    layer.use_format(format)
+    assert layer.reserved is not None and layer.reserved.numel() == calibrated_bytes(format, SIZE, KV_HEADS)
+    assert layer.layout(mixed_batch(name)[0].pool).format == format
+    batch, key, value = mixed_batch(name)
+    layer.use_constants(batch.constants)
+    pool, slots = batch.pool.clone(), batch.block_table[2, :1].long() * 16 + torch.arange(9)
+    layer.do_kv_cache_update(None, key[2:11], value[2:11], pool, slots)
+    wanted = batch.pool.clone()
+    reference.write(wanted, batch.layout, key[2:11], value[2:11], slots, batch.constants)
+    assert float((pool != wanted).float().mean()) < 1e-3  # a code or two by rounding
+    decoded = reference.paged_attention(
+        batch.query[:2],
+        batch.pool,
+        batch.layout,
+        batch.block_table[:2],
+        batch.query_start[:3],
+        batch.seq_lens[:2],
+        scale=layer.scale,
+        constants=batch.constants,
+        residuals=[
+            reference.page_residuals(batch.pool, batch.layout, row, length, batch.constants)
+            for row, length in zip(batch.block_table[:2], batch.seq_lens[:2].tolist(), strict=True)
+        ],
+    )
+    assert relative_error(attend(layer, batch, key, value)[:2], decoded) < 1e-2
+    plan = layer.plan(batch.layout, 8, 1)
+    assert plan.scratch_floats(SIZE) <= layer.buffers.scratch.numel()
+
+
+def test_packed_keys_take_residuals_from_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(monkeypatch, settings={"prefill_keys": "packed"})
+    layer.use_format(FORMATS["k4v2"])
+    assert layer.kv_format == FORMATS["k4v2"].without_residual
 
 
 def test_write_goes_to_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -427,11 +427,3 @@ def test_formats_of_layers_where_vllm_would_pad_pages() -> None:
         "formats of single layers in models with windows on some layers only yet: give one --kv-format for all layers"
     )
     check_supported(make_config(model_config=decoder_of(4, layer_types=kinds[:1] * 4), additional_config=ours))
-
-
-def test_formats_of_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    ours = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
-    assert refusal(model_config=decoder_of(4), additional_config=ours) == (
-        "formats of single layers on a GPU yet: give one --kv-format for all layers"
-    )

@@ -147,8 +147,7 @@ class Impl(FraqtlImpl[Metadata]):
         config = get_current_vllm_config()
         packed = self.settings.prefill_keys == "packed"
         # The pages don't hold the residuals of a chunk, and would lose some to drafts that are rejected.
-        if packed or config.speculative_config is not None:
-            self.kv_format = self.kv_format.without_residual
+        self.no_residuals = packed or config.speculative_config is not None
         self.dtype = config.model_config.dtype
         self.device = torch.device(config.device_config.device)
         capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
@@ -158,12 +157,7 @@ class Impl(FraqtlImpl[Metadata]):
         self.num_sms = num_sms(self.device)
         self._plans: dict[tuple[PageLayout, int, int], DecodePlan] = {}
         self.buffers = Buffers.of_worker(self.device)
-        self.buffers.reserve_scratch(self._scratch_floats())
-        check_format(self.kv_format)
-        self.use_constants(self._before_calibration())
-        # What calibration will need, held while vLLM sizes the pool, which comes first.
-        reserved = calibrated_bytes(self.kv_format, self.head_size, self.num_kv_heads)
-        self.reserved: Tensor | None = torch.empty(reserved, dtype=torch.uint8, device=self.device)
+        self.use_format(self.kv_format)
         # A layer that reads another one's cache is given no keys that are in it.
         self.packed = packed or self.kv_sharing_target_layer_name is not None
         if not self.packed:
@@ -180,15 +174,23 @@ class Impl(FraqtlImpl[Metadata]):
         """What vLLM's trial captures run with, before it calibrates. Formats with static scales have none of their own;
         `support.check_supported` makes sure that they will be calibrated before the first request."""
         if not self.kv_format.needs_calibration:
-            return self.constants
+            return IDENTITY
         ones = torch.ones(self.num_kv_heads, self.head_size, dtype=torch.float32)
         return LayerConstants.of(key_scale=ones, value_scale=ones)
 
-    def serve_drafts(self) -> None:
-        """In another format, that is with other operands and launches, and nothing to come from calibration."""
-        super().serve_drafts()
+    def use_format(self, kv_format: KVFormat) -> None:
+        """With its operands, and with the memory that it will need, which vLLM is to count before it sizes the pool."""
+        super().use_format(kv_format.without_residual if self.no_residuals else kv_format)
+        check_format(self.kv_format)
         self.buffers.reserve_scratch(self._scratch_floats())
-        self.use_constants(IDENTITY)
+        self.use_constants(self._before_calibration())
+        # What calibration will need.
+        reserved = calibrated_bytes(self.kv_format, self.head_size, self.num_kv_heads)
+        self.reserved: Tensor | None = torch.empty(reserved, dtype=torch.uint8, device=self.device)
+
+    def serve_drafts(self) -> None:
+        super().serve_drafts()
+        self.reserved = None  # they are not calibrated
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""

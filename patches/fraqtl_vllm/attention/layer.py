@@ -71,7 +71,7 @@ class FraqtlImpl(AttentionImpl[M], Generic[M]):
     def serve_drafts(self) -> None:
         """Called when it is known, after the models are loaded, that this layer is of the one that drafts."""
         self.is_draft = True
-        self.kv_format = speculation.format_of_drafts(self.settings)
+        self.use_format(speculation.format_of_drafts(self.settings))
 
     def use_format(self, kv_format: KVFormat) -> None:
         """In the place of the settings' own, before there is a pool. The layer's number isn't known to begin with."""
