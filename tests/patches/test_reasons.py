@@ -50,6 +50,17 @@ def test_ours_speak_for_themselves_wherever_they_are_in_the_chain() -> None:
     assert reasons.known(error.value) == "not with this value"
 
 
+def test_a_checkpoint_without_a_head() -> None:
+    from vllm.config import speculative
+
+    assert "Unsupported speculative method: '{self.method}'" in Path(speculative.__file__).read_text()
+    said = reasons.known(caught(NotImplementedError("Unsupported speculative method: 'mtp'")))
+    assert said == (
+        "this checkpoint has no head for multi-token prediction that vLLM knows: choose another method in "
+        "--speculative-config, such as ngram"
+    )
+
+
 def test_an_operator_that_is_missing() -> None:
     with pytest.raises(AttributeError) as error:
         torch.ops.fraqtl_nothing.gelu_newer(1)

@@ -34,6 +34,8 @@ _REFUSED_BY_TRANSFORMERS = "StrictDataclass"
 _CONFIG_CODE = re.compile(r"/configuration_\w+\.py$|/transformers_utils/|/vllm/config/")
 _MISREAD = (ArithmeticError, AttributeError, LookupError, TypeError)
 """What code raises that doesn't check what it was given."""
+_NO_HEAD = "Unsupported speculative method: 'mtp'"
+"""What vLLM says of a checkpoint in which it finds no head that drafts."""
 _NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
@@ -60,6 +62,11 @@ def known(error: BaseException) -> str | None:
             return (
                 f"the model needs the operator {match[1]}.{match[2]}, which this installation of vLLM does not have: "
                 "choose a checkpoint in 16 bits, another model, or a build of vLLM for this machine"
+            )
+        if _NO_HEAD in text:
+            return (
+                "this checkpoint has no head for multi-token prediction that vLLM knows: choose another method in "
+                "--speculative-config, such as ngram"
             )
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(text):
             amount = _NO_MEMORY.search(text)
