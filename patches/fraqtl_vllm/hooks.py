@@ -244,8 +244,10 @@ STOCK_CPU = Hook(
 NAMED_FORMATS = Hook(
     target="CudaPlatform.check_and_update_config",
     user="fraqtl_vllm.platform.cuda",
-    without="a format that --kv-cache-dtype names has no backend on a GPU, unless --attention-backend names it, too",
-    until="vLLM asks backends of others for a cache dtype that none of its own has",
+    without="a format that --kv-cache-dtype names has no backend on a GPU, unless --attention-backend names it, too; "
+    "layers that draft have one that vLLM chooses anew, and the start is refused",
+    until="vLLM asks backends of others for a cache dtype that none of its own has, and layers that draft have the "
+    "model's backend",
     symptoms=(Symptom("vllm.v1.attention.selector:get_attn_backend", has=("backend = attention_config.backend",)),),
 )
 SAMPLING = Hook(

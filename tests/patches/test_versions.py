@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,25 @@ def test_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     config.cache_config = CacheConfig()
     gpu.check_and_update_config(config)
     assert config.attention_config.backend is AttentionBackendEnum["CPU_ATTN"]
+
+
+def test_layers_that_draft_have_our_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM doesn't hand them that of the model."""
+    gpu: Any = type("Gpu", (Gpu,), {})
+    monkeypatch.setattr(cuda, "current_platform", gpu())
+    cuda.install()
+    config: Any = VllmConfig()
+    config.speculative_config = asked = SimpleNamespace(attention_backend=None)
+    config.attention_config.backend = AttentionBackendEnum["CPU_ATTN"]
+    gpu.check_and_update_config(config)
+    assert asked.attention_backend is None
+    config.attention_config.backend = AttentionBackendEnum["FRAQTL"]
+    for _ in range(2):
+        gpu.check_and_update_config(config)
+        assert asked.attention_backend is AttentionBackendEnum["FRAQTL"]
+    asked.attention_backend = AttentionBackendEnum["CPU_ATTN"]
+    with pytest.raises(UnsupportedError, match=r'--speculative-config has CPU_ATTN for those that draft: leave "atten'):
+        gpu.check_and_update_config(config)
 
 
 def test_other_platforms_are_left_alone() -> None:

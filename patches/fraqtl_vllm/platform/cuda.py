@@ -1,4 +1,7 @@
-"""A CUDA GPU, whose platform is vLLM's own: ours is its backend where `--kv-cache-dtype` names one of our formats."""
+"""A CUDA GPU, whose platform is vLLM's own: ours is its backend where `--kv-cache-dtype` names one of our formats.
+
+So it is of layers that draft, for which vLLM chooses one anew.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ def install() -> None:
 
 def _after_a_choice(original: Callable[..., None]) -> Callable[..., None]:
     def check_and_update_config(vllm_config: _vllm.VllmConfig) -> None:
-        from fraqtl_vllm.support import choose_backend
+        from fraqtl_vllm import speculation
+        from fraqtl_vllm.support import asks_for_packed_cache, choose_backend
 
         choose_backend(vllm_config)
+        if asks_for_packed_cache(vllm_config):
+            speculation.choose_backend(vllm_config)
         original(vllm_config)
 
     return check_and_update_config
