@@ -44,7 +44,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         return
     parallel, model = config.parallel_config, config.model_config
     yield from _platform_reasons(asked)
-    if getattr(config, "use_v2_model_runner", False):
+    if getattr(config, "use_v2_model_runner", False) and not _vllm.current_platform.is_cuda():
         yield "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
     if asked.method not in METHODS:
         yield f"speculative decoding by {asked.method} yet: choose one of {', '.join(METHODS)}"
@@ -117,8 +117,10 @@ def tell_layers(runner: Any, layers: Mapping[str, Any]) -> None:
 
     layers: those that our backend serves, by name.
     """
-    names: set[str] = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", set())
-    for name in names & layers.keys():
+    # vLLM's first model runner has a drafter, its second a speculator.
+    first = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", frozenset())
+    second = getattr(getattr(runner, "speculator", None), "draft_attn_layer_names", frozenset())
+    for name in (first | second) & layers.keys():
         if not layers[name].impl.is_draft:
             layers[name].impl.serve_drafts()
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -26,6 +30,7 @@ from tests.patches.test_cuda_attention import (
     KV_HEADS,
     SIZE,
     attend,
+    common,
     make_builder,
     make_config,
     make_layer,
@@ -174,6 +179,50 @@ def test_layers_of_a_model_that_drafts(monkeypatch: pytest.MonkeyPatch, kv_forma
         scale=layer.scale,
     )
     assert relative_error(out[:2], decoded) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("runner", "module"),
+    [
+        ({"drafter": {"_draft_attn_layer_names"}}, "v1/spec_decode/llm_base_proposer.py"),
+        ({"speculator": {"draft_attn_layer_names"}}, "v1/worker/gpu/spec_decode/speculator.py"),
+    ],
+)
+def test_both_model_runners_say_which_layers_draft(runner: dict[str, set[str]], module: str) -> None:
+    told = []
+    layers = {
+        name: SimpleNamespace(impl=SimpleNamespace(is_draft=False, serve_drafts=partial(told.append, name)))
+        for name in ("model.0", "draft.0", "draft.1")
+    }
+    ((drafting, (attribute,)),) = runner.items()
+    names = {"draft.0", "draft.1", "a layer of another backend"}
+    speculation.tell_layers(SimpleNamespace(**{drafting: SimpleNamespace(**{attribute: names})}), layers)
+    assert sorted(told) == ["draft.0", "draft.1"]
+    speculation.tell_layers(SimpleNamespace(**{drafting: None}), layers)
+    assert len(told) == 2
+    assert f"self.{attribute} = " in (Path(vllm.__file__).parent / module).read_text()
+
+
+def test_their_prompts_are_read_by_lengths_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's second model runner adds a token to what a draft model reads, and not to the bound that the host has."""
+    layer = make_layer(monkeypatch, settings={"kv_format": "k4v4"}, speculation=DRAFTS)
+    layer.serve_drafts()
+    batch, key, value = mixed_batch("k8v8")
+    said = common(batch)
+    said.seq_lens_cpu_upper_bound = batch.seq_lens.int() - 1
+    metadata = make_builder(make_config(speculation=DRAFTS)).build(0, said)
+    output = torch.full_like(batch.query, torch.nan)
+    layer.forward(None, batch.query, key.fill_(torch.nan), value.fill_(torch.nan), batch.pool, metadata, output)
+    wanted = reference.paged_attention(
+        batch.query,
+        batch.pool,
+        batch.layout,
+        batch.block_table,
+        batch.query_start,
+        batch.seq_lens,
+        scale=layer.scale,
+    )
+    assert relative_error(output, wanted) < 1e-2
 
 
 def test_their_launches_have_room(monkeypatch: pytest.MonkeyPatch) -> None:

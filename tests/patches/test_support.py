@@ -105,7 +105,9 @@ def use_platform(monkeypatch: pytest.MonkeyPatch, cuda: bool = False, **others: 
 def test_speculative_decoding_by_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     use_platform(monkeypatch, cuda=True)
     for drafts in (None, 1, MAX_QUERIES - 1):
-        check_supported(make_config(speculative_config=speculation(num_speculative_tokens=drafts)))
+        asked = speculation(num_speculative_tokens=drafts)
+        check_supported(make_config(speculative_config=asked))
+        check_supported(make_config(speculative_config=asked, use_v2_model_runner=True))  # a GPU's default
     said = refusal(speculative_config=speculation(num_speculative_tokens=MAX_QUERIES))
     assert said == "8 drafts a step on a GPU yet: choose num_speculative_tokens from 1 to 7"
     use_platform(monkeypatch)  # vLLM's own of a CPU build

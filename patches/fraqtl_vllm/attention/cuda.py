@@ -191,6 +191,8 @@ class Impl(FraqtlImpl[Metadata]):
     def serve_drafts(self) -> None:
         super().serve_drafts()
         self.reserved = None  # they are not calibrated
+        # vLLM's bound for lengths leaves out tokens that it adds for drafts: chunks are read by lengths on the device.
+        self.packed = True
 
     def use_constants(self, constants: LayerConstants) -> None:
         """Called before CUDA graphs are captured, which keep the addresses of what is made here."""
