@@ -11,7 +11,7 @@ graph needs nothing to be given back either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from fraqtl_kernels.errors import UnsupportedError
@@ -118,8 +118,8 @@ def tell_layers(runner: Any, layers: Mapping[str, Any]) -> None:
     layers: those that our backend serves, by name.
     """
     # vLLM's first model runner has a drafter, its second a speculator.
-    first = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", frozenset())
-    second = getattr(getattr(runner, "speculator", None), "draft_attn_layer_names", frozenset())
+    first: Set[str] = getattr(getattr(runner, "drafter", None), "_draft_attn_layer_names", frozenset())
+    second: Set[str] = getattr(getattr(runner, "speculator", None), "draft_attn_layer_names", frozenset())
     for name in (first | second) & layers.keys():
         if not layers[name].impl.is_draft:
             layers[name].impl.serve_drafts()
