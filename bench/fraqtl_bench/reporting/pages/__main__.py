@@ -9,6 +9,7 @@ from pathlib import Path
 from fraqtl_bench.reporting.files import write_whole
 from fraqtl_bench.reporting.pages.fill import fill, pages
 from fraqtl_bench.reporting.pages.results import ROOT
+from fraqtl_bench.reporting.pages.rivals import draw
 from fraqtl_kernels.errors import FraqtlError
 
 
@@ -19,9 +20,12 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: the one this file is in)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
+    parser.add_argument("--figure", action="store_true", help="also draw docs/images/rivals.png (needs matplotlib)")
     args = parser.parse_args()
     try:
         changed = list(write(args.root, only_check=args.check))
+        if args.figure:
+            print(draw(args.root / "docs" / "images"))
     except FraqtlError as error:
         print(f"pages: {error}", file=sys.stderr)
         sys.exit(2)

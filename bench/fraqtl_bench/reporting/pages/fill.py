@@ -12,6 +12,7 @@ from fraqtl_bench.reporting.pages import (  # noqa: F401  (they register their b
     precision_or_deletion,
     quality,
     quantizer,
+    rivals,
     service,
     speed,
 )

@@ -1,4 +1,4 @@
-"""What a format costs: perplexity, rivals, recall, through a server, calibration, and the known quality floors."""
+"""What a format costs: perplexity, recall, through a server, calibration, and the known quality floors."""
 
 from __future__ import annotations
 
@@ -80,38 +80,6 @@ def eight_bits() -> Iterator[str]:
     yield ""
     yield from table(["8 bits, one scale a vector", *(MODELS[name] for name in REAL)], rows)
     yield from source(*files, model="as in the table")
-
-
-@block("rivals")
-def rivals() -> Iterator[str]:
-    file, served = load("cpu/real/rivals_smollm2.json"), load("cpu/real/residual_smollm2.json")
-    exact = file.method("fp16")["perplexity"]
-    rows = []
-    again = {row["method"] for row in served.model["rows"]}
-    found = [*(row for row in file.model["rows"] if row["method"] not in again), *served.model["rows"]]
-    for row in sorted(found, key=lambda row: (-row["vector_bits_per_dim"], row["perplexity"])):
-        value = fixed(row["perplexity"], 2)
-        error = row["perplexity_delta_error"]
-        cells = [f"`{row['method']}`", f"{row['vector_bits_per_dim']:.2f}", f"{row['bits_per_dim']:.2f}", value]
-        if row["method"] == "fp16":
-            rows.append([*cells, *[""] * 5])
-            continue
-        moved = row["divergence"]
-        cells += [change(row["perplexity"] / exact - 1), share(error / exact, 2), f"{1000 * moved['kl']:.1f}"]
-        rows.append([*cells, f"{1000 * moved['kl_p99']:.0f}", share(moved["agreement"], 1)])
-    tokens, window = file.model["scored_tokens"], file.data["settings"]["window"]
-    yield f"{fixed(tokens)} tokens of WikiText-2 in windows of {fixed(window)}, float32."
-    yield "Bits a dimension: in a long sequence, and of all that is kept behind one window, constants included."
-    yield "Divergence in 10^-3 nat a token."
-    yield ""
-    head = ["stored as", "bits", "bits, one window", "perplexity", "change", "standard error"]
-    yield from table([*head, "divergence", "its 99th percentile", "same best token"], rows)
-    yield from source(file, served, model=MODELS["smollm2-135m-instruct"])
-
-
-@block("readme-perplexity")
-def readme_perplexity() -> Iterator[str]:
-    yield from _real_table()
 
 
 @block("perplexity-demo")
