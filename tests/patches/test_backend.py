@@ -99,7 +99,9 @@ def test_formats_of_two_engines_in_a_process_stay_apart(order: tuple[int, int]) 
     for engine in order:
         wrapper = WorkerWrapperBase()
         wrapper.vllm_config = make_config({"fraqtl": {"kv_format": names[engine]}})
-        worker: Any = SimpleNamespace(get_kv_cache_spec=lambda: {"layer": FraqtlBackend.customize_spec(spec)})
+        worker: Any = SimpleNamespace(
+            get_kv_cache_spec=lambda: {"layer": FraqtlBackend.customize_spec(spec)}, model_runner=None
+        )
         wrapper.worker = worker
         specs: Any = run_method(wrapper, "get_kv_cache_spec", (), {})  # as executors call it
         assert specs["layer"].state_content_bytes == content[engine]
