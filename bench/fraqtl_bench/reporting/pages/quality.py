@@ -160,10 +160,12 @@ def through_server() -> Iterator[str]:
         "k8v8": "`k8v8`",
         "k4v4": "`k4v4`, no residual",
         "k4v4_refined": "`k4v4` as served",
+        "k4v2_refined": "`k4v2` as served",
     }
     runs = {
         "demo": ("quality/through", ("bf16", "k4v4", "k4v4_refined")),
-        "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined")),
+        "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined", "k4v2_refined")),
+        "qwen2.5-coder-0.5b": ("real/through_qwen2.5", ("k4v2_refined",)),
         "gemma3-270m": ("real/through_gemma3", ("bf16", "k8v8", "k4v4_refined")),
     }
     files, rows = [], []
