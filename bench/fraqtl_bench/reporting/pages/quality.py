@@ -253,4 +253,10 @@ def floors() -> Iterator[str]:
         found = arm["parallel"]
         told = f"{found['together_against_alone']} of {found['of']} greedy texts differ when 16 run together"
         rows.append([MODELS["smollm2-135m-instruct"], f"`{arm['kv_format']}`", told, differ.link])
+    refract = load("cpu/real/refract_smollm2.json")
+    for name, report in refract.data["reports"].items():
+        texts = report["axes"]["gtm"]
+        turned = round((1 - texts["full_match_rate"]) * texts["n_prompts"])
+        told = f"{turned} of {texts['n_prompts']} greedy texts of {texts['n_tokens_each']} tokens differ from `bf16`'s"
+        rows.append([MODELS["smollm2-135m-instruct"], f"`{name}`", told, refract.link])
     yield from table(["model", "format", "what it looks like", "result file"], rows)

@@ -115,6 +115,22 @@ def rivals_others() -> Iterator[str]:
     yield from source(*files, model="as in the table")
 
 
+@block("refract")
+def refract() -> Iterator[str]:
+    file = load("cpu/real/refract_smollm2.json")
+    rows = []
+    for name, report in file.data["reports"].items():
+        axes = report["axes"]
+        scores = (report["composite"], *(axes[axis]["score"] for axis in ("gtm", "kld", "plad", "rniah")))
+        same = axes["gtm"]["full_match_rate"] * axes["gtm"]["n_prompts"]
+        rows.append([f"`{name}`", *(fixed(score, 1) for score in scores), fixed(same), report["band"].lower()])
+    yield f"REFRACT {file.data['refract']}, 100 is the reference, `bf16`. Texts that are the same to the end, of 30."
+    yield ""
+    head = ["stored as", "score", "greedy texts", "divergence", "perturbed prompts", "needles", "same texts"]
+    yield from table([*head, "REFRACT calls it"], rows)
+    yield from source(file, model=MODELS["smollm2-135m-instruct"])
+
+
 @block("readme-rivals")
 def readme_rivals() -> Iterator[str]:
     found = {model: _rows(model) for model in FILES}
