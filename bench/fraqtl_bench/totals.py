@@ -42,6 +42,18 @@ def read_counters(url: str) -> Counter[str]:
     return Counter({name: int(float(lines[metric])) for name, metric in COUNTERS.items()})
 
 
+def settled_counters(url: str) -> Counter[str]:
+    """The counters when they have stopped: the last response may be out and not counted yet."""
+    last = read_counters(url)
+    for _ in range(SETTLE_TRIES):
+        time.sleep(0.2)
+        now = read_counters(url)
+        if now == last:
+            break
+        last = now
+    return last
+
+
 def sums(outcomes: list[Outcome]) -> Counter[str]:
     """What the metrics must have gained, from what the clients know."""
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
@@ -71,7 +83,7 @@ def settled_gain(url: str, before: Counter[str], expected: Counter[str]) -> Coun
 
 def measure(url: str, *, requests: int, concurrency: int, seed: int) -> dict[str, Any]:
     """Both sides after a load on a server that does nothing else, and whether they are equal."""
-    before = read_counters(url)
+    before = settled_counters(url)
     jobs = make_jobs(requests, seed, longest=LONGEST, answer=ANSWER)
     began = time.monotonic()
     outcomes = list(asyncio.run(send_all(url, jobs, concurrency)).values())
