@@ -18,7 +18,6 @@ from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.config import FraqtlConfig, settings_of
-from fraqtl_vllm.names import BACKEND_NAME
 
 WITH_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 METHODS = ("ngram", *WITH_MODELS)
@@ -77,23 +76,6 @@ def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:
         yield f"draft models with LoRA yet: {LEAVE_OUT}"
     if asked.draft_model_config is not None and asked.draft_model_config.is_hybrid:
         yield f"hybrid models as draft models yet: {LEAVE_OUT}"
-
-
-def choose_backend(config: _vllm.VllmConfig) -> None:
-    """Ours for the layers of a model or head that drafts, which don't inherit that of the model.
-
-    Raises UnsupportedError if another was chosen.
-    """
-    asked = config.speculative_config
-    if asked is None:
-        return
-    if asked.attention_backend is None:
-        asked.attention_backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
-    elif asked.attention_backend.name != BACKEND_NAME:
-        raise UnsupportedError(
-            f"the packed KV cache serves all layers or none: --speculative-config has {asked.attention_backend.name} "
-            f'for those that draft: leave "attention_backend" out'
-        )
 
 
 def draft_model_of(config: _vllm.VllmConfig) -> Any:

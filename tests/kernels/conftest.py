@@ -34,6 +34,24 @@ class PagedBatch:
     def scale(self) -> float:
         return self.layout.head_size**-0.5
 
+    def attention(self, requests: int | None = None, **options: Any) -> Tensor:
+        """The reference's, of the first so many requests; all by default. options: of `reference.paged_attention`."""
+        n = len(self.seq_lens) if requests is None else requests
+        return reference.paged_attention(
+            self.query[: int(self.query_start[n])],
+            self.pool,
+            self.layout,
+            self.block_table[:n],
+            self.query_start[: n + 1],
+            self.seq_lens[:n],
+            **{"scale": self.scale, "constants": self.constants, **options},
+        )
+
+    def page_residuals(self, requests: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """What the pages of the first so many requests add to the tokens that their last one reads with residuals."""
+        found = zip(self.block_table[:requests], self.seq_lens[:requests].tolist(), strict=True)
+        return [reference.page_residuals(self.pool, self.layout, *each, self.constants) for each in found]
+
 
 def make_pool(layout: PageLayout, blocks: int, heads: int, padding: int = 0) -> Tensor:
     """A pool view of vLLM's shape, poisoned: every 16-bit word is NaN, and blocks are `padding` bytes apart."""

@@ -35,16 +35,7 @@ def error_of(
     options = {"scale": batch.scale, "window": window, "soft_cap": soft_cap, "constants": batch.constants}
     options["sink_logits"] = sink_logits
     running, residual = write_chunks(batch)
-    expected = reference.paged_attention(
-        batch.query,
-        batch.pool,
-        batch.layout,
-        batch.block_table,
-        batch.query_start,
-        batch.seq_lens,
-        residuals=residual,
-        **options,
-    )
+    expected = batch.attention(residuals=residual, **options)
     output = torch.full_like(batch.query, float("nan"))
     plan = cpu.plan_attention(batch.query_start.tolist(), batch.seq_lens.tolist())
     cpu_attend(batch.query, batch.pool, batch.layout, batch.block_table, plan, output, residuals=running, **options)

@@ -141,8 +141,11 @@ def largest_error(layer: cuda_attention.Impl, most: int) -> float:
 
 @pytest.mark.parametrize("format_name", ["k4v4", "k4v2", "k8v8", "bf16"])
 def test_rejected_drafts_leave_nothing(monkeypatch: pytest.MonkeyPatch, format_name: str) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cuda_attention.progress, "say_once", said.append)
     layer = make_layer(monkeypatch, settings={"kv_format": format_name}, speculation=DRAFTS)
     assert not layer.kv_format.has_residual
+    assert (cuda_attention.WITHOUT_RESIDUALS in said) is FORMATS[format_name].has_residual
     assert largest_error(layer, DRAFTS) < 1e-2
 
 
@@ -164,21 +167,13 @@ def test_layers_of_a_model_that_drafts(monkeypatch: pytest.MonkeyPatch, kv_forma
     batch, key, value = mixed_batch(of_drafts)
     table = batch.block_table.long()
     written, wanted = batch.pool.clone(), batch.pool.clone()
+    others = torch.randn(2, 9, KV_HEADS, SIZE).bfloat16().unbind()  # than those that are there
     slots = table[2, 0] * 16 + torch.arange(9)
-    layer.do_kv_cache_update(None, key[2:11], value[2:11], written, slots)
-    reference.write(wanted, batch.layout, key[2:11], value[2:11], slots)
-    assert torch.equal(written, wanted)
+    layer.do_kv_cache_update(None, *others, written, slots)
+    reference.write(wanted, batch.layout, *others, slots)
+    assert torch.equal(written, wanted) and not torch.equal(written, batch.pool)
     out = attend(layer, batch, key, value)
-    decoded = reference.paged_attention(
-        batch.query[:2],
-        batch.pool,
-        batch.layout,
-        batch.block_table[:2],
-        batch.query_start[:3],
-        batch.seq_lens[:2],
-        scale=layer.scale,
-    )
-    assert relative_error(out[:2], decoded) < 1e-2
+    assert relative_error(out[:2], batch.attention(2, constants=IDENTITY)) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -213,16 +208,7 @@ def test_their_prompts_are_read_by_lengths_on_the_device(monkeypatch: pytest.Mon
     metadata = make_builder(make_config(speculation=DRAFTS)).build(0, said)
     output = torch.full_like(batch.query, torch.nan)
     layer.forward(None, batch.query, key.fill_(torch.nan), value.fill_(torch.nan), batch.pool, metadata, output)
-    wanted = reference.paged_attention(
-        batch.query,
-        batch.pool,
-        batch.layout,
-        batch.block_table,
-        batch.query_start,
-        batch.seq_lens,
-        scale=layer.scale,
-    )
-    assert relative_error(output, wanted) < 1e-2
+    assert relative_error(output, batch.attention()) < 1e-2
 
 
 def test_their_launches_have_room(monkeypatch: pytest.MonkeyPatch) -> None:

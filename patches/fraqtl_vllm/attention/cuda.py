@@ -39,9 +39,11 @@ from fraqtl_vllm.attention import cuda_prefill
 from fraqtl_vllm.attention.cuda_buffers import Buffers
 from fraqtl_vllm.attention.layer import FraqtlImpl
 from fraqtl_vllm.attention.passes import list_chunks
+from fraqtl_vllm.start import progress
 
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_GPU = (8, 0)
+WITHOUT_RESIDUALS = "with drafts the pages have no residuals on a GPU"
 INTERPRETED_SMS = 4  # where there is no GPU: Triton's interpreter, in tests
 
 
@@ -147,7 +149,10 @@ class Impl(FraqtlImpl[Metadata]):
         config = get_current_vllm_config()
         packed = self.settings.prefill_keys == "packed"
         # The pages don't hold the residuals of a chunk, and would lose some to drafts that are rejected.
-        self.no_residuals = packed or config.speculative_config is not None
+        drafts = config.speculative_config is not None
+        self.no_residuals = packed or drafts
+        if drafts and not packed and self.kv_format.has_residual:
+            progress.say_once(WITHOUT_RESIDUALS)
         self.dtype = config.model_config.dtype
         self.device = torch.device(config.device_config.device)
         capability = current_platform.get_device_capability() if current_platform.is_cuda() else None

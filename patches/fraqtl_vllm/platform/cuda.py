@@ -20,12 +20,11 @@ def install() -> None:
 
 def _after_a_choice(original: Callable[..., None]) -> Callable[..., None]:
     def check_and_update_config(vllm_config: _vllm.VllmConfig) -> None:
-        from fraqtl_vllm import speculation
-        from fraqtl_vllm.support import asks_for_packed_cache, choose_backend
+        from fraqtl_vllm.support import asks_for_packed_cache, choose_backend, choose_backend_of_drafts
 
         choose_backend(vllm_config)
         if asks_for_packed_cache(vllm_config):
-            speculation.choose_backend(vllm_config)
+            choose_backend_of_drafts(vllm_config)
         original(vllm_config)
 
     return check_and_update_config

@@ -126,21 +126,11 @@ def biased(batch: PagedBatch) -> PagedBatch:
 
 def expected(case: Case, batch: PagedBatch, sink_logits: Tensor | None, with_residual: bool = False) -> Tensor:
     """with_residual: as decoding one token reads its pages."""
-    requests = zip(batch.block_table, batch.seq_lens.tolist(), strict=True)
-    residual = [reference.page_residuals(batch.pool, batch.layout, *request, batch.constants) for request in requests]
-    return reference.paged_attention(
-        batch.query,
-        batch.pool,
-        batch.layout,
-        batch.block_table,
-        batch.query_start,
-        batch.seq_lens,
-        scale=batch.scale,
+    return batch.attention(
         window=case.window,
         soft_cap=case.soft_cap,
         sink_logits=sink_logits,
-        constants=batch.constants,
-        residuals=residual if with_residual else None,
+        residuals=batch.page_residuals() if with_residual else None,
     )
 
 

@@ -19,8 +19,9 @@ def main() -> None:
         description="Fill README.md and docs/ with tables made from bench/results.",
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: the one this file is in)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
-    parser.add_argument("--figure", action="store_true", help="also draw docs/images/rivals.png (needs matplotlib)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page would change")
+    how.add_argument("--figure", action="store_true", help="also draw docs/images/rivals.png (needs matplotlib)")
     args = parser.parse_args()
     try:
         changed = list(write(args.root, only_check=args.check))

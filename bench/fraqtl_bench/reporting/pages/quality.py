@@ -39,12 +39,6 @@ def _perplexity_cell(result: Result, method: str) -> str:
     return value if method == "fp16" else f"{value} ({change(_increase(result, method))})"
 
 
-def _real_table() -> Iterator[str]:
-    files = _real()
-    rows = [[label, *(_perplexity_cell(file, method) for file in files)] for method, label in STORED_AS]
-    yield from table(["", *(MODELS[name] for name in REAL)], rows)
-
-
 @block("perplexity-real")
 def perplexity_real() -> Iterator[str]:
     files = _real()
@@ -53,7 +47,8 @@ def perplexity_real() -> Iterator[str]:
     yield f"Perplexity on {fixed(scored.pop())} tokens of WikiText-2 in windows of {fixed(window)}, float32."
     yield "In brackets the change against `fp16`."
     yield ""
-    yield from _real_table()
+    rows = [[label, *(_perplexity_cell(file, method) for file in files)] for method, label in STORED_AS]
+    yield from table(["", *(MODELS[name] for name in REAL)], rows)
     yield from source(*files, model="as in the table")
 
 
