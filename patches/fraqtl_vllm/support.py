@@ -37,11 +37,14 @@ def choose_backend(config: _vllm.VllmConfig) -> None:
     Raises UnsupportedError if another was chosen.
     """
     attention, cache_dtype = config.attention_config, config.cache_config.cache_dtype
-    if format_of(cache_dtype) is not None and (other := _choose_ours(attention, "backend")):
+    if format_of(cache_dtype) is None:
+        return
+    if other := _another(attention.backend):
         raise UnsupportedError(
             f"--kv-cache-dtype {cache_dtype} needs --attention-backend {BACKEND_NAME}, and {other} was chosen: "
             "leave --attention-backend out"
         )
+    attention.backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
 
 
 def choose_backend_of_drafts(config: _vllm.VllmConfig) -> None:
@@ -50,19 +53,19 @@ def choose_backend_of_drafts(config: _vllm.VllmConfig) -> None:
     Raises UnsupportedError if another was chosen.
     """
     asked = config.speculative_config
-    if asked is not None and (other := _choose_ours(asked, "attention_backend")):
+    if asked is None:
+        return
+    if other := _another(asked.attention_backend):
         raise UnsupportedError(
             f"the packed KV cache serves all layers or none: --speculative-config has {other} for those that draft: "
             'leave "attention_backend" out'
         )
+    asked.attention_backend = _vllm.AttentionBackendEnum[BACKEND_NAME]
 
 
-def _choose_ours(section: Any, field: str) -> str | None:
-    """Put our backend into a field of a configuration that names none; else the name of another one that it has."""
-    chosen = getattr(section, field)
-    if chosen is None:
-        setattr(section, field, _vllm.AttentionBackendEnum[BACKEND_NAME])
-    return None if chosen is None or chosen.name == BACKEND_NAME else str(chosen.name)
+def _another(backend: Any) -> str | None:
+    """The name of a backend that was chosen and isn't ours."""
+    return None if backend is None or backend.name == BACKEND_NAME else str(backend.name)
 
 
 def check_backend_is_chosen(config: _vllm.VllmConfig) -> None:
