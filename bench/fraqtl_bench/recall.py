@@ -26,24 +26,35 @@ from fraqtl_bench.server import running
 from fraqtl_kernels.errors import one_of
 from fraqtl_kernels.formats import FORMATS
 
-FACT_SHARE = 0.15  # of the sentences of a text
+FACT_SHARE = 0.15  # of the sentences of a text, less where names would run out before its end
+SENTENCE_TOKENS = 12  # at least, on average
 TEXTS_AT_ONCE = 10
+DEPTHS = 5  # parts of a text that answers are counted by
 
 
 @dataclass(frozen=True)
 class Question:
+    """depth: where the code stands, 0 (begin of the text) to 1."""
+
     prompt: str
     answer: str
+    depth: float
 
 
 def make_questions(
-    tokenizer: Any, context: int, count: int, per_text: int, seed: int, prose: list[str] | None = None
+    tokenizer: Any,
+    context: int,
+    count: int,
+    per_text: int,
+    seed: int,
+    prose: list[str] | None = None,
+    texts_at_once: int = TEXTS_AT_ONCE,
 ) -> list[Question]:
     """`count` questions about texts that are `context` tokens long, question and chat wording included.
 
     prose: half of the sentences; by default from the standard library, which differs between versions of Python. An
     empty list leaves sentences of a grammar, the same everywhere.
-    Questions about a text are `TEXTS_AT_ONCE` requests apart, so that all but the first find it in
+    Questions about a text are `texts_at_once` requests apart, so that all but the first find it in
     the prefix cache.
     """
     rng = random.Random(f"{seed}-{context}")
@@ -51,23 +62,29 @@ def make_questions(
     questions: list[Question] = []
     while len(questions) < count:
         asked: list[list[Question]] = []
-        for _ in range(TEXTS_AT_ONCE):
+        for _ in range(texts_at_once):
             text, codes = make_text(rng, prose, tokenizer, context)
             names = rng.sample(sorted(codes), min(per_text, len(codes)))
-            asked.append([Question(text + "\n" + FACTS["code"][1].format(k=name), codes[name]) for name in names])
+            asked.append([_question(text, name, codes[name]) for name in names])
         questions += [q for turn in zip_longest(*asked) for q in turn if q is not None]
     return questions[:count]
+
+
+def _question(text: str, name: str, code: str) -> Question:
+    statement, question = (part.format(k=name, v=code) for part in FACTS["code"])
+    return Question(f"{text}\n{question}", code, text.index(statement) / len(text))
 
 
 def make_text(rng: random.Random, prose: list[str], tokenizer: Any, context: int) -> tuple[str, dict[str, str]]:
     names = list(NAMES)
     rng.shuffle(names)
     budget = context - 24  # the question and the chat template's own tokens
+    fact_share = min(FACT_SHARE, len(names) * SENTENCE_TOKENS / budget)
     sentences: list[str] = []
     codes: dict[str, str] = {}
     used = 0
     while True:
-        if names and (not codes or rng.random() < FACT_SHARE):
+        if names and (not codes or rng.random() < fact_share):
             name, code = names.pop(), str(rng.randrange(1000, 10000))
             sentence = FACTS["code"][0].format(k=name, v=code)
         else:
@@ -99,16 +116,31 @@ def measure(url: str, contexts: list[int], args: argparse.Namespace) -> dict[str
         model = client.get(f"{url}/v1/models").json()["data"][0]
         tokenizer = AutoTokenizer.from_pretrained(model["root"])
         for context in contexts:
-            questions = make_questions(tokenizer, context, args.questions, args.per_text, args.seed)
+            questions = make_questions(
+                tokenizer, context, args.questions, args.per_text, args.seed, texts_at_once=args.texts
+            )
             task = progress.add_task(f"context {context}", total=len(questions))
             outcomes = []
             for outcome in pool.map(lambda q: ask(client, url, model["id"], q), questions):
                 outcomes.append(outcome)
                 progress.advance(task)
-            right = sum(ok for ok, _ in outcomes)
-            longest = max(tokens for _, tokens in outcomes)
-            found[str(context)] = {"accuracy": right / len(outcomes), "right": right, "longest_prompt": longest}
+            right = [ok for ok, _ in outcomes]
+            found[str(context)] = {
+                "accuracy": sum(right) / len(right),
+                "right": sum(right),
+                "longest_prompt": max(tokens for _, tokens in outcomes),
+                "by_depth": by_depth(questions, right),
+            }
     return found
+
+
+def by_depth(questions: list[Question], right: list[bool]) -> list[dict[str, int]]:
+    """Of each of DEPTHS equal parts of the texts: questions about codes in it, and how many were answered right."""
+    parts = [min(int(question.depth * DEPTHS), DEPTHS - 1) for question in questions]
+    return [
+        {"questions": parts.count(n), "right": sum(ok for part, ok in zip(parts, right, strict=True) if part == n)}
+        for n in range(DEPTHS)
+    ]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -120,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         accuracy["server"] = measure(args.url, args.contexts, args)
     else:
         for name in args.formats:
-            with running(*args.model, "--kv-format", name) as server:
+            with running(*args.model, *args.server_args, "--kv-format", name) as server:
                 accuracy[name] = measure(server.url, args.contexts, args)
     table = Table(title=f"{args.questions} questions a context, share answered right")
     table.add_column("context", justify="right")
@@ -141,7 +173,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096], metavar="TOKENS")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--per-text", type=int, default=5, help="questions that share a text (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=int, default=TEXTS_AT_ONCE, help="texts that are asked about by turns (default: %(default)s)"
+    )
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--server-args", nargs=argparse.REMAINDER, default=[], help="the rest goes to the servers")
     parser.set_defaults(run=run)

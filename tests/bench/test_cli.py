@@ -12,7 +12,7 @@ import pytest
 
 from fraqtl_bench import results
 from fraqtl_bench.cli import main
-from fraqtl_bench.recall import make_text
+from fraqtl_bench.recall import Question, by_depth, make_questions, make_text
 
 
 class WordTokenizer:
@@ -28,6 +28,28 @@ def test_recall_texts_fill_the_context_and_hold_their_codes() -> None:
         assert codes
         for name, code in codes.items():
             assert text.count(f"The code for {name} is {code}.") == 1
+
+
+def test_recall_asks_about_all_of_a_long_text() -> None:
+    questions = make_questions(WordTokenizer(), 20_000, 60, 30, seed=0, prose=[], texts_at_once=2)
+    assert len({question.prompt.split("\n")[0] for question in questions}) == 2
+    for question in questions:
+        place = question.prompt.index(f" is {question.answer}.") / len(question.prompt)
+        assert abs(question.depth - place) < 0.01
+    asked = by_depth(questions, [True] * 60)
+    assert min(part["questions"] for part in asked) > 0, "names ran out before the end"
+    assert [part["right"] for part in asked] == [part["questions"] for part in asked]
+
+
+def test_recall_by_depth_counts_each_part_by_itself() -> None:
+    questions = [Question("", "", depth) for depth in (0.0, 0.19, 0.2, 0.99)]
+    assert by_depth(questions, [True, False, True, True]) == [
+        {"questions": 2, "right": 1},
+        {"questions": 1, "right": 1},
+        {"questions": 0, "right": 0},
+        {"questions": 0, "right": 0},
+        {"questions": 1, "right": 1},
+    ]
 
 
 def test_wrong_arguments_end_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
