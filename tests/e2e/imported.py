@@ -6,7 +6,14 @@ from vllm.plugins import load_general_plugins
 
 load_general_plugins()
 
+import compressed_tensors.compressors  # noqa: E402, F401
+import numba.typed  # noqa: E402, F401
+import vllm.entrypoints.llm  # noqa: E402, F401
+import vllm.model_executor.layers.quantization.online.base  # noqa: E402, F401
 import vllm.v1.worker.cpu_worker  # noqa: E402, F401
+
+import fraqtl_kernels.cpu.attention  # noqa: E402, F401
+import fraqtl_vllm.calibration.worker  # noqa: E402, F401
 
 gc.collect()
 gc.freeze()  # vLLM collects again and again, which takes seconds with so many modules

@@ -82,7 +82,7 @@ def compare_formats(model: Path, kv_format: str) -> None:
 
 
 def test_the_pool_is_packed_bytes_and_nothing_else() -> None:
-    packed = run(PROMPTS[:8], kv_cache_memory_bytes=BUDGET)
+    packed = run(PROMPTS[:8], kv_cache_memory_bytes=BUDGET, compares_pools=True)
     assert packed.pool["dtypes"] == ["torch.uint8"]
     blocks = BUDGET // (4 * 2 * 16 * 68)
     assert packed.pool["shapes"] == [[blocks, 2, 16, 68]] * 4
