@@ -318,6 +318,19 @@ GATED_DELTA = Hook(
         ),
     ),
 )
+GATED_DRAFTS = Hook(
+    target="gdn_attention._spec_forward",
+    user="fraqtl_vllm.platform.gated_delta",
+    without="after a step with fewer drafts than it may have, the convolutions of a CPU take wrong tokens for the last "
+    "ones, and the text turns into another",
+    until="vLLM's code for CPUs puts the tokens of a shorter draft where the next step looks for them, as for GPUs",
+    symptoms=(
+        Symptom(
+            "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward",
+            has=("keep = B[:, offset + 1 : offset + 1 + (state_len - q_i)]",),
+        ),
+    ),
+)
 KERNEL_SCAN = Hook(
     target="dispatcher.sys",
     user="fraqtl_vllm._vllm",

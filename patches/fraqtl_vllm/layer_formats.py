@@ -45,14 +45,15 @@ def in_own_formats(config: _vllm.VllmConfig, specs: Mapping[str, Any], layers: M
     if ours.kv_layers:
         _hand_out(ours.by_layer(_layers_of(config)), layers)
     own = {
-        name: replace(spec, state_content_bytes=layers[name].impl.kv_format.bytes_per_token(spec.head_size))
-        for name, spec in specs.items()
+        name: replace(specs[name], state_content_bytes=layer.impl.kv_format.bytes_per_token(specs[name].head_size))
+        for name, layer in layers.items()
+        if name in specs
     }
     if has_drafts:
         speculation.check_windows(own)
     if own and not _vllm.UniformTypeKVCacheSpecs.is_uniform_type(own):
         raise UnsupportedError(UNLIKE_WINDOWS)
-    return own
+    return {**specs, **own}
 
 
 def _hand_out(formats: Sequence[KVFormat], layers: Mapping[str, Any]) -> None:

@@ -21,6 +21,9 @@ from fraqtl_vllm.config import FraqtlConfig, settings_of
 
 WITH_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 METHODS = ("ngram", *WITH_MODELS)
+FOR_HYBRIDS = ("ngram", "mtp")
+HYBRIDS_ON_A_CPU = ("qwen3_next",)
+"""Families whose states `platform.state_ops` can take back, by the model type of their text part."""
 DRAFT_FORMAT = "k8v8"
 MOST_ON_A_GPU = 7
 """Drafts of a request in a step. With its newest token, its queries are all that one call to decode takes."""
@@ -54,7 +57,7 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
     if settings_of(config).kv_layers:
         yield WITH_LAYERS
     if model is not None and model.is_hybrid:
-        yield f"speculative decoding of hybrid models yet: {LEAVE_OUT}"
+        yield from _hybrid_reasons(model.hf_text_config.model_type, asked.method)
     if asked.method in WITH_MODELS:
         yield from _draft_model_reasons(config, asked)
 
@@ -66,6 +69,14 @@ def _platform_reasons(asked: Any) -> Iterator[str]:
             yield f"{drafts} drafts a step on a GPU yet: choose num_speculative_tokens from 1 to {MOST_ON_A_GPU}"
     elif not getattr(_vllm.current_platform, "serves_drafts", False):
         yield f"speculative decoding on vLLM's CPU builds yet: {LEAVE_OUT}"
+
+
+def _hybrid_reasons(family: str, method: str) -> Iterator[str]:
+    if method not in FOR_HYBRIDS:
+        choice = " or ".join(FOR_HYBRIDS)
+        yield f"speculative decoding of hybrid models by {method} yet: choose {choice}, or {LEAVE_OUT}"
+    if _vllm.current_platform.is_cpu() and family not in HYBRIDS_ON_A_CPU:
+        yield f"speculative decoding of {family} models on a CPU yet: {LEAVE_OUT}"
 
 
 def _draft_model_reasons(config: _vllm.VllmConfig, asked: Any) -> Iterator[str]:

@@ -165,7 +165,7 @@ def _model_reasons(model: Any, name: str) -> Iterator[str]:
 def _keeps_states_unknown_to_vllm(model: Any) -> bool:
     """Whether transformers' layers would run in vLLM, and some of them keep a state, which no pool would have."""
     kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    return not model.is_hybrid and any(kind in hybrids.STATE_LAYERS for kind in kinds)
+    return model.using_transformers_backend() and any(kind in hybrids.STATE_LAYERS for kind in kinds)
 
 
 def _uses_alibi(text_config: Any) -> bool:

@@ -330,8 +330,8 @@ def random_falcon_h1(folder: Path) -> Path:
     return _save(FalconH1ForCausalLM(config), folder)
 
 
-def random_qwen3_next(folder: Path) -> Path:
-    """Gated delta layers; every fourth layer attends. Experts in the last layer only: vLLM wants some."""
+def random_qwen3_next(folder: Path, *, experts_in: int = 7) -> Path:
+    """Gated delta layers; every fourth layer attends. Experts in one layer only: vLLM wants some."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     config = _config(
@@ -342,7 +342,7 @@ def random_qwen3_next(folder: Path) -> Path:
         linear_num_value_heads=4,
         linear_key_head_dim=32,
         linear_value_head_dim=32,
-        mlp_only_layers=list(range(7)),
+        mlp_only_layers=[n for n in range(8) if n != experts_in],
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
@@ -350,6 +350,31 @@ def random_qwen3_next(folder: Path) -> Path:
         initializer_range=0.1,
     )
     return _save(Qwen3NextForCausalLM(config), folder)
+
+
+def random_repeating_qwen3_next(folder: Path) -> Path:
+    """The same, with layers that add so little to a token that it often comes again: a draft from the text is right.
+
+    It has a head for multi-token prediction, too: a layer of the model's that adds still less.
+    """
+    random_qwen3_next(folder, experts_in=0)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if any(part in name for part in ("o_proj", "out_proj", "down_proj")):
+            weights[name] *= 0.15
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    head = {
+        "mtp.layers.0." + name.split(".", 3)[3]: weight.clone()
+        for name, weight in weights.items()
+        if name.startswith("model.layers.0.mlp.") or (name.startswith("model.layers.3.") and ".mlp." not in name)
+    }
+    size = SHAPE["hidden_size"]
+    embedding, hidden = torch.randn(size, size) * 0.02, torch.eye(size)
+    head["mtp.fc.weight"] = torch.cat([embedding, hidden], 1).bfloat16()
+    norms = ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding")
+    head |= {f"mtp.{name}.weight": torch.zeros(size, dtype=torch.bfloat16) for name in norms}  # one, to that model
+    save_file(weights | head, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def _config(kind: Any, **options: Any) -> Any:

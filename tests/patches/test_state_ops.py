@@ -16,7 +16,8 @@ from vllm.model_executor.layers.mamba.ops.cpu.mamba_ssm import _mamba_chunk_scan
 from vllm.platforms import current_platform
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps, copy_states
+from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
+from fraqtl_vllm.platform.state_copies import copy_states
 
 pytestmark = pytest.mark.skipif(
     not isinstance(current_platform, CpuWithoutNativeOps), reason="vLLM runs on another platform here"

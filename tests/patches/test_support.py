@@ -30,6 +30,7 @@ def make_model(model_type: str = "llama", head_size: int = 64, config: Any = Non
         "is_attention_free": False,
         "is_hybrid": False,
         "attn_type": "decoder",
+        "using_transformers_backend": lambda: False,
     }
     text_config = AutoConfig.for_model(model_type) if config is None else config
     return SimpleNamespace(hf_text_config=text_config, get_head_size=lambda: head_size, **{**ordinary, **kind})
@@ -136,8 +137,25 @@ def test_speculative_decoding() -> None:
     assert said == "speculative decoding with formats of single layers yet: leave --speculative-config out"
     said = refusal(speculative_config=speculation(), use_v2_model_runner=True)
     assert said == "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
-    said = refusal(speculative_config=speculation(), model_config=make_model(is_hybrid=True))
-    assert said == "speculative decoding of hybrid models yet: leave --speculative-config out"
+
+
+@pytest.mark.usefixtures("on_a_bare_cpu")
+def test_speculation_of_hybrid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fraqtl_vllm.hybrids.check", lambda config: None)  # which reads a whole config.json
+    config = SimpleNamespace(model_type="qwen3_next")
+    model = make_model(config=config, is_hybrid=True)
+    check_supported(make_config(speculative_config=speculation(), model_config=model))
+    head = speculation("mtp", draft_model_config=make_model(config=config))
+    check_supported(make_config(speculative_config=head, model_config=model))
+    said = refusal(speculative_config=speculation("eagle", draft_model_config=make_model()), model_config=model)
+    assert said == (
+        "speculative decoding of hybrid models by eagle yet: choose ngram or mtp, or leave --speculative-config out"
+    )
+    mamba = make_model(config=SimpleNamespace(model_type="falcon_h1"), is_hybrid=True)
+    said = refusal(speculative_config=speculation(), model_config=mamba)
+    assert said == "speculative decoding of falcon_h1 models on a CPU yet: leave --speculative-config out"
+    use_platform(monkeypatch, cuda=True)
+    check_supported(make_config(speculative_config=speculation(num_speculative_tokens=3), model_config=mamba))
 
 
 @pytest.mark.usefixtures("on_a_bare_cpu")
@@ -301,7 +319,10 @@ def test_block_sizes() -> None:
             "encoder models such as this bert: they keep no KV cache",
         ),
         (
-            make_model(config=SimpleNamespace(model_type="bamba", layer_types=["linear_attention", "full_attention"])),
+            make_model(
+                config=SimpleNamespace(model_type="bamba", layer_types=["linear_attention", "full_attention"]),
+                using_transformers_backend=lambda: True,
+            ),
             "hybrid models such as this bamba, for which vLLM has no code of its own",
         ),
         (make_model("bloom"), "ALiBi models such as this bloom"),
@@ -336,6 +357,7 @@ def test_our_own_section_is_read_first() -> None:
 def test_models_are_asked_what_vllm_answers() -> None:
     """The names that `make_model` stands for."""
     asked = ("use_mla", "is_encoder_decoder", "is_attention_free", "is_hybrid", "attn_type", "get_head_size")
+    asked += ("using_transformers_backend",)
     assert [name for name in asked if not hasattr(ModelConfig, name)] == []
     assert "hf_text_config" in ModelConfig.__dataclass_fields__
 

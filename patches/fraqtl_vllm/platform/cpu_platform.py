@@ -4,7 +4,7 @@ Everything that is replaced is listed here:
   attention backend       ours, whatever is asked for: the stock one needs the CPU extension
   custom_ops              "none": layers run their torch versions
   torch.compile           off: it would compile C++ for minutes at every first start
-  slot mapping, states    versions without Triton of the two kernels that the model runner needs
+  slot mapping, states    versions without Triton of the kernels that the model runner needs
   torch.ops._C            torch versions of the native ops that are left (`native_ops`, `state_ops`)
   worker                  ours (`cpu_worker`): the stock one dies of a request with a seed and a long prompt
   executor                in-process for one rank, vLLM's multiprocessing for tensor parallelism
@@ -15,7 +15,6 @@ vLLM's CPU builds have that extension: there it is `native_cpu_platform`.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from functools import cache
 from typing import Any
@@ -31,6 +30,7 @@ from fraqtl_vllm.platform.draft_ops import DRAFT_KERNELS, DRAFT_MODULES
 from fraqtl_vllm.platform.native_ops import NATIVE_OPS
 from fraqtl_vllm.platform.packed_cpu import PackedCpu
 from fraqtl_vllm.platform.proposal_ops import PROPOSAL_KERNELS, PROPOSAL_MODULES
+from fraqtl_vllm.platform.state_copies import STATE_KERNELS, STATE_MODULES
 from fraqtl_vllm.platform.state_ops import STATE_OPS
 from fraqtl_vllm.support import choose_backend
 
@@ -65,12 +65,6 @@ def compute_slot_mapping(  # noqa: PLR0917 (vLLM's order)
     block = block_table[request, position // block_size].long()
     slot_mapping[:count] = block * block_size + position % block_size
     slot_mapping[num_tokens:max_num_tokens] = pad_id
-
-
-def copy_states(sources: Tensor, targets: Tensor, sizes: Tensor, **_: Any) -> None:
-    """Bytes from address to address: how vLLM carries a state into the next block. (copies,) integers each."""
-    for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
-        ctypes.memmove(target, source, size)
 
 
 class CpuWithoutNativeOps(PackedCpu):
@@ -145,11 +139,11 @@ def replace_kernels() -> None:
     """Once in a process; vLLM asks for it with every worker."""
     kernels = {
         "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping,
-        "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": copy_states,
+        **STATE_KERNELS,
         **DRAFT_KERNELS,
         **PROPOSAL_KERNELS,
     }
-    homes = ("vllm.v1.worker.block_table", "vllm.v1.worker.mamba_utils", *DRAFT_MODULES, *PROPOSAL_MODULES)
+    homes = ("vllm.v1.worker.block_table", *STATE_MODULES, *DRAFT_MODULES, *PROPOSAL_MODULES)
     with _vllm.scan_of_vllm_only(*homes):
         _vllm.register_kernels(kernels)
 

@@ -1,8 +1,9 @@
-"""Gated delta layers of models in float32 and float16: vLLM's own operators are for bfloat16, `state_ops` for any."""
+"""Gated delta layers on a CPU, where vLLM's own code is for bfloat16 and for drafts that are all equally long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import LayerNameType  # torch looks here for what vLLM's annotations mean
+from fraqtl_vllm.platform.state_ops import convolve
 
 
 def install() -> None:
@@ -24,9 +26,62 @@ def install() -> None:
             context = _vllm.get_forward_context()
             layer = context.no_compile_layers[module._resolve_layer_name(layer_name)]
             metadata: Any = context.attn_metadata
-            if metadata is not None and metadata[layer.prefix].num_actual_tokens:
-                module._cpu_gdn_attention_nonspec(layer, metadata[layer.prefix], mixed_qkv, b, a, core_attn_out)
+            if metadata is None or not metadata[layer.prefix].num_actual_tokens:
+                return
+            batch = layer, metadata[layer.prefix], mixed_qkv, b, a, core_attn_out
+            width, kept = layer.conv1d.weight.shape[-1], module._conv_buffer_view(layer).shape[-1]
+            if kept == width - 1:
+                module._cpu_gdn_attention_nonspec(*batch)
+            else:  # it also keeps what drafts may take back
+                module._cpu_gdn_attention_spec_aware(*batch, width, kept)
 
         return attend
 
     hooks.GATED_DELTA.wrap(module, in_any_dtype)
+    hooks.GATED_DRAFTS.wrap(module, lambda _: attend_drafts)
+
+
+def attend_drafts(
+    layer: Any,
+    metadata: Any,
+    mixed_qkv: Tensor,
+    b: Tensor,
+    a: Tensor,
+    kept: Tensor,
+    states: Tensor,
+    width: int,
+    kept_tokens: int,
+) -> Tensor:
+    """A token and its drafts of every sequence, (tokens, heads, V).
+
+    mixed_qkv: (tokens, dim). a, b: (tokens, heads). kept: (pool, dim, kept_tokens), what a convolution of `width` needs
+    of the tokens before, those that may be taken back included. states: (pool, heads, K, V).
+    """
+    count = metadata.num_spec_decodes
+    rows, starts = metadata.spec_state_indices_tensor[:count], metadata.spec_query_start_loc[: count + 1]
+    accepted = metadata.num_accepted_tokens[:count]
+    convolved = convolve_drafts(mixed_qkv, layer.conv1d, kept, rows[:, 0], accepted, starts, layer.activation == "silu")
+    query, key, value = (x.squeeze(0) for x in layer.rearrange_mixed_qkv(convolved))
+    return _vllm.gated_delta_drafts(
+        layer.A_log, layer.dt_bias, query, key, value, a, b, states, rows, accepted, starts, True
+    )
+
+
+def convolve_drafts(
+    x: Tensor, conv: Any, kept: Tensor, rows: Tensor, accepted: Tensor, starts: Tensor, silu: bool
+) -> Tensor:
+    """(tokens, dim) like x, and in `kept` of every sequence what the next step needs, however many are accepted.
+
+    conv: its weight is (dim, 1, width). rows: (sequences,) of `kept`. accepted: (sequences,) how many tokens of the
+    step before counted. A row holds the width - 2 tokens before that step, and then its own.
+    """
+    weight = conv.weight.flatten(1)
+    before, out = weight.shape[1] - 1, torch.empty_like(x)
+    for row, taken, (first, end) in zip(rows.tolist(), accepted.tolist(), pairwise(starts.tolist()), strict=True):
+        if end == first:
+            continue
+        known = kept[row, :, taken - 1 : taken - 1 + before]
+        whole = torch.cat([known, x[first:end].T.to(kept.dtype)], dim=-1)
+        out[first:end] = convolve(whole.unfold(-1, before + 1, 1).transpose(0, 1), weight, conv.bias, silu).to(x.dtype)
+        kept[row, :, : whole.shape[1] - 1] = whole[:, 1:]
+    return out

@@ -8,6 +8,7 @@ Those of `torch.ops._C` that hybrid models reach through vLLM's own CPU layers:
   fused_gdn_gating_cpu                          decay and step size of gated delta layers
   chunk_gated_delta_rule_cpu                    prompts of gated delta layers
   fused_sigmoid_gating_delta_rule_update_cpu    one token of gated delta layers
+  fused_sigmoid_gating_delta_rule_update_spec_cpu    a token and its drafts of gated delta layers
   causal_conv1d_weight_pack, _fwd_cpu, _update_cpu   the convolutions of gated delta layers on processors with bf16
 
 Recurrences run token by token in float32, a prompt as a decode. So how a prompt was cut changes a state by rounding
@@ -289,6 +290,40 @@ def delta_one(  # noqa: PLR0917 (vLLM's order)
     return out.to(value.dtype).unsqueeze(1)
 
 
+def delta_drafts(  # noqa: PLR0917 (vLLM's order)
+    a_log: Tensor,
+    dt_bias: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    states: Tensor,
+    rows: Tensor,
+    accepted: Tensor,
+    starts: Tensor,
+    is_normed: bool,
+    softplus_beta: float,
+    softplus_threshold: float,
+) -> Tensor:
+    """A few tokens a sequence, as in `delta_one`, with a row of the pool for the state after each of them.
+
+    rows: (sequences, tokens at most). accepted: (sequences,) how many tokens of the step before counted: this step
+    begins with the state after the last of them. query, key: (tokens, key heads, K). a, b: (tokens, heads). Returns
+    (tokens, heads, V) like `value`.
+    """
+    heads = value.shape[1]
+    g, beta = delta_gates(a_log, a, b, dt_bias)
+    q, k = _unit(query, heads, is_normed) * query.shape[-1] ** -0.5, _unit(key, heads, is_normed)
+    out = torch.empty_like(value)
+    for i, first, end in _sequences(starts):
+        s = states[rows[i, accepted[i] - 1]].float()
+        for t in range(first, end):
+            s, out[t] = _delta_step(s, q[t], k[t], value[t].float(), g[0, t], beta[0, t])
+            states[rows[i, t - first]] = s.to(states.dtype)
+    return out
+
+
 STATE_OPS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, str? activation, "
     "Tensor? conv_state_indices, Tensor? query_start_loc, int pad_slot_id) -> Tensor": convolve_one,
@@ -311,5 +346,9 @@ STATE_OPS: dict[str, Callable[..., Any]] = {
     "fused_sigmoid_gating_delta_rule_update_cpu(Tensor A_log, Tensor dt_bias, Tensor q, Tensor k, Tensor v, Tensor a, "
     "Tensor b, Tensor(a!) initial_state_source, Tensor initial_state_indices, Tensor cu_seqlens, "
     "bool use_qk_l2norm_in_kernel, float softplus_beta, float softplus_threshold) -> Tensor": delta_one,
+    "fused_sigmoid_gating_delta_rule_update_spec_cpu(Tensor A_log, Tensor dt_bias, Tensor q, Tensor k, Tensor v, "
+    "Tensor a, Tensor b, Tensor(a!) initial_state_source, Tensor spec_state_indices, Tensor num_accepted_tokens, "
+    "Tensor cu_seqlens, bool use_qk_l2norm_in_kernel, float softplus_beta, float softplus_threshold) "
+    "-> Tensor": delta_drafts,
 }
 """By schema."""
