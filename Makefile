@@ -33,19 +33,22 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-com
 SHELL := /bin/bash
 NO_NOISE := 2> >(grep --line-buffered -v -e "^WARNING: Location .* is ignored" -e "^WARNING: Running pip as" >&2)
 
+# Tests start hundreds of processes. Without Python's bytecode on disk each of them would compile the modules anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
+
 .PHONY: serve test test-fast test-smoke lint lock clean
 
 serve: $(VENV)/serve.done $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.done)
 	@$(BIN)/fraqtl-serve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	$(PYTEST) -n $(JOBS) --dist loadfile $(TESTS)
 
 test-fast: $(VENV)/test.done
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not (slow or e2e or interpreter or mutation)" $(TESTS)
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not (slow or e2e or interpreter or mutation)" $(TESTS)
 
 test-smoke: $(VENV)/test.done
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m smoke $(TESTS)
+	$(PYTEST) -n $(JOBS) --dist loadfile -m smoke $(TESTS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
