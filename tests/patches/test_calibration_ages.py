@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fraqtl_kernels.calibration.solve import calibrate
-from fraqtl_kernels.constants import IDENTITY, LayerConstants
+from fraqtl_kernels.constants import IDENTITY, LayerConstants, StreamConstants
 from fraqtl_kernels.formats import FORMATS
 from fraqtl_vllm import _vllm
 from fraqtl_vllm.calibration import adapters, weights_changed
@@ -54,6 +55,15 @@ def test_static_steps_are_coarse_where_they_are_too_large_or_too_small() -> None
         other = constants(key * factor, "k4v4-channel").key
         assert adapters.coarseness(key, other, own) == pytest.approx(3)
     assert adapters.coarseness(key, IDENTITY.key, IDENTITY.key) == 1.0
+
+
+def test_constants_in_use_on_a_cpu_beside_new_ones_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a layer of a GPU keeps them: with pretended tensors, and without the last step, the number."""
+    monkeypatch.setattr(adapters, "float", lambda x: x, raising=False)
+    with FakeTensorMode():
+        used, own = (StreamConstants(scale=torch.ones(2, 64, device=device)) for device in ("cpu", "cuda"))
+        found: Any = adapters.coarseness(torch.ones(5, 2, 64, device="cuda"), used, own)
+        assert found.device.type == "cuda"
 
 
 def test_what_is_said_of_an_adapter(log: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,7 @@ def coarseness(x: Tensor, used: StreamConstants, own: StreamConstants) -> float:
     x: (tokens, KV heads, D), floating point.
     """
     if used.scale is not None and own.scale is not None:
-        ratio = own.scale / used.scale
+        ratio = own.scale / used.scale.to(own.scale)
         return float(torch.maximum(ratio, 1 / ratio).mean(-1).max())
     if used.transform is None or own.transform is None:
         return 1.0
