@@ -6,9 +6,9 @@ from vllm.plugins import load_general_plugins
 
 load_general_plugins()
 
-import compressed_tensors.compressors  # noqa: E402, F401
 import numba.typed  # noqa: E402, F401
 import vllm.entrypoints.llm  # noqa: E402, F401
+import vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors  # noqa: E402, F401
 import vllm.model_executor.layers.quantization.online.base  # noqa: E402, F401
 import vllm.v1.worker.cpu_worker  # noqa: E402, F401
 
