@@ -52,13 +52,12 @@ def _bits(text: str) -> float:
     return bits
 
 
-def find_profile(model: str, budget: float, *, quiet: bool, drafts: bool = False) -> Path:
+def find_profile(model: str, budget: float, *, quiet: bool) -> Path:
     """The profile of this model and budget; searched now if there is none. Raises ConfigError or UnsupportedError.
 
     model: a folder or a Hugging Face id. budget: bits a dimension, scales included. quiet: a search shows no progress.
-    drafts: whether the server is to speculate.
     """
-    _check(model, drafts)
+    _check(model)
     notes_of = f"notes of {version('fraqtl-serve')}"  # another version's lab may measure otherwise
     folder, of_model = (cache_folder() / _key(model, about) for about in (f"{budget:g}", notes_of))
     profile = folder / PROFILE
@@ -74,14 +73,11 @@ def find_profile(model: str, budget: float, *, quiet: bool, drafts: bool = False
     return profile
 
 
-def _check(model: str, drafts: bool) -> None:
+def _check(model: str) -> None:
     """Before minutes are spent on it: what the engine would refuse when they are over."""
     from fraqtl_serve._vllm import current_platform
     from fraqtl_vllm.layer_formats import IN_HYBRIDS, UNLIKE_WINDOWS
-    from fraqtl_vllm.speculation import WITH_LAYERS
 
-    if drafts:
-        raise UnsupportedError(f"the packed KV cache does not support {WITH_LAYERS}")
     if not current_platform.is_cpu():
         raise UnsupportedError(
             "--kv-budget is searched on a CPU only yet: give --kv-profile the file that fraqtl-bench quality MODEL "

@@ -56,6 +56,13 @@ def add_command(commands: Any) -> None:
     )
     layer_formats.add_flags(parser)
     parser.add_argument("--draft-model", metavar="MODEL", help="a model that drafts, its pages are in the same memory")
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="num_speculative_tokens; sequences of hybrid models hold their states once more for each",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     chosen = layer_formats.chosen(args)
     own = FraqtlConfig(**chosen) if chosen else None
     draft = read_shape(args.draft_model) if args.draft_model else None
+    if args.draft_tokens < 0:
+        raise ConfigError(f"--draft-tokens {args.draft_tokens}: give 0 or more")
     with only_errors_of_vllm():
         plans = [
             plan(
@@ -99,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
                 prefix_caching=args.prefix_caching,
                 own=own,
                 draft=draft,
+                drafts=args.draft_tokens,
             )
             for shape in shapes(args)
         ]

@@ -259,6 +259,4 @@ def _formats_of_layers(args: argparse.Namespace, inside: FraqtlConfig, model: st
             raise layer_formats.contradiction(name, flag)
     if args.kv_budget is None:
         return layer_formats.chosen(args)
-    drafts = args.speculative_config is not None
-    found = layer_budget.find_profile(model, args.kv_budget, quiet=args.quiet, drafts=drafts)
-    return layer_formats.read_profile(found)
+    return layer_formats.read_profile(layer_budget.find_profile(model, args.kv_budget, quiet=args.quiet))

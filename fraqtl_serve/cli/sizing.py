@@ -55,14 +55,14 @@ class StateKind:
     dtypes: tuple[str, ...]
     """Of the parts of a state, by torch's names."""
 
-    def shapes(self, ranks: int) -> tuple[tuple[int, ...], ...]:
-        """Of the parts of a state on one rank."""
+    def shapes(self, ranks: int, drafts: int = 0) -> tuple[tuple[int, ...], ...]:
+        """Of the parts of a state on one rank, with so many drafts a step."""
         from fraqtl_vllm import _vllm
 
         if self.kind not in STATE_KINDS:
             raise one_of("kind of state", self.kind, STATE_KINDS)
         of = getattr(_vllm.MambaStateShapeCalculator, STATE_KINDS[self.kind])
-        return tuple(of(tp_world_size=ranks, **self.sizes))
+        return tuple(of(tp_world_size=ranks, num_spec=drafts, **self.sizes))
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,15 @@ def fit(
     prefix_caching: bool = True,
     own: FraqtlConfig | None = None,
     draft: ModelShape | None = None,
+    drafts: int = 0,
 ) -> Fit:
     """What `memory` bytes on each of `ranks` hold, if every sequence is `context` tokens long.
 
     batched_tokens: of a step; layers with a window keep blocks for the tokens that are not settled yet.
     async_scheduling: whether two steps may be on their way, vLLM's default on GPUs. prefix_caching: with it a sequence
     of a hybrid model holds its states twice. own: settings with formats of single layers, in the place of `kv_format`.
-    draft: a model that drafts, whose pages are in the same blocks. Raises ConfigError or UnsupportedError.
+    draft: a model that drafts, whose pages are in the same blocks. drafts: of a step, for each of which a sequence of a
+    hybrid model holds its states once more. Raises ConfigError or UnsupportedError.
     """
     from fraqtl_vllm import hybrids, speculation
     from fraqtl_vllm.accounting import planner
@@ -170,7 +172,8 @@ def fit(
     config.scheduler_config.max_num_batched_tokens = batched_tokens
     config.scheduler_config.async_scheduling = async_scheduling
     config.cache_config.mamba_cache_mode = "align" if prefix_caching else "none"
-    specs, layout = _specs(shape, kv_format, ranks, config.cache_config.mamba_cache_mode), hybrids.PLAIN_LAYOUT
+    mode, layout = config.cache_config.mamba_cache_mode, hybrids.PLAIN_LAYOUT
+    specs = _specs(shape, kv_format, ranks, mode, drafts)
     if not kv_format.is_quantized:
         specs = hybrids.cut_as_vllm_does(specs)
     elif shape.states is not None:
@@ -178,7 +181,7 @@ def fit(
     if own is not None:
         specs = _in_own_formats(shape, specs, own)
     if draft is not None:
-        specs |= _draft_specs(shape, draft, kv_format)
+        specs |= _draft_specs(shape, draft, kv_format, ranks)
         speculation.check_windows(specs)
     pool = planner.plan(config, [specs], [memory], layout=layout)
     parts = {name: getattr(pool, name) for name in ("attention_bytes", "state_bytes", "padding_bytes")}
@@ -199,7 +202,7 @@ def _config() -> Any:
     return config
 
 
-def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int, mode: str) -> dict[str, Any]:
+def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int, mode: str, drafts: int = 0) -> dict[str, Any]:
     """The layers of one rank, as our backend describes them to vLLM."""
     import torch
 
@@ -218,11 +221,12 @@ def _specs(shape: ModelShape, kv_format: KVFormat, ranks: int, mode: str) -> dic
         dtypes = tuple(getattr(torch, name) for name in states.dtypes)
         # In the middle of a prompt vLLM keeps a state of Mamba2 layers for the prefix cache.
         spec = _vllm.MambaSpec(
-            shapes=states.shapes(ranks),
+            shapes=states.shapes(ranks, drafts),
             dtypes=dtypes,
             block_size=shape.context,
             mamba_cache_mode=mode,
             num_prefill_checkpoint_blocks=int(states.kind == "mamba2"),
+            num_speculative_blocks=drafts,
         )
         specs |= {f"states.{i}": spec for i in range(states.layers)}
     return specs
@@ -239,21 +243,14 @@ def _in_own_formats(shape: ModelShape, specs: dict[str, Any], own: FraqtlConfig)
     }
 
 
-def _draft_specs(shape: ModelShape, draft: ModelShape, kv_format: KVFormat) -> dict[str, Any]:
+def _draft_specs(shape: ModelShape, draft: ModelShape, kv_format: KVFormat, ranks: int) -> dict[str, Any]:
     """The layers of a model that drafts, in the format that they are stored in beside `kv_format`."""
     from fraqtl_vllm import speculation
 
     if shape.states is not None or draft.states is not None:
         raise ConfigError("hybrid models are not served with a draft model: leave --draft-model out")
     stored_as = speculation.format_of_drafts(FraqtlConfig(kv_format=kv_format.name))
-    return {f"draft.{name}": spec for name, spec in _specs(draft, stored_as, ranks=1, mode="none").items()}
-
-
-def _check_draft(ranks: int, own: FraqtlConfig | None) -> None:
-    if ranks > 1:
-        raise ConfigError("a draft model is served on one rank: leave --tensor-parallel-size or --draft-model out")
-    if own is not None:
-        raise ConfigError("formats of single layers are not served with a draft model: leave one of them out")
+    return {f"draft.{name}": spec for name, spec in _specs(draft, stored_as, ranks, mode="none").items()}
 
 
 def plan(
@@ -272,7 +269,7 @@ def plan(
     """
     shape.check_ranks(ranks)
     if draft is not None:
-        _check_draft(ranks, own)
+        draft.check_ranks(ranks)
         options["draft"] = draft
     if context < 1:
         raise ConfigError(f"the context must be at least 1 token, not {context}")

@@ -58,6 +58,8 @@ def in_own_formats(config: _vllm.VllmConfig, specs: Mapping[str, Any], layers: M
 
 def _hand_out(formats: Sequence[KVFormat], layers: Mapping[str, Any]) -> None:
     for name, layer in layers.items():
+        if layer.impl.is_draft:  # they have a format of their own, and numbers that say nothing
+            continue
         pages_of = layer.impl.kv_sharing_target_layer_name or name
         layer.impl.use_format(formats[_vllm.extract_layer_index(pages_of)])
 

@@ -17,7 +17,7 @@ from typing import Any
 from fraqtl_kernels.errors import UnsupportedError
 from fraqtl_kernels.formats import KVFormat, get_format
 from fraqtl_vllm import _vllm
-from fraqtl_vllm.config import FraqtlConfig, settings_of
+from fraqtl_vllm.config import FraqtlConfig
 
 WITH_MODELS = ("draft_model", "eagle", "eagle3", "mtp")
 METHODS = ("ngram", *WITH_MODELS)
@@ -36,7 +36,6 @@ NOT_TRIED = (
 )
 """What vLLM lets models that draft do besides."""
 LEAVE_OUT = "leave --speculative-config out"
-WITH_LAYERS = f"speculative decoding with formats of single layers yet: {LEAVE_OUT}"
 
 
 def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
@@ -52,10 +51,8 @@ def reasons(config: _vllm.VllmConfig) -> Iterator[str]:
         yield f"speculative decoding by {asked.method} yet: choose one of {', '.join(METHODS)}"
     if asked.rejection_sample_method != "standard":
         yield f"rejection_sample_method {asked.rejection_sample_method}: choose standard"
-    if parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1:
-        yield f"speculative decoding with pipeline or data parallelism yet: use --tensor-parallel-size, or {LEAVE_OUT}"
-    if settings_of(config).kv_layers:
-        yield WITH_LAYERS
+    if parallel.pipeline_parallel_size > 1:  # only the last stage hears which drafts are rejected
+        yield f"speculative decoding with pipeline parallelism yet: use --tensor-parallel-size, or {LEAVE_OUT}"
     if model is not None and model.is_hybrid:
         yield from _hybrid_reasons(model.hf_text_config.model_type, asked.method)
     if asked.method in WITH_MODELS:

@@ -100,6 +100,17 @@ def test_formats(drafting: Path, kv_format: str, of_drafts: str) -> None:
     assert sum(shape[-1] == BYTES[of_drafts] for shape in texts[1].pool["shapes"]) >= LAYERS
 
 
+def test_formats_of_single_layers(drafting: Path) -> None:
+    """The numbers of draft layers begin at 0, too: they keep the format of drafts."""
+    options = {"additional_config": {"fraqtl": {"kv_format": "k8v8", "kv_layers": {0: "k4v4", 1: "bf16"}}}, **FLOATS}
+    texts = [run(PROMPTS, **options, **more) for more in ({}, by(drafting))]
+    assert texts[0].tokens == texts[1].tokens
+    assert kept_some_but_not_all(texts[1])
+    sizes = [BYTES["k4v4"], *[BYTES["k8v8"]] * (2 + LAYERS), BYTES["bf16"]]
+    assert sorted(shape[-1] for shape in texts[1].pool["shapes"]) == sizes
+    assert texts[1].kv_pool["block_bytes"] == 2 * 16 * sum(sizes)
+
+
 def test_layers_of_another_shape(tmp_path: Path) -> None:
     """Heads of 128, one KV head: pages of another size in the same blocks. Its drafts are hardly ever right."""
     model = random_llama(tmp_path / "model", 128, num_key_value_heads=1)

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import get_format
 from fraqtl_serve.cli import layer_budget
-from fraqtl_serve.cli.serve import DEMO_MODEL, build_parser, configure
+from fraqtl_serve.cli.serve import DEMO_MODEL
 from tests.e2e.reports import MODEL, messages
 from tests.e2e.server import forked, group_members, remove_log, start
 
@@ -95,12 +95,3 @@ def test_searches_on_a_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(UnsupportedError, match=r"searched on a CPU only yet: give --kv-profile the file that fraqtl-"):
         layer_budget.find_profile(str(DEMO_MODEL), BITS, quiet=True)
-
-
-def test_drafts_are_refused_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    drafts = ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}')
-    args = build_parser().parse_args(["serve", "--kv-budget", "4", *drafts])
-    with pytest.raises(UnsupportedError, match="speculative decoding with formats of single layers yet: leave"):
-        configure(args)
-    assert not list(tmp_path.iterdir())

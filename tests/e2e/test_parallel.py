@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from fraqtl_bench.totals import measure
+from tests.e2e.accounts import DRAFTS, accepted_drafts
 from tests.e2e.engine import Run, run
 from tests.e2e.prompts import recall_prompt
 from tests.e2e.reports import ANSWER, MODEL, check, messages
@@ -66,6 +68,25 @@ def test_reports_count_all_stages() -> None:
         check(answer["fraqtl"], tokens=usage["prompt_tokens"] + usage["completion_tokens"] - 1, blocks=3)
         found = measure(server.url, requests=40, concurrency=8, seed=7)
         assert found["failed"] == [] and found["equal"], found
+
+
+def test_drafts_on_replicas(tmp_path: Path) -> None:
+    """Text and drafts of each are those of one engine alone, and all reports add up."""
+    flags = ("--kv-calibration-cache", str(tmp_path), "--speculative-config", json.dumps(DRAFTS), "--dtype", "float32")
+    body = {"model": MODEL, "prompt": [recall_prompt(200, seed=n)[0] for n in range(4)], "temperature": 0}
+    with forked(*flags) as server:
+        alone, accepted = completed(server.url, body), accepted_drafts(server.url)
+    with forked("--data-parallel-size", "2", "--api-server-count", "1", *flags) as server:
+        for rank in ("0", "1"):
+            assert completed(server.url, body, {"X-data-parallel-rank": rank}) == alone
+        assert accepted_drafts(server.url) == 2 * accepted > 0
+        found = measure(server.url, requests=60, concurrency=16, seed=7)
+        assert found["failed"] == [] and found["equal"], found
+
+
+def completed(url: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> list[str]:
+    answer = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 16}, headers=headers, timeout=60)
+    return [choice["text"] for choice in answer.raise_for_status().json()["choices"]]
 
 
 def test_data_parallel_2_behind_two_api_servers(tmp_path: Path) -> None:

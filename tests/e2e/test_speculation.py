@@ -84,6 +84,13 @@ def reads_the_same(prompts: list[list[int]] = PROMPTS, tokens: int = 48, most: f
     assert gaps[int(0.98 * len(gaps))] < most
 
 
+@pytest.mark.parametrize(("kv_format", "others"), [("k4v4", {0: "k8v8", -1: "bf16"}), ("k8v8", {1: "k4v4"})])
+def test_formats_of_single_layers(kv_format: str, others: dict[int, str]) -> None:
+    """Layers with residuals take turns, also where the format of most layers has none."""
+    ours = {"fraqtl": {"kv_format": kv_format, "kv_layers": others}}
+    reads_the_same(additional_config=ours, **NGRAM)
+
+
 def test_several_texts_of_a_prompt() -> None:
     sampling = {"n": 3, "temperature": 0.01, "seed": 1}
     found = run(PROMPTS, sampling=sampling, **NGRAM, **FLOATS)

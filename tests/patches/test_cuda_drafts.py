@@ -176,6 +176,13 @@ def test_layers_of_a_model_that_drafts(monkeypatch: pytest.MonkeyPatch, kv_forma
     assert relative_error(out[:2], batch.attention(2, constants=IDENTITY)) < 1e-2
 
 
+def test_a_format_of_its_own_has_no_residuals_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    for drafts in (0, DRAFTS):
+        layer = make_layer(monkeypatch, settings={"kv_format": "k8v8"}, speculation=drafts or None)
+        layer.use_format(FORMATS["k4v4"])
+        assert (layer.kv_format.name, layer.kv_format.has_residual) == ("k4v4", not drafts)
+
+
 @pytest.mark.parametrize(
     ("runner", "module"),
     [

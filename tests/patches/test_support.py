@@ -123,18 +123,13 @@ def test_speculative_decoding() -> None:
     assert said == "speculative decoding by medusa yet: choose one of ngram, draft_model, eagle, eagle3, mtp"
     synthetic = speculation(rejection_sample_method="synthetic")
     assert refusal(speculative_config=synthetic) == "rejection_sample_method synthetic: choose standard"
-    check_supported(
-        make_config(speculative_config=speculation(), parallel_config=ParallelConfig(tensor_parallel_size=2))
+    for ranks in ({"tensor_parallel_size": 2}, {"data_parallel_size": 2}):
+        check_supported(make_config(speculative_config=speculation(), parallel_config=ParallelConfig(**ranks)))
+    said = refusal(speculative_config=speculation(), parallel_config=ParallelConfig(pipeline_parallel_size=2))
+    assert said == (
+        "speculative decoding with pipeline parallelism yet: "
+        "use --tensor-parallel-size, or leave --speculative-config out"
     )
-    for ranks in ({"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
-        said = refusal(speculative_config=speculation(), parallel_config=ParallelConfig(**ranks))
-        assert said == (
-            "speculative decoding with pipeline or data parallelism yet: "
-            "use --tensor-parallel-size, or leave --speculative-config out"
-        )
-    unlike = {"fraqtl": {"kv_layers": {0: "k8v8"}}}
-    said = refusal(speculative_config=speculation(), additional_config=unlike)
-    assert said == "speculative decoding with formats of single layers yet: leave --speculative-config out"
     said = refusal(speculative_config=speculation(), use_v2_model_runner=True)
     assert said == "speculative decoding with vLLM's second model runner yet: set VLLM_USE_V2_MODEL_RUNNER=0"
 

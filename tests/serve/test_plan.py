@@ -20,7 +20,7 @@ from fraqtl_kernels.formats import FORMATS
 from fraqtl_serve.cli.main import main
 from fraqtl_serve.cli.model_config import read_shape
 from fraqtl_serve.cli.plan import memory
-from fraqtl_serve.cli.sizing import LayerKind, ModelShape, fit, plan
+from fraqtl_serve.cli.sizing import LayerKind, ModelShape, StateKind, fit, plan
 from fraqtl_vllm._vllm import get_kv_cache_configs
 from fraqtl_vllm.config import FraqtlConfig
 
@@ -118,16 +118,32 @@ def test_a_draft_model_is_in_the_same_blocks() -> None:
     assert plain.block_bytes == 30 * 3 * 16 * 2 * 256  # drafts are no smaller than the model's own
 
 
+def test_a_draft_model_on_ranks_and_beside_formats_of_single_layers() -> None:
+    """LLAMA: 32 layers of 8 KV heads of 128. The draft model's layers are in k8v8 whatever those of the model are."""
+    planned = plan(LLAMA, GIB, context=4096, draft=LLAMA, ranks=4, own=FraqtlConfig(kv_layers={0: "bf16"}))
+    rows = {row["name"]: row["block_bytes"] for row in planned["formats"]}
+    assert rows["k4v4"] == 16 * 2 * 32 * (132 + 260)
+    assert rows["k4v4+bf16"] == 16 * 2 * (31 * 132 + 512 + 32 * 260)
+    with pytest.raises(FraqtlError, match="3 ranks"):
+        plan(LLAMA, GIB, context=4096, draft=LLAMA, ranks=3)
+
+
 def test_draft_models_that_are_not_served() -> None:
     gemma = ModelShape("gemma", 18, 1, 256, 32768, 512, 15)
-    for options, says in (
-        ({"ranks": 2}, "is served on one rank"),
-        ({"own": FraqtlConfig(kv_layers={0: "k8v8"})}, "formats of single layers are not served with a draft model"),
-    ):
-        with pytest.raises(FraqtlError, match=says):
-            plan(LLAMA, GIB, context=4096, draft=LLAMA, **options)
     with pytest.raises(FraqtlError, match="layers of the two models have unlike windows"):
         plan(LLAMA, GIB, context=4096, draft=gemma)
+
+
+def test_a_state_after_every_draft() -> None:
+    """A random Qwen3-Next of 8 layers in 64 MiB on a CPU: what engines with and without n-grams said."""
+    sizes = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 32, "head_v_dim": 32, "conv_kernel_size": 4}
+    shape = ModelShape("tiny", 2, 2, 64, 4096, states=StateKind(6, "delta", sizes, ("bfloat16", "float32")))
+    options = {"context": 960, "async_scheduling": False}
+    found = fit(shape, FORMATS["k4v4"], 64 << 20, drafts=4, **options)
+    assert (found.block_size, found.blocks, found.tokens, found.state_bytes) == (80, 3084, 61_680, 718_848)
+    # The running one, one after each draft, and that of the prefix cache; of four tokens more in the convolution.
+    assert found.state_bytes == 6 * (1 + 4 + 1) * (4 * 32 * 32 * 4 + (3 + 4) * 256 * 2)
+    assert fit(shape, FORMATS["k4v4"], 64 << 20, **options).state_bytes == 6 * 2 * (4 * 32 * 32 * 4 + 3 * 256 * 2)
 
 
 def test_the_command_line_takes_a_draft_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +310,7 @@ def test_json_of_bare_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         (("--model-config", str(DEMO), "--kv-memory", "lots"), "'lots' is no size"),
         (("--model-config", str(DEMO), "--tensor-parallel-size", "3"), "2 KV heads can't be shared by 3 ranks"),
         (("--model-config", str(DEMO), "--context", "-1"), "the context must be at least 1 token, not -1"),
+        (("--model-config", str(DEMO), "--draft-tokens", "-1"), "--draft-tokens -1: give 0 or more"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(

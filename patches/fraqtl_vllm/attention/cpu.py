@@ -70,7 +70,8 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
 def most_in_turns(config: VllmConfig) -> int:
     """Requests with so many new tokens or fewer take turns: those of a speculation, where pages hold residuals."""
-    return 1 + config.num_speculative_tokens if settings_of(config).format.has_residual else 1
+    has_residuals = any(each.has_residual for each in settings_of(config).formats)
+    return 1 + config.num_speculative_tokens if has_residuals else 1
 
 
 class Impl(FraqtlImpl[Metadata]):
