@@ -64,6 +64,8 @@ class Hook:
     symptoms: tuple[Symptom, ...]
     upstream: str = ""
     """vLLM's issue about it, if there is one."""
+    only: str = ""
+    """The one version that needs it, where others don't."""
 
     @property
     def attribute(self) -> str:

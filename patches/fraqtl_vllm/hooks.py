@@ -323,7 +323,8 @@ GATED_DRAFTS = Hook(
     user="fraqtl_vllm.platform.gated_delta",
     without="after a step with fewer drafts than it may have, the convolutions of a CPU take wrong tokens for the last "
     "ones, and the text turns into another",
-    until="vLLM's code for CPUs puts the tokens of a shorter draft where the next step looks for them, as for GPUs",
+    until="vLLM 0.32 is no longer served: 0.33 puts the tokens of a shorter draft where the next step looks for them",
+    only="0.32",
     symptoms=(
         Symptom(
             "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward",

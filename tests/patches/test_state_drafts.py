@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +22,8 @@ from vllm.platforms import current_platform
 from vllm.v1.worker import mamba_utils
 
 from fraqtl_vllm.platform.cpu_platform import CpuWithoutNativeOps
-from fraqtl_vllm.platform.gated_delta import convolve_drafts
 from fraqtl_vllm.platform.state_copies import carry_before_step, keep_after_step
+from fraqtl_vllm.platform.state_ops import convolve_drafts
 from tests.patches import test_state_ops as plain
 
 pytestmark = pytest.mark.skipif(
@@ -98,21 +97,42 @@ def compare(step: Step, out: Tensor, whole: Tensor) -> int:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_convolutions(seed: int) -> None:
     rng, first = random.Random(seed), 5
-    texts, weight, bias = (
-        torch.randn(2, TEXT, plain.DIM),
-        torch.randn(plain.DIM, 1, plain.WIDTH),
-        torch.randn(plain.DIM),
-    )
-    whole = torch.stack([plain.convolved(text, weight[:, 0], bias, True) for text in texts])
-    kept = torch.full((6, plain.DIM, plain.WIDTH - 1 + MOST), float("nan"))
-    sequences = [Sequence(row, first) for row in (4, 1)]
+    texts, weight, bias = torch.randn(2, TEXT, plain.DIM), torch.randn(plain.DIM, plain.WIDTH), torch.randn(plain.DIM)
+    whole = torch.stack([plain.convolved(text, weight, bias, True) for text in texts])
+    kept, rows, seen = wide_states(), torch.tensor([4, 1]), 0
+    sequences = [Sequence(row, first) for row in rows.tolist()]
     for s, text in zip(sequences, texts, strict=True):
         kept[s.row, :, : plain.WIDTH - 1] = text[first - plain.WIDTH + 1 : first].T
-    conv, rows, seen = SimpleNamespace(weight=weight, bias=bias), torch.tensor([4, 1]), 0
     for step in steps(rng, sequences):
-        out = convolve_drafts(inputs(step, texts), conv, kept, rows, step.accepted, step.starts, True)
+        out = convolve_drafts(inputs(step, texts), weight, bias, kept, rows, step.accepted, step.starts, True)
         seen += compare(step, out, whole)
     assert seen > TEXT // 2
+    assert kept[[0, 2, 3, 5]].isnan().all()
+
+
+def wide_states() -> Tensor:
+    """(6, dim, width - 1 and room for drafts) of convolutions, with what nothing may read."""
+    return torch.full((6, plain.DIM, plain.WIDTH - 1 + MOST), float("nan"))
+
+
+def test_convolutions_of_processors_with_bf16() -> None:
+    """There vLLM takes other operators: a prompt, and then steps with as many drafts as there may be."""
+    texts, weight, bias = torch.randn(2, TEXT, plain.DIM), torch.randn(plain.DIM, plain.WIDTH), torch.randn(plain.DIM)
+    whole = torch.stack([plain.convolved(text, weight, bias, True) for text in texts])
+    kept, rows, at = wide_states(), torch.tensor([4, 1]), 6
+    prompts, starts, fresh = (
+        texts[:, :at].flatten(0, 1).T,
+        torch.tensor([0, at, 2 * at]),
+        torch.zeros(2, dtype=torch.bool),
+    )
+    out = ops.causal_conv1d_fwd_cpu(prompts, weight, bias, kept, starts, rows, fresh, True, True).T.view(2, at, -1)
+    torch.testing.assert_close(out, whole[:, :at])
+    accepted = torch.tensor([1, 1])
+    for right in (2, MOST, 0):
+        drafts = torch.cat([texts[:, at : at + 1 + right], torch.randn(2, MOST - right, plain.DIM)], 1)
+        out = ops.causal_conv1d_update_cpu(drafts, kept, weight, bias, True, rows, True, num_accepted_tokens=accepted)
+        torch.testing.assert_close(out[:, : 1 + right], whole[:, at : at + 1 + right])
+        at, accepted = at + 1 + right, torch.tensor([1 + right] * 2)
     assert kept[[0, 2, 3, 5]].isnan().all()
 
 

@@ -1,9 +1,8 @@
-"""Gated delta layers on a CPU, where vLLM's own code is for bfloat16 and for drafts that are all equally long."""
+"""Gated delta layers on a CPU, where vLLM's own code is for bfloat16, and in 0.32 for drafts that are equally long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import LayerNameType  # torch looks here for what vLLM's annotations mean
-from fraqtl_vllm.platform.state_ops import convolve
+from fraqtl_vllm.platform.state_ops import convolve_drafts
 
 
 def install() -> None:
@@ -38,7 +37,8 @@ def install() -> None:
         return attend
 
     hooks.GATED_DELTA.wrap(module, in_any_dtype)
-    hooks.GATED_DRAFTS.wrap(module, lambda _: attend_drafts)
+    if hooks.GATED_DRAFTS.only == _vllm.VERSION:
+        hooks.GATED_DRAFTS.wrap(module, lambda _: attend_drafts)
 
 
 def attend_drafts(
@@ -60,28 +60,9 @@ def attend_drafts(
     count = metadata.num_spec_decodes
     rows, starts = metadata.spec_state_indices_tensor[:count], metadata.spec_query_start_loc[: count + 1]
     accepted = metadata.num_accepted_tokens[:count]
-    convolved = convolve_drafts(mixed_qkv, layer.conv1d, kept, rows[:, 0], accepted, starts, layer.activation == "silu")
+    weight, bias, silu = layer.conv1d.weight.flatten(1), layer.conv1d.bias, layer.activation == "silu"
+    convolved = convolve_drafts(mixed_qkv, weight, bias, kept, rows[:, 0], accepted, starts, silu)
     query, key, value = (x.squeeze(0) for x in layer.rearrange_mixed_qkv(convolved))
     return _vllm.gated_delta_drafts(
         layer.A_log, layer.dt_bias, query, key, value, a, b, states, rows, accepted, starts, True
     )
-
-
-def convolve_drafts(
-    x: Tensor, conv: Any, kept: Tensor, rows: Tensor, accepted: Tensor, starts: Tensor, silu: bool
-) -> Tensor:
-    """(tokens, dim) like x, and in `kept` of every sequence what the next step needs, however many are accepted.
-
-    conv: its weight is (dim, 1, width). rows: (sequences,) of `kept`. accepted: (sequences,) how many tokens of the
-    step before counted. A row holds the width - 2 tokens before that step, and then its own.
-    """
-    weight = conv.weight.flatten(1)
-    before, out = weight.shape[1] - 1, torch.empty_like(x)
-    for row, taken, (first, end) in zip(rows.tolist(), accepted.tolist(), pairwise(starts.tolist()), strict=True):
-        if end == first:
-            continue
-        known = kept[row, :, taken - 1 : taken - 1 + before]
-        whole = torch.cat([known, x[first:end].T.to(kept.dtype)], dim=-1)
-        out[first:end] = convolve(whole.unfold(-1, before + 1, 1).transpose(0, 1), weight, conv.bias, silu).to(x.dtype)
-        kept[row, :, : whole.shape[1] - 1] = whole[:, 1:]
-    return out

@@ -106,11 +106,39 @@ def convolve_prompts(
         row = int(rows[i])
         if row == null:
             continue
-        known = states[row] if has_state is None or bool(has_state[i]) else torch.zeros_like(states[row])
+        known = states[row, :, :before]  # with drafts there is room for theirs behind
+        if has_state is not None and not bool(has_state[i]):
+            known = torch.zeros_like(known)
         whole = torch.cat([known, x[:, first:end].to(states.dtype)], dim=-1)
         windows = whole.unfold(-1, before + 1, 1).transpose(0, 1)
         out[:, first:end] = convolve(windows, weight, bias, silu).T.to(x.dtype)
-        states[row] = whole[:, -before:]
+        states[row, :, :before] = whole[:, -before:]
+    return out
+
+
+def convolve_drafts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Tensor,
+    rows: Tensor,
+    accepted: Tensor,
+    starts: Tensor,
+    silu: bool,
+) -> Tensor:
+    """A few tokens a sequence, of which the last ones may be taken back. (tokens, dim) like x.
+
+    weight: (dim, width). states: (pool, dim, width - 1 + drafts). rows: (sequences,) of them, each <- what the next
+    step needs, however many tokens are accepted: the width - 2 tokens before this step, and then its own. accepted:
+    (sequences,) how many tokens of the step before counted. starts: (sequences + 1,).
+    """
+    before, out = weight.shape[1] - 1, torch.empty_like(x)
+    for i, first, end in _sequences(starts):
+        row, taken = int(rows[i]), int(accepted[i])
+        known = states[row, :, taken - 1 : taken - 1 + before]
+        whole = torch.cat([known, x[first:end].T.to(states.dtype)], dim=-1)
+        out[first:end] = convolve(whole.unfold(-1, before + 1, 1).transpose(0, 1), weight, bias, silu).to(x.dtype)
+        states[row, :, : whole.shape[1] - 1] = whole[:, 1:]
     return out
 
 
@@ -125,9 +153,15 @@ def convolve_one_packed(
     null: int,
     is_packed: bool,
 ) -> Tensor:
-    """`convolve_one` in other words, with a weight as `convolve_prompts` takes it."""
-    _refuse_drafts(accepted)
-    return convolve_one(x, states, weight.flatten(1), bias, "silu" if silu else None, rows, None, null)
+    """`convolve_one` in other words, with a weight as `convolve_prompts` takes it.
+
+    With `accepted` x is (sequences, tokens, dim), and it is `convolve_drafts`.
+    """
+    if accepted is None:
+        return convolve_one(x, states, weight.flatten(1), bias, "silu" if silu else None, rows, None, null)
+    assert rows is not None
+    starts = torch.arange(x.shape[0] + 1) * x.shape[1]
+    return convolve_drafts(x.flatten(0, 1), weight.flatten(1), bias, states, rows, accepted, starts, silu).view_as(x)
 
 
 # ---- Mamba2: h = exp(Δ A) h + Δ x Bᵀ, y = h C + D x
