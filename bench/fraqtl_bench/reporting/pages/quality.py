@@ -208,6 +208,34 @@ def calibration_tokens() -> Iterator[str]:
     yield from source(*files, model="as in the table")
 
 
+TEXTS = {"wikitext2": "WikiText-2", "bible": "King James Bible", "code": "Python"}
+
+
+@block("calibration-texts")
+def calibration_texts() -> Iterator[str]:
+    files = {
+        (made, scored): load(f"cpu/calibration/transfer_{made}_{scored}.json") for made in TEXTS for scored in TEXTS
+    }
+    tokens = {file.model["scored_tokens"] for file in files.values()}
+    yield f"Of {fixed(tokens.pop())} tokens each: increase of the perplexity with its standard error, and divergence in"
+    yield "10^-3 nat per token. Perplexity of `fp16`: " + ", ".join(
+        f"{name} {fixed(files['wikitext2', text].method('fp16')['perplexity'], 2)}" for text, name in TEXTS.items()
+    )
+    yield ""
+    rows = []
+    for method, label in (("k4v4+residual", "`k4v4` as served"), ("k4v4-channel", "`k4v4-channel`")):
+        for made, name in TEXTS.items():
+            cells = []
+            for scored in TEXTS:
+                file = files[made, scored]
+                row, exact = file.method(method), file.method("fp16")["perplexity"]
+                increase = f"{100 * _increase(file, method):+.1f} ± {100 * row['perplexity_delta_error'] / exact:.1f} %"
+                cells.append(f"{increase}, {fixed(1000 * row['divergence']['kl'], 1)}")
+            rows.append([label, name, *cells])
+    yield from table(["format", "calibrated with", *(f"on {name}" for name in TEXTS.values())], rows)
+    yield from source(*files.values(), model=MODELS["smollm2-135m-instruct"])
+
+
 @block("calibration-start")
 def calibration_start() -> Iterator[str]:
     files = {name: load(f"cpu/calibration/start_{name}.json") for name in REAL}
