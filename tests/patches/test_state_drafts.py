@@ -116,17 +116,15 @@ def wide_states() -> Tensor:
 
 
 def test_convolutions_of_processors_with_bf16() -> None:
-    """There vLLM takes other operators: a prompt, and then steps with as many drafts as there may be."""
+    """There vLLM takes other operators: a prompt in two chunks, and steps with as many drafts as there may be."""
     texts, weight, bias = torch.randn(2, TEXT, plain.DIM), torch.randn(plain.DIM, plain.WIDTH), torch.randn(plain.DIM)
     whole = torch.stack([plain.convolved(text, weight, bias, True) for text in texts])
     kept, rows, at = wide_states(), torch.tensor([4, 1]), 6
-    prompts, starts, fresh = (
-        texts[:, :at].flatten(0, 1).T,
-        torch.tensor([0, at, 2 * at]),
-        torch.zeros(2, dtype=torch.bool),
-    )
-    out = ops.causal_conv1d_fwd_cpu(prompts, weight, bias, kept, starts, rows, fresh, True, True).T.view(2, at, -1)
-    torch.testing.assert_close(out, whole[:, :at])
+    for first, end in ((0, 4), (4, at)):
+        chunks, starts = texts[:, first:end].flatten(0, 1).T, torch.arange(3) * (end - first)
+        has_state = torch.full((2,), first > 0)
+        out = ops.causal_conv1d_fwd_cpu(chunks, weight, bias, kept, starts, rows, has_state, True, True)
+        torch.testing.assert_close(out.T.view(2, end - first, -1), whole[:, first:end])
     accepted = torch.tensor([1, 1])
     for right in (2, MOST, 0):
         drafts = torch.cat([texts[:, at : at + 1 + right], torch.randn(2, MOST - right, plain.DIM)], 1)
@@ -239,6 +237,20 @@ def ints(values: Any) -> Tensor:
     return torch.tensor(list(values)).int()
 
 
+def both(before: Pool, kernel: Any, ours: Any, given: list[Tensor], *others: Any, **options: Any) -> list[Pool]:
+    """What vLLM's kernel and ours make of a pool. others: by pool, what they take behind its description."""
+    pools = [before.copy(), before.copy()]
+    options["COPY_BLOCK_SIZE"] = 1024
+    for n, run in enumerate((kernel[REQUESTS, 4, 1], ours)):
+        described = pools[n].described(options["CONV_STATE_DIM_FIRST"])
+        run(*given, *described, *(other[n] for other in others), None, REQUESTS, **options)
+    return pools
+
+
+def are_equal(a: Pool, b: Pool) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.states, b.states, strict=True))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("seed", SEEDS)
@@ -248,30 +260,26 @@ def test_states_are_carried_as_by_vllm(seed: int, channels_first: bool, kernels:
     sources = ints(rng.choice([-1, 0, 1, 2]) for _ in range(REQUESTS))
     targets = ints(rng.choice([int(s), int(s) + 1, 3]) if s >= 0 else 0 for s in sources)
     biases = ints(rng.randint(0, MOST) for _ in range(REQUESTS))
-    pools, options = (before.copy(), before.copy()), {"CONV_STATE_DIM_FIRST": channels_first, "COPY_BLOCK_SIZE": 1024}
-    kernel = kernels.precopy_mamba_align_fused_kernel
-    for pool, run in zip(pools, (kernel[REQUESTS, 4, 1], carry_before_step), strict=True):
-        run(targets, sources, biases, *pool.described(channels_first), None, REQUESTS, HAS_IDX_MAPPING=False, **options)
-    assert all(torch.equal(a, b) for a, b in zip(pools[0].states, pools[1].states, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(pools[0].states, before.states, strict=True))
+    options = {"HAS_IDX_MAPPING": False, "CONV_STATE_DIM_FIRST": channels_first}
+    kernel, given = kernels.precopy_mamba_align_fused_kernel, [targets, sources, biases]
+    theirs, ours = both(before, kernel, carry_before_step, given, **options)
+    assert are_equal(theirs, ours) and not are_equal(theirs, before)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_states_at_ends_of_blocks_are_kept_as_by_vllm(seed: int, channels_first: bool, kernels: Any) -> None:
+    """The first request goes beyond the end of a block, the second one up to it; others may or may not."""
     rng = random.Random(seed)
     before = Pool.random(rng, channels_first)
-    drafted = [rng.randint(0, MOST) for _ in range(REQUESTS)]
-    accepted = [rng.randint(1, n + 1) for n in drafted]
-    computed = [rng.randint(0, 3) * BLOCK + rng.choice([0, 5, 13, 14, 15]) for _ in drafted]
+    drafted = [MOST, MOST, *(rng.randint(0, MOST) for _ in range(REQUESTS - 2))]
+    accepted = [MOST + 1, MOST + 1, *(rng.randint(1, n + 1) for n in drafted[2:])]
+    computed = [13, 12, *(rng.randint(0, 3) * BLOCK + rng.choice([0, 5, 13, 14, 15]) for _ in drafted[2:])]
     columns = [(c + d) // BLOCK for c, d in zip(computed, drafted, strict=True)]
     scheduled = [n + 1 for n in drafted]
     numbers = [ints(x) for x in (accepted, columns, scheduled, computed, drafted)]
-    pools, kept = (before.copy(), before.copy()), [ints(accepted), ints(accepted)]
-    options = {"block_size": BLOCK, "CONV_STATE_DIM_FIRST": channels_first, "COPY_BLOCK_SIZE": 1024}
-    kernel = kernels.postprocess_mamba_fused_kernel
-    for pool, own, run in zip(pools, kept, (kernel[REQUESTS, 4, 1], keep_after_step), strict=True):
-        run(*numbers, *pool.described(channels_first), own, None, REQUESTS, **options)
-    assert all(torch.equal(a, b) for a, b in zip(pools[0].states, pools[1].states, strict=True))
-    assert torch.equal(*kept)
+    kept, options = [ints(accepted), ints(accepted)], {"block_size": BLOCK, "CONV_STATE_DIM_FIRST": channels_first}
+    theirs, ours = both(before, kernels.postprocess_mamba_fused_kernel, keep_after_step, numbers, kept, **options)
+    assert are_equal(theirs, ours) and torch.equal(*kept)
+    assert not are_equal(theirs, before) and kept[0][1] == 1

@@ -22,7 +22,6 @@ from tests.patches.test_backend import make_config
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
 BLOCKS = 6  # of a request
-ROUNDING = 1e-5  # sums in another order; a token that is read otherwise makes thousandths
 
 
 def config_for(kv_format: str, drafts: int) -> Any:
@@ -117,7 +116,7 @@ def test_drafts_read_what_plain_decoding_reads(kv_format: str, drafts: int, wind
         for row, good, output in zip(rows, right, outputs, strict=True):
             expected = requests[row].plain[at[row] : at[row] + 1 + good]
             # Drafts of a format without residuals take another path, whose products are added up in another order
-            torch.testing.assert_close(output[: 1 + good], expected, rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(output[: 1 + good], expected, rtol=0, atol=1e-5 if kv_format == "k8v8" else 2e-6)
         if any(proposed):
             longest = max(proposed) + 1
             sampled = torch.tensor([[7] * (1 + good) + [-1] * (longest - 1 - good) for good in right])
@@ -138,8 +137,9 @@ def test_a_chunk_of_a_prompt_beside_drafts() -> None:
     for chunk in (3, 9, 5, 2, 1, 4, 30):
         drafts = torch.cat([decoded.tokens[first : first + 2], 3 * random_tokens(3, generator)])
         outputs = layer.step([0, 1], [first, at], [drafts, prompt.tokens[at : at + chunk]])
-        torch.testing.assert_close(outputs[0][:2], decoded.plain[first : first + 2], rtol=0, atol=ROUNDING)
-        torch.testing.assert_close(outputs[1], prompt.plain[at : at + chunk], rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(outputs[0][:2], decoded.plain[first : first + 2], rtol=0, atol=2e-6)
+        # A chunk as short as drafts is read by the kernel for decoding, and was read by that for prompts: other sums
+        torch.testing.assert_close(outputs[1], prompt.plain[at : at + chunk], rtol=0, atol=1e-5)
         layer.impl.take_back(kept_tokens([4, 0], torch.tensor([[7, 7, -1, -1, -1], [7, -1, -1, -1, -1]])))
         first, at = first + 2, at + chunk
 
@@ -158,7 +158,7 @@ def test_tensors_that_lie_otherwise() -> None:
         outputs.append(layer.step([0], [21], [tokens[21:25]])[0])
         layer.impl.take_back(torch.tensor([1]))
         outputs[-1] = torch.cat([outputs[-1], layer.step([0], [22], [tokens[22:23]])[0]])
-    torch.testing.assert_close(*outputs, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
 
 
 def _as(dtype: torch.dtype, update: Any) -> Any:
