@@ -352,17 +352,18 @@ def random_qwen3_next(folder: Path, *, experts_in: int = 7) -> Path:
     return _save(Qwen3NextForCausalLM(config), folder)
 
 
-def random_repeating_qwen3_next(folder: Path) -> Path:
+def random_repeating_qwen3_next(folder: Path, *, sharpness: int = 1) -> Path:
     """The same, with layers that add so little to a token that it often comes again: a draft from the text is right.
 
-    It has a head for multi-token prediction, too: a layer of the model's that adds still less.
+    It has a head for multi-token prediction, too: a layer of the model's. sharpness: of the distributions, so that
+    drafts are right where tokens are drawn, too.
     """
     random_qwen3_next(folder, experts_in=0)
     weights = load_file(folder / "model.safetensors")
     for name in weights:
         if any(part in name for part in ("o_proj", "out_proj", "down_proj")):
             weights[name] *= 0.15
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * sharpness
     head = {
         "mtp.layers.0." + name.split(".", 3)[3]: weight.clone()
         for name, weight in weights.items()

@@ -218,9 +218,8 @@ def calibration_texts() -> Iterator[str]:
     }
     tokens = {file.model["scored_tokens"] for file in files.values()}
     yield f"Of {fixed(tokens.pop())} tokens each: increase of the perplexity with its standard error, and divergence in"
-    yield "10^-3 nat per token. Perplexity of `fp16`: " + ", ".join(
-        f"{name} {fixed(files['wikitext2', text].method('fp16')['perplexity'], 2)}" for text, name in TEXTS.items()
-    )
+    exact = {text: fixed(files["wikitext2", text].method("fp16")["perplexity"], 2) for text in TEXTS}
+    yield f"10^-3 nat per token. Perplexity of `fp16`: {', '.join(f'{TEXTS[text]} {exact[text]}' for text in TEXTS)}."
     yield ""
     rows = []
     for method, label in (("k4v4+residual", "`k4v4` as served"), ("k4v4-channel", "`k4v4-channel`")):
@@ -228,8 +227,9 @@ def calibration_texts() -> Iterator[str]:
             cells = []
             for scored in TEXTS:
                 file = files[made, scored]
-                row, exact = file.method(method), file.method("fp16")["perplexity"]
-                increase = f"{100 * _increase(file, method):+.1f} ± {100 * row['perplexity_delta_error'] / exact:.1f} %"
+                row = file.method(method)
+                error = row["perplexity_delta_error"] / file.method("fp16")["perplexity"]
+                increase = f"{100 * _increase(file, method):+.1f} ± {100 * error:.1f} %"
                 cells.append(f"{increase}, {fixed(1000 * row['divergence']['kl'], 1)}")
             rows.append([label, name, *cells])
     yield from table(["format", "calibrated with", *(f"on {name}" for name in TEXTS.values())], rows)
