@@ -307,11 +307,6 @@ def gated_delta_layers() -> Any:
     return import_module("vllm.model_executor.layers.mamba.ops.cpu.gdn_attention")
 
 
-def gated_delta_drafts(*arguments: Any) -> Any:
-    """The recurrence of gated delta layers for a token and its drafts, on a CPU."""
-    return import_module("vllm._custom_ops").fused_sigmoid_gating_delta_rule_update_spec_cpu(*arguments)
-
-
 @contextmanager
 def scan_of_vllm_only(*homes: str) -> Iterator[None]:
     """Where `register_kernels` looks for references to a kernel: in vLLM's own modules.

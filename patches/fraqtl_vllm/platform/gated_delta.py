@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fraqtl_vllm import _vllm, hooks
 from fraqtl_vllm._vllm import LayerNameType  # torch looks here for what vLLM's annotations mean
-from fraqtl_vllm.platform.state_ops import convolve_drafts
+from fraqtl_vllm.platform.state_ops import convolve_drafts, delta_drafts
 
 
 def install() -> None:
@@ -63,6 +63,7 @@ def attend_drafts(
     weight, bias, silu = layer.conv1d.weight.flatten(1), layer.conv1d.bias, layer.activation == "silu"
     convolved = convolve_drafts(mixed_qkv, weight, bias, kept, rows[:, 0], accepted, starts, silu)
     query, key, value = (x.squeeze(0) for x in layer.rearrange_mixed_qkv(convolved))
-    return _vllm.gated_delta_drafts(
-        layer.A_log, layer.dt_bias, query, key, value, a, b, states, rows, accepted, starts, True
+    softplus = 1.0, 20.0  # beta and threshold: torch's and vLLM's defaults
+    return delta_drafts(
+        layer.A_log, layer.dt_bias, query, key, value, a, b, states, rows, accepted, starts, True, *softplus
     )
