@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fraqtl_kernels.errors import ConfigError
-from fraqtl_kernels.formats import VectorFormat
+from fraqtl_kernels.formats import TOP_BITS, VectorFormat
 from fraqtl_kernels.rotation import hadamard
 
 
@@ -35,20 +35,36 @@ def dequantize(codes: Tensor, scale: Tensor, vector: VectorFormat) -> Tensor:
 
 
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
-    """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
-    parts = codes.chunk(8 // vector.bits, -1)
-    packed = parts[0].clone()
-    for j, part in enumerate(parts[1:], 1):
-        packed |= part << (j * vector.bits)
-    return packed
+    """(..., D) codes -> (..., code bytes), as `pages.py` says."""
+    if vector.bits != 3:
+        return _pack(codes, vector.bits)
+    quarters = (codes >> 2).unflatten(-1, (4, 2, -1))  # (quarter, half of it, dimension)
+    upper = quarters[..., TOP_BITS, :, :].transpose(-2, -3).flatten(-3)
+    return torch.cat([_pack(codes & 3, 2), _pack(upper, 1)], -1)
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
-    if vector.bits == 8:
+    if vector.bits != 3:
+        return _unpack(packed, vector.bits)
+    lower, upper = packed.split([packed.shape[-1] * 2 // 3, packed.shape[-1] // 3], -1)
+    upper = _unpack(upper, 1).unflatten(-1, (2, 4, -1))[..., TOP_BITS, :].transpose(-2, -3).flatten(-3)
+    return _unpack(lower, 2) | (upper << 2)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Part j of the dimensions in bits j·b .. j·b+b-1."""
+    parts = codes.chunk(8 // bits, -1)
+    packed = parts[0].clone()
+    for j, part in enumerate(parts[1:], 1):
+        packed |= part << (j * bits)
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    if bits == 8:
         return packed
-    shifts = range(0, 8, vector.bits)
-    return torch.cat([(packed >> shift) & vector.levels for shift in shifts], -1)
+    return torch.cat([(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:

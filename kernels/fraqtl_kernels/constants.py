@@ -6,10 +6,10 @@ A vector x of a calibrated format is stored as codes of z, and a query sees z in
 
 - The center c is the mean. Softmax is blind to q·c, which is the same for every key, so it is only computed where
   scores are capped or sink logits are learned; that of the values is added to the output, since weights add up to 1.
-- The basis B says what the codes count: any matrix is free at decode, where queries and outputs take one product
-  with a matrix anyway. For 4-bit codes `calibration.solve` chooses it, and the feedback F: the second half of a vector
-  is rounded first, and what rounding left of it, times F, is taken into account when the first half is rounded. For
-  8- and 2-bit codes it is a Hadamard matrix, and there is no F.
+- The basis B says what the codes count: any matrix is free at decode, where queries and outputs take one product with a
+  matrix anyway. For 3- and 4-bit codes `calibration.solve` chooses it, and the feedback F: the second half of a vector
+  is rounded first, and what rounding left of it, times F, is taken into account when the first half is rounded. For 8-
+  and 2-bit codes it is a Hadamard matrix, and there is no F.
 - A few tokens (attention sinks, mostly the first of a sequence) have huge keys that are much alike in
   every text (Sun et al., "Massive activations in large language models", 2024). They get a center of their
   own: each key takes the center that leaves less of it, by the scale it would need. Which one it took is

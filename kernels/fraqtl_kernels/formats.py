@@ -3,7 +3,7 @@
 A key or value vector of head size D is stored in one of three ways:
 
 - raw: D numbers of 16 bits in the named dtype;
-- quantized: D codes of b = 2, 4 or 8 bits and an fp16 scale for each of `groups` equal runs of
+- quantized: D codes of b = 2, 3, 4 or 8 bits and an fp16 scale for each of `groups` equal runs of
   dimensions. The value of code c is (c - (2^b - 1) / 2) · scale: a midpoint grid, symmetric about
   zero, which uses all 2^b codes. scale = max|x| / 2^(b-1): the largest element lies on the outer edge of
   the last cell, so that no rounding error exceeds half a step;
@@ -12,7 +12,7 @@ A key or value vector of head size D is stored in one of three ways:
 
 `rotated` says that the vector is multiplied by an orthogonal Hadamard matrix first, which
 spreads outliers over all dimensions (see `rotation.py`). `calibrated` says that calibration may subtract a mean and,
-of 4-bit vectors, choose the matrix (see `constants.py`): their codes and scale then follow
+of 3- and 4-bit vectors, choose the matrix (see `constants.py`): their codes and scale then follow
 `reference.quantize_with_feedback`. `has_residual` says that the newest tokens of a block leave what rounding left of
 them in its free slots (see `residual.py`).
 """
@@ -31,12 +31,15 @@ PART = 256  # dimensions; a larger head takes as many bytes as heads of so many 
 SCALE_DTYPE = torch.float16
 SCALE_BYTES = 2
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
-SCALE_CHOICES = tuple(n / 32 for n in range(28, 36))  # of max|z| / edge: which is best is mostly a matter of luck
+# Of max|z| / edge, by the bits of a code: which is best is mostly a matter of luck. Fewer codes clip more.
+SCALE_CHOICES = {3: tuple(n / 32 for n in range(24, 32)), 4: tuple(n / 32 for n in range(28, 36))}
 FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
 FEEDBACK_LIMIT = 2.0
-CODE_BITS = (2, 4, 8)
+CODE_BITS = (2, 3, 4, 8)
 RAW_DTYPES = (torch.bfloat16, torch.float16)
+GROUPED_BITS = (2, 4, 8)
 GROUPS = (2, 4, 8)
+TOP_BITS = 0, 2, 1, 3  # where in half a byte the third bits of four quarters of a vector stand, see `pages.py`
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,13 @@ class VectorFormat:
         if self.static:
             valid = valid and not (self.rotated or self.has_residual)
         if self.groups != 1:
-            valid = valid and self.groups in GROUPS and not (self.static or self.has_feedback or self.is_raw)
+            valid = valid and self.groups in GROUPS and self.bits in GROUPED_BITS and not self.static
+            valid = valid and not self.has_feedback
         if not valid:
             raise ConfigError(
-                f"no kernel reads {self}: codes have 2, 4 or 8 bits, raw numbers are bfloat16 or float16; calibrated"
-                " vectors are rotated; static ones are neither rotated nor have residuals; only scaled vectors come"
-                " in 2, 4 or 8 groups, and calibrated ones of 4 bits don't"
+                f"no kernel reads {self}: codes have 2, 3, 4 or 8 bits, raw numbers are bfloat16 or float16; calibrated"
+                " vectors are rotated; static ones are neither rotated nor have residuals; only scaled vectors of"
+                " 2, 4 or 8 bits come in 2, 4 or 8 groups, and calibrated ones of 4 bits don't"
             )
 
     @property
@@ -82,7 +86,7 @@ class VectorFormat:
     @property
     def has_feedback(self) -> bool:
         """Whether calibration also chooses the matrix, and how rounding errors are fed back."""
-        return self.calibrated and self.bits == 4
+        return self.calibrated and self.bits in SCALE_CHOICES
 
     @property
     def levels(self) -> int:
@@ -167,6 +171,7 @@ def _raw(name: str, dtype: torch.dtype, purpose: str) -> KVFormat:
 INT8 = VectorFormat(8, rotated=True, calibrated=True)
 INT4_KEY = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
 INT4_VALUE = VectorFormat(4, rotated=True, calibrated=True, has_residual=True)
+INT3 = VectorFormat(3, rotated=True, calibrated=True, has_residual=True)
 INT2_VALUE = VectorFormat(2, rotated=True, groups=4, calibrated=True, has_residual=True)
 INT4_CHANNEL = VectorFormat(4, static=True)
 
@@ -179,7 +184,9 @@ FORMATS: dict[str, KVFormat] = {
         KVFormat("k8v4", INT8, INT4_VALUE, "keys that 4 bits hurt"),
         KVFormat("k4v4", INT4_KEY, INT4_VALUE, "the default: a quarter of the memory"),
         KVFormat("k4v4-channel", INT4_CHANNEL, INT4_CHANNEL, "the published recipe, to compare with"),
-        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "least memory, where a loss is acceptable"),
+        KVFormat("k4v3", INT4_KEY, INT3, "a little less memory than the default"),
+        KVFormat("k3v3", INT3, INT3, "least memory, where a loss is acceptable"),
+        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "to compare with: larger than k3v3, and loses more"),
     )
 }
 DEFAULT_FORMAT = "k4v4"

@@ -5,12 +5,14 @@
     │ N × code bytes     │ N × code bytes     │ N × 2        │ N × 2        │
     └────────────────────┴────────────────────┴──────────────┴──────────────┘
 
-N tokens a block, N a multiple of 16, so every plane starts at a multiple of 16 bytes of the
-page and no scale lies inside a row of codes. A 4-bit row holds dimensions 0 .. D/2-1 in its low
-nibbles and D/2 .. D-1 in its high nibbles; byte i of a 2-bit row holds dimensions i, i + D/4,
-i + D/2 and i + 3D/4, the first in its lowest bits. A vector in G groups has G scales side by side:
-its plane of scales has N × 2G bytes. Raw and static formats have the first two planes only. Behind the planes of head
-size 512 a few bytes stay unused, see `KVFormat.bytes_per_token`.
+N tokens a block, N a multiple of 16, so every plane starts at a multiple of 16 bytes of the page and no scale lies
+inside a row of codes. A 4-bit row holds dimensions 0 .. D/2-1 in its low nibbles and D/2 .. D-1 in its high nibbles;
+byte i of a 2-bit row holds dimensions i, i + D/4, i + D/2 and i + 3D/4, the first in its lowest bits. A 3-bit row is a
+2-bit row of the lower two bits of all codes and, behind it, D/8 bytes of third bits: byte i holds in its low half those
+of dimensions i, i + D/2, i + D/4 and i + 3D/4, the first in its lowest bit, and in its high half those of the
+dimensions D/8 further on. A vector in G groups has G scales side by side: its plane of scales has N × 2G bytes. Raw and
+static formats have the first two planes only. Behind the planes of head size 512 a few bytes stay unused, see
+`KVFormat.bytes_per_token`.
 """
 
 from __future__ import annotations

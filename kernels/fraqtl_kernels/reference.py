@@ -43,20 +43,20 @@ def quantize(x: Tensor, vector: VectorFormat) -> tuple[Tensor, Tensor]:
 
 
 def quantize_with_feedback(
-    z: Tensor, feedback: Tensor, vector: VectorFormat, choices: Sequence[float] = SCALE_CHOICES
+    z: Tensor, feedback: Tensor, vector: VectorFormat, choices: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes and scale of calibrated vectors, as `constants.py` means them.
 
-    z: (..., KV heads, D). feedback: (KV heads, D/2, D/2). With each of the scales, the second half is
-    rounded to the nearest codes, and so is the first half plus what that left (in steps) times F. What is left of both,
-    squared and added up, says which scale is taken; the first of equals. Returns codes (..., KV heads, D) uint8 and
-    scale fp16.
+    z: (..., KV heads, D). feedback: (KV heads, D/2, D/2). choices: what is tried in the place of SCALE_CHOICES. With
+    each of the scales, the second half is rounded to the nearest codes, and so is the first half plus what that left
+    (in steps) times F. What is left of both, squared and added up, says which scale is taken; the first of equals.
+    Returns codes (..., KV heads, D) uint8 and scale fp16.
     """
     z = z if z.dtype == torch.float64 else z.float()
     largest = z.abs().amax(-1)
     low, high = z.chunk(2, -1)
     best = least = None
-    for choice in choices:
+    for choice in choices or SCALE_CHOICES[vector.bits]:
         scale = (largest * (choice / vector.edge)).clamp_max(LARGEST_SCALE).to(SCALE_DTYPE)
         step = scale.to(z.dtype).unsqueeze(-1)
         high_codes, left = _round_steps(high / step, vector)
@@ -174,19 +174,35 @@ def _required(scale: Tensor | None) -> Tensor:
 
 def pack(codes: Tensor, vector: VectorFormat) -> Tensor:
     """(..., D) codes -> (..., code bytes), as `pages.py` says: part j of the dimensions in bits j·b .. j·b+b-1."""
-    parts = codes.int().unflatten(-1, (8 // vector.bits, -1))
-    return (parts * _place_values(vector, codes.device)).sum(-2).to(torch.uint8)
+    if vector.bits == 3:
+        a, b, c, d = (codes // 4).chunk(4, -1)
+        first, second = zip(*(x.chunk(2, -1) for x in (a, c, b, d)), strict=True)
+        return torch.cat([_join(codes % 4, 2), _join(torch.cat(first + second, -1), 1)], -1)
+    return _join(codes, vector.bits)
 
 
 def unpack(packed: Tensor, vector: VectorFormat) -> Tensor:
     """The inverse of `pack`."""
-    parts = packed.int().unsqueeze(-2) // _place_values(vector, packed.device) % 2**vector.bits
+    if vector.bits == 3:
+        third = packed.shape[-1] // 3
+        a, c, b, d, a2, c2, b2, d2 = _split(packed[..., 2 * third :], 1).chunk(8, -1)
+        return _split(packed[..., : 2 * third], 2) + 4 * torch.cat([a, a2, b, b2, c, c2, d, d2], -1)
+    return _split(packed, vector.bits)
+
+
+def _join(codes: Tensor, bits: int) -> Tensor:
+    parts = codes.int().unflatten(-1, (8 // bits, -1))
+    return (parts * _place_values(bits, codes.device)).sum(-2).to(torch.uint8)
+
+
+def _split(packed: Tensor, bits: int) -> Tensor:
+    parts = packed.int().unsqueeze(-2) // _place_values(bits, packed.device) % 2**bits
     return parts.flatten(-2).to(torch.uint8)
 
 
-def _place_values(vector: VectorFormat, device: torch.device) -> Tensor:
+def _place_values(bits: int, device: torch.device) -> Tensor:
     """(codes a byte, 1): what one step of each part of the dimensions adds to a byte."""
-    return torch.tensor([[2**shift] for shift in range(0, 8, vector.bits)], dtype=torch.int32, device=device)
+    return torch.tensor([[2**shift] for shift in range(0, 8, bits)], dtype=torch.int32, device=device)
 
 
 def rotate(x: Tensor, vector: VectorFormat) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from fraqtl_bench.cli import main
 from fraqtl_bench.quality import lab, page, through_server
+from fraqtl_bench.quality.budget import candidates
 from fraqtl_bench.quality.command import NOTES
 from fraqtl_bench.quality.fitted import fit
 from fraqtl_bench.quality.methods import parse
@@ -80,7 +81,7 @@ def test_a_run_writes_its_report(finished: Path) -> None:
 def test_the_profile_says_which_format_each_layer_has(finished: Path) -> None:
     profile = json.loads((finished / "fraqtl-profile.json").read_text())
     assert profile["schema_version"] == 1 and [layer["layer"] for layer in profile["layers"]] == [0, 1, 2, 3]
-    assert {layer["kv_format"] for layer in profile["layers"]} <= {"k4v2", "k4v4", "k4v4-channel", "k8v4", "k8v8"}
+    assert {layer["kv_format"] for layer in profile["layers"]} <= set(candidates(64))
     assert profile["bits_per_dim"] <= 4
     found = json.loads((finished / "quality.json").read_text())["models"][0]["allocation"]
     assert found["formats"] == [layer["kv_format"] for layer in profile["layers"]]
@@ -167,7 +168,7 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path: Path, capsys: pytest.Capt
     assert "tokens: give a longer one" in fails(capsys, out, "demo", "--text", str(tmp_path / "short.txt"))
     assert "rank 65 is not possible at head size 64" in fails(capsys, out, "demo", "--methods", "rank65")
     assert "unknown method 'int5'" in fails(capsys, out, "demo", "--methods", "int5")
-    assert "below the smallest format: k4v2 takes" in fails(capsys, out, "demo", "--budget", "1.5")
+    assert "below the smallest format: k3v3 takes" in fails(capsys, out, "demo", "--budget", "1.5")
     assert "window 9000 is above the 8192 tokens" in fails(capsys, out, "demo", "--window", "9000")
     longer = ("--needle-lengths", "9000", "--needle-repeats", "1")
     assert "tokens, the model takes 8192: give shorter ones" in fails(capsys, out, "demo", *longer)

@@ -29,7 +29,7 @@ from fraqtl_bench.quantizer.variants import (
 )
 from fraqtl_kernels import reference
 from fraqtl_kernels.calibration.solve import solve_transform
-from fraqtl_kernels.formats import get_format
+from fraqtl_kernels.formats import SCALE_CHOICES, get_format
 from fraqtl_kernels.rotation import hadamard
 
 POWERS = Variant("midpoint", "hadamard", "edge", "sinks", "powers")  # the best of those with a factor for each channel
@@ -170,7 +170,7 @@ def test_causal_mask() -> None:
 def test_stored_as_the_shipped_format_stores_it(times: float) -> None:
     head = cases.synthetic_head(64, cases.outliers(2, 16, hidden=False), times, seed=2)
     key, value = measure.as_shipped(head, get_format("k4v4"))
-    own_key, own_value = measure.through_step(head, Step(solve_transform, reference.SCALE_CHOICES))
+    own_key, own_value = measure.through_step(head, Step(solve_transform, SCALE_CHOICES[4]))
     # fp32 in both, summed in another order: a value on the edge of two codes may fall to the other side.
     assert torch.isclose(own_key, key, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97
     assert torch.isclose(own_value, value, atol=1e-4, rtol=1e-4).all(-1).double().mean() > 0.97

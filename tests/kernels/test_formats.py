@@ -6,7 +6,17 @@ import torch
 from fraqtl_kernels.errors import ConfigError, UnsupportedError
 from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS, VectorFormat, check_head_size, get_format
 
-BYTES_AT_128 = {"bf16": 512, "fp16": 512, "k8v8": 260, "k8v4": 196, "k4v4": 132, "k4v4-channel": 128, "k4v2": 106}
+BYTES_AT_128 = {
+    "bf16": 512,
+    "fp16": 512,
+    "k8v8": 260,
+    "k8v4": 196,
+    "k4v4": 132,
+    "k4v4-channel": 128,
+    "k4v3": 116,
+    "k3v3": 100,
+    "k4v2": 106,
+}
 
 
 def test_bytes_of_every_format_at_head_size_128() -> None:
@@ -50,7 +60,7 @@ def test_midpoint_grid_is_symmetric() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 3},
+        {"bits": 5},
         {"bits": 16},
         {"bits": 8, "raw_dtype": torch.bfloat16},
         {"bits": 16, "raw_dtype": torch.float32},
@@ -61,8 +71,9 @@ def test_midpoint_grid_is_symmetric() -> None:
         {"bits": 4, "static": True, "has_residual": True},
         {"bits": 2, "groups": 3},
         {"bits": 4, "rotated": True, "calibrated": True, "groups": 2},
+        {"bits": 3, "rotated": True, "groups": 2},
     ],
 )
 def test_a_vector_that_no_kernel_reads_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"no kernel reads VectorFormat\(bits=\d+.*codes have 2, 4 or 8 bits"):
+    with pytest.raises(ConfigError, match=r"no kernel reads VectorFormat\(bits=\d+.*codes have 2, 3, 4 or 8 bits"):
         VectorFormat(**options)

@@ -69,6 +69,19 @@ def test_low_nibbles_hold_the_first_half() -> None:
     assert torch.equal(packed & 15, codes[:32]) and torch.equal(packed >> 4, codes[32:])
 
 
+@pytest.mark.parametrize("size", CPU_HEAD_SIZES)
+def test_third_bits_stand_behind_the_lower_two(size: int) -> None:
+    codes = torch.randint(0, 8, (size,), dtype=torch.uint8)
+    packed = reference.pack(codes, VectorFormat(3))
+    assert torch.equal(packed[: size // 4], reference.pack(codes & 3, VectorFormat(2)))
+    eighth = size // 8
+    for i in range(eighth):
+        for half in range(2):
+            for bit, first in enumerate((i, i + size // 2, i + size // 4, i + 3 * size // 4)):
+                stored = packed[size // 4 + i] >> (4 * half + bit) & 1
+                assert stored == codes[first + half * eighth] >> 2
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", CPU_HEAD_SIZES)
 def test_planes_fill_the_page_without_overlap(name: str, size: int) -> None:
@@ -102,6 +115,8 @@ def test_strange_pools_are_refused() -> None:
         ("k8v8", (0.01, 0.01)),
         ("k8v4", (0.01, 0.12)),
         ("k4v4", (0.12, 0.12)),
+        ("k4v3", (0.12, 0.25)),
+        ("k3v3", (0.25, 0.25)),
         ("k4v2", (0.12, 0.45)),
         ("k4v4-channel", (0.14, 0.14)),
     ],

@@ -27,7 +27,7 @@ from fraqtl_vllm.stores import fingerprint
 from fraqtl_vllm.stores.memory import MemoryWorker
 
 BLOCKS, CHUNKS = 40, 30
-PLANES = {"k8v8": (1024, 2048, 2080, 2112), "k4v4": (512, 1024, 1056, 1088), "k4v2": (512, 768, 800, 928)}
+PLANES = {"k8v8": (1024, 2048, 2080, 2112), "k4v4": (512, 1024, 1056, 1088), "k3v3": (384, 768, 800, 832)}
 PAGES = (96, 160)  # bytes of two layers, each a group of its own
 
 

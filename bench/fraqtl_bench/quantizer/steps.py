@@ -3,7 +3,7 @@
 - `matrix`: z = (x - c) B with the best B for plain rounding: B B^T is the geometric mean of G and S^-1, so that in the
   basis in which both are diagonal, a direction of deviation s (in units of what errors cost) is divided by sqrt(s);
 - `feedback`: the basis of `fraqtl_kernels.calibration.solve`, whose second half is rounded before the first;
-- `k4v4`, the shipped one, also tries `SCALE_CHOICES`.
+- `k4v4`, the shipped one, also tries the `SCALE_CHOICES` of its bits.
 """
 
 from __future__ import annotations

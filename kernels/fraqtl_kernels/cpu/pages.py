@@ -46,7 +46,7 @@ def _pages(pool: Tensor, layout: PageLayout, with_residual: bool) -> Any:
     pages["k_scale_offset"], pages["v_scale_offset"] = layout.k_scale_offset, layout.v_scale_offset
     for name, vector, body in (("k", layout.format.k, "score"), ("v", layout.format.v, "add")):
         bits, groups = _kind(vector), vector.scale_bytes // SCALE_BYTES
-        read_as = bits if are_direct(bits, groups) else FLOATS
+        read_as = bits if are_direct(bits, groups, layout.head_size) else FLOATS
         pages[f"{name}_bits"], pages[f"{name}_groups"] = bits, groups
         pages[f"{name}_distance"] = DISTANCE if with_residual and vector.has_residual else 0
         pages[f"{name}_rows"] = row_function(body, read_as, layout.head_size).address

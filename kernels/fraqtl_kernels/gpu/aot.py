@@ -58,7 +58,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MAGIC_NUMBERS = ("0x64006400", "0x43434343", "0x43004300", "0x64646464")
 KV_HEADS, GROUP, REQUESTS, TOKENS = 8, 4, 2, 256
 ONE_BUFFER = Tuning(tile=128, warps=4, stages=4, registers=255)  # what decoding had: kept as the control
-OTHER_FORMATS = ("k8v8", "k8v4", "k4v2", "k4v4-channel")
+OTHER_FORMATS = ("k8v8", "k8v4", "k4v3", "k3v3", "k4v2", "k4v4-channel")
 
 
 @dataclass(frozen=True)

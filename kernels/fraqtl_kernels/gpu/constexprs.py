@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fraqtl_kernels.errors import UnsupportedError
-from fraqtl_kernels.formats import KVFormat, VectorFormat
+from fraqtl_kernels.formats import SCALE_CHOICES, KVFormat, VectorFormat
 from fraqtl_kernels.gpu.kernels.parts import INTERPRETED
 from fraqtl_kernels.pages import PageLayout
 
@@ -32,11 +32,13 @@ TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 class VectorShape:
     """A stored key or value. Kernels hold it as PARTS tensors of COLUMNS dimensions each, padded to WIDTH.
 
-    The parts are what one byte holds: 2 halves at 4 bits, 4 quarters at 2 bits. WORDS: 4-bit codes are read as words of
-    16 bits, so that a part is every other dimension of a half (`word_order`): the shared memory of a GPU
-    transposes 16-bit numbers on the way to the tensor cores, but not bytes. GROUPS: fp16 scales a vector, 0 if it
+    The parts are what one byte holds: 2 halves at 4 bits, 4 quarters at 2 bits. At 3 bits it is quarters where they are
+    read and halves where they are written, because rounding errors go from one half to the other. WORDS: 4-bit codes
+    are read as words of 16 bits, so that a part is every other dimension of a half (`word_order`): the shared memory of
+    a GPU transposes 16-bit numbers on the way to the tensor cores, but not bytes. GROUPS: fp16 scales a vector, 0 if it
     has none. CODES, SCALES: bytes of the page before its codes and its scales. ZEROS: what the unpacked codes of each
-    part hold where the value is zero. HAS_RESIDUAL: the newest tokens of a block have residuals behind it.
+    part hold where the value is zero. FIRST_CHOICE: the least of the scales that are tried with feedback. HAS_RESIDUAL:
+    the newest tokens of a block have residuals behind it.
     """
 
     BITS: int
@@ -53,6 +55,7 @@ class VectorShape:
     MIDPOINT: float
     RAW: tl.dtype
     ZEROS: tuple[float, ...]
+    FIRST_CHOICE: float
     HAS_RESIDUAL: bool
 
 
@@ -113,7 +116,7 @@ def has_kernels(format: KVFormat) -> bool:
     k, v = format.k, format.v
     if _asks_for_more(k) or _asks_for_more(v):
         return False
-    return k.bits in (4, 8, 16) and k.groups == 1 and v.bits in (2, 4, 8, 16) and v.groups in (1, 8 // v.bits)
+    return k.bits in (3, 4, 8, 16) and k.groups == 1 and v.bits in (2, 3, 4, 8, 16) and v.groups in (1, 8 // v.bits)
 
 
 def _asks_for_more(vector: VectorFormat) -> bool:
@@ -122,22 +125,24 @@ def _asks_for_more(vector: VectorFormat) -> bool:
 
 
 @cache
-def page_shape(layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, *, words: bool = False) -> PageShape:
+def page_shape(
+    layout: PageLayout, dtype: torch.dtype, ptx: bool | None = None, *, words: bool = False, writes: bool = False
+) -> PageShape:
     """The constants of a layout for a model's dtype (fp16 or bf16).
 
-    words: read codes as words where that is possible. ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's
-    interpreter has none.
+    writes: for the kernel that writes pages, not for those that read them. words: read codes as words where that is
+    possible. ptx: inline-PTX unpack; None: wherever there is a GPU. Triton's interpreter has none.
     Raises UnsupportedError for a dtype or a vector that no kernel takes.
     """
     if dtype not in TL_DTYPES:
         raise UnsupportedError(f"the GPU kernels take float16 and bfloat16 models, not {dtype}")
     if not has_kernels(layout.format):
         raise UnsupportedError(
-            f"no GPU kernel for the vectors of format {layout.format.name}: keys have 4, 8 or 16 bits, values 2,"
-            " 4, 8 or 16 and a scale for each code of a byte or for all"
+            f"no GPU kernel for the vectors of format {layout.format.name}: keys have 3, 4, 8 or 16 bits,"
+            " values 2, 3, 4, 8 or 16 and a scale for each code of a byte or for all"
         )
     ptx, k, v = ptx is not False and not INTERPRETED, layout.format.k, layout.format.v
-    options = {"ptx": ptx, "words": words}
+    options = {"ptx": ptx, "words": words, "writes": writes}
     return PageShape(
         HEAD=layout.head_size,
         BLOCK_SIZE=layout.block_size,
@@ -171,9 +176,10 @@ def _vector(
     symmetric: bool,
     ptx: bool,
     words: bool,
+    writes: bool,
 ) -> VectorShape:
     words = words and readable_in_words(vector)
-    parts = 4 if vector.bits == 2 or words else 2
+    parts = 4 if vector.bits == 2 or words or (vector.bits == 3 and not writes) else 2
     columns = head_size // parts
     return VectorShape(
         BITS=vector.bits,
@@ -190,6 +196,7 @@ def _vector(
         MIDPOINT=0.0 if vector.is_raw else vector.midpoint,
         RAW=TL_DTYPES[vector.raw_dtype or dtype],
         ZEROS=zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=words),
+        FIRST_CHOICE=SCALE_CHOICES[vector.bits][0] if vector.has_feedback else 1.0,
         HAS_RESIDUAL=vector.has_residual,
     )
 
@@ -206,9 +213,9 @@ def zero_points(
     if vector.is_raw:
         return 0.0, 0.0
     if not ptx or (vector.bits == 8 and not half):
-        biases = [0] * max(2, 8 // vector.bits)
-    elif vector.bits == 2:
-        biases = [-2] * 4
+        biases = [0] * (4 if vector.bits in (2, 3) else 2)
+    elif vector.bits in (2, 3):
+        biases = [-vector.edge] * 4
     elif vector.bits == 8:
         biases = [-128] * 2
     elif symmetric:

@@ -32,7 +32,7 @@ def write(
     pool: (blocks, KV heads, N, bytes) uint8, see `PageLayout.planes`. key, value: (tokens, KV heads, D) fp16 or
     bf16, last dimension contiguous. slot_mapping: (tokens or fewer,) block · N + offset; negative: skip.
     """
-    page, tuning = page_shape(layout, key.dtype, ptx=False), write_tuning(layout.head_size)
+    page, tuning = page_shape(layout, key.dtype, ptx=False, writes=True), write_tuning(layout.head_size)
     operands.check(layout.format)
     check_contiguous(key=key, value=value)
     tokens = min(slot_mapping.shape[0], key.shape[0])

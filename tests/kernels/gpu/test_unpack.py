@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fraqtl_kernels import reference
-from fraqtl_kernels.formats import FORMATS, VectorFormat
+from fraqtl_kernels.formats import FORMATS, TOP_BITS, VectorFormat
 from fraqtl_kernels.gpu.constexprs import word_order, zero_points
 from fraqtl_kernels.gpu.kernels import unpack
 from tests.kernels.gpu.conftest import DEVICE
@@ -18,9 +18,26 @@ from tests.kernels.gpu.conftest import DEVICE
 FP16, BF16 = torch.float16, torch.bfloat16
 
 
-def run_ptx(asm: str, word: int, outputs: int, dtype: torch.dtype) -> list[float]:
-    """The 16-bit floats that `asm` leaves in $0, $1, ... for one 32-bit input. Knows the instructions used, no more."""
-    registers: dict[str, int] = {f"${outputs}": word}
+def lookup(a: int, b: int, c: int, table: int) -> int:
+    """`lop3`: of every three bits, the one of the table that they number."""
+    numbers = ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1 for i in range(32))
+    return sum((table >> number & 1) << i for i, number in enumerate(numbers))
+
+
+WHOLE = {  # instructions on 32 bits
+    "mov.b32": lambda a: a,
+    "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "lop3.b32": lookup,
+}
+
+
+def run_ptx(asm: str, words: int | list[int], outputs: int, dtype: torch.dtype) -> list[float]:
+    """The 16-bit floats that `asm` leaves in $0, $1, ... for 32-bit inputs. Knows the instructions used, no more."""
+    inputs = [words] if isinstance(words, int) else words
+    registers: dict[str, int] = {f"${outputs + i}": word for i, word in enumerate(inputs)}
 
     def value(name: str) -> int:
         return registers[name] if name in registers else int(name, 0)
@@ -36,18 +53,11 @@ def run_ptx(asm: str, word: int, outputs: int, dtype: torch.dtype) -> list[float
     for line in re.findall(r"([a-z0-9.]+) ([^;{]+);", re.sub(r"\.reg[^;]*;", "", asm)):
         op, (target, *names) = line[0], [part.strip() for part in line[1].split(",")]
         args = [value(n) for n in names]
-        if op == "mov.b32":
-            result = args[0]
-        elif op == "shr.u32":
-            result = args[0] >> args[1]
-        elif op == "and.b32":
-            result = args[0] & args[1]
+        if op in WHOLE:
+            result = WHOLE[op](*args)
         elif op == "prmt.b32":
             data = (args[0] | (args[1] << 32)).to_bytes(8, "little")
             result = int.from_bytes(bytes(data[(args[2] >> (4 * i)) & 7] for i in range(4)), "little")
-        elif op == "lop3.b32":
-            assert args[3] == 0xEA  # (a & b) | c
-            result = (args[0] & args[1]) | args[2]
         elif op == "sub.rn.f16x2" and dtype == FP16:
             result = whole(halves(args[0]) - halves(args[1]))
         elif op == "fma.rn.bf16x2" and dtype == BF16:
@@ -105,6 +115,23 @@ def test_ptx_pairs(dtype: torch.dtype) -> None:
             assert [x - zero for x in found[4 * part : 4 * part + 4]] == parts
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+def test_ptx_triples(dtype: torch.dtype) -> None:
+    """A register of lower bits, one of third bits, and one that says which half of a byte these are in."""
+    asm = unpack.TRIPLES_FP16 if dtype == FP16 else unpack.TRIPLES_BF16
+    zeros = zero_points(VectorFormat(3), dtype, symmetric=True, ptx=True)
+    for byte in range(256):
+        lower = [byte, (byte * 7 + 3) % 256, 255 - byte, (byte * 31) % 256]
+        upper = [(byte * 113 + 5) % 256, byte, (byte * 57) % 256, 255 - byte]
+        chosen = [255 * (byte >> i & 1) for i in range(4)]
+        words = [int.from_bytes(bytes(x), "little") for x in (lower, upper, chosen)]
+        found = run_ptx(asm.value, words, 8, dtype)
+        third = [u >> 4 if c else u & 15 for u, c in zip(upper, chosen, strict=True)]
+        for part, (zero, bit) in enumerate(zip(zeros, TOP_BITS, strict=True)):
+            codes = [(low >> (2 * part) & 3) + 4 * (top >> bit & 1) for low, top in zip(lower, third, strict=True)]
+            assert [x - zero for x in found[4 * part : 4 * part + 4]] == [c - 3.5 for c in codes]
+
+
 def test_ptx_bytes() -> None:
     zeros = zero_points(VectorFormat(8), FP16, symmetric=True, ptx=True)
     for byte in range(256):
@@ -116,6 +143,8 @@ def test_ptx_bytes() -> None:
 @triton.jit
 def _unpack(
     codes,
+    third_bits,  # of "triples"
+    in_upper_half,
     found,  # (parts, COUNT)
     COUNT: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
@@ -131,13 +160,16 @@ def _unpack(
         parts = unpack.unpack_words(code, DTYPE, SYMMETRIC, PTX)
     elif KIND == "pairs":
         parts = unpack.unpack_pairs(code, DTYPE, PTX)
+    elif KIND == "triples":
+        chosen = tl.load(in_upper_half + at) != 0
+        parts = unpack.unpack_triples(code, tl.load(third_bits + at), chosen, DTYPE, PTX)
     else:
         parts = (unpack.unpack_bytes(code, DTYPE, PTX),)
     for part in tl.static_range(len(parts)):
         tl.store(found + part * COUNT + at, parts[part])
 
 
-KINDS = {"nibbles": 4, "words": 4, "pairs": 2, "bytes": 8}  # and the bits of a code
+KINDS = {"nibbles": 4, "words": 4, "triples": 3, "pairs": 2, "bytes": 8}  # and the bits of a code
 WAYS = (False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu", reason="inline PTX needs a GPU")))
 
 
@@ -159,14 +191,20 @@ def test_every_code_in_every_place(kind: str, symmetric: bool, ptx: bool, dtype:
     numbers = codes.int()
     if kind == "words":
         codes, numbers = codes.view(torch.uint16), codes.view(torch.uint16).int()
-    parts = (16 if kind == "words" else 8) // bits
+    parts = {"words": 4, "triples": 4}.get(kind, 8 // bits)
     found = torch.full((parts, len(codes)), torch.nan, dtype=dtype, device=DEVICE)
     tl_dtype = tl.float16 if dtype == FP16 else tl.bfloat16
-    _unpack[(1,)](codes.to(DEVICE), found, len(codes), kind, tl_dtype, symmetric, ptx)
+    third_bits = torch.randint(0, 256, codes.shape, dtype=torch.uint8)
+    in_upper_half = torch.randint(0, 2, codes.shape, dtype=torch.uint8)
+    others = third_bits.to(DEVICE), in_upper_half.to(DEVICE)
+    _unpack[(1,)](codes.to(DEVICE), *others, found, len(codes), kind, tl_dtype, symmetric, ptx)
     vector = VectorFormat(bits)
     zeros = zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=kind == "words")
     for part in range(parts):
         exact = ((numbers >> (bits * part)) & vector.levels) - vector.midpoint
+        if kind == "triples":
+            third = third_bits.int() >> (4 * in_upper_half.int() + TOP_BITS[part]) & 1
+            exact = ((numbers >> (2 * part)) & 3) + 4 * third - vector.midpoint
         assert torch.equal(found[part].cpu().double() - zeros[part], exact.double())
 
 

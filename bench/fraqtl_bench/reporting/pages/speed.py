@@ -325,7 +325,7 @@ def capacity() -> Iterator[str]:
     yield from source(*files, model="as in the table")
 
 
-SIZING = ("bf16", "k8v8", "k4v4", "k4v2")
+SIZING = ("bf16", "k8v8", "k4v4", "k4v3", "k3v3")
 SIZING_COMMAND = "fraqtl-serve plan --models bench/sizing_models.json --kv-memory 20GiB --context 16384 --json"
 
 

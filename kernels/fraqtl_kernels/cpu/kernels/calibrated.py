@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from fraqtl_kernels.cpu.kernels.codes import pack_codes
 from fraqtl_kernels.cpu.kernels.lanes import (
     WIDTH,
     first_least,
@@ -34,10 +35,9 @@ from fraqtl_kernels.cpu.kernels.lanes import (
 )
 from fraqtl_kernels.formats import FEEDBACK_GRID, FEEDBACK_LIMIT, SCALE_CHOICES
 
-assert len(SCALE_CHOICES) == WIDTH
-_CHOICES = tuple(np.float32(choice) for choice in SCALE_CHOICES)
+assert all(len(choices) == WIDTH for choices in SCALE_CHOICES.values())
+_CHOICES_OF_3, _CHOICES_OF_4 = (tuple(np.float32(x) for x in SCALE_CHOICES[bits]) for bits in (3, 4))
 _GRID, _FARTHEST = np.float32(FEEDBACK_GRID), np.float32(FEEDBACK_GRID * FEEDBACK_LIMIT)
-_BITS, _MIDPOINT, _LEVELS, _EDGE = 4, np.float32(7.5), np.float32(15), np.float32(8)  # of every format with feedback
 _HIGHEST = np.float32(65504)
 
 
@@ -193,32 +193,32 @@ def _feed_back_by(left, start, width, matrix, first, fed):
 
 
 @njit(cache=True, nogil=True)
-def _nearest(steps):
-    """The nearest codes; zero for NaN."""
-    return smaller(larger(rint(steps), splat(np.float32(0))), splat(_LEVELS))
+def _nearest(steps, grid):
+    """The nearest codes; zero for NaN. grid: midpoint and largest code in every lane."""
+    return smaller(larger(rint(steps), splat(np.float32(0))), grid[1])
 
 
 @njit(cache=True, nogil=True)
-def _high(x, inverse, is_tame):
+def _high(x, inverse, grid, is_tame):
     """What the nearest codes leave of x, on its grid and in units of it. is_tame: it is not farther than it may be."""
-    steps = fma(x, inverse, splat(_MIDPOINT))
-    rest = rint((steps - _nearest(steps)) * splat(_GRID))
+    steps = fma(x, inverse, grid[0])
+    rest = rint((steps - _nearest(steps, grid)) * splat(_GRID))
     return rest if is_tame else smaller(larger(rest, splat(-_FARTHEST)), splat(_FARTHEST))
 
 
 @njit(cache=True, nogil=True)
-def _round_high(z, at, width, inverse, left, start, is_tame, transformed):
+def _round_high(z, at, width, inverse, grid, left, start, is_tame, transformed):
     """left <- `_high` of z[at : at + width], times the Hadamard matrix of order 8 if `transformed`; sum of squares."""
     even, odd = splat(np.float32(0)), splat(np.float32(0))  # neither waits for the other
     for first in range(0, width, 8):
         i = at + first
-        a, b = _high(splat_at(z, i), inverse, is_tame), _high(splat_at(z, i + 1), inverse, is_tame)
+        a, b = _high(splat_at(z, i), inverse, grid, is_tame), _high(splat_at(z, i + 1), inverse, grid, is_tame)
         even, odd = fma(a, a, even), fma(b, b, odd)
-        c, d = _high(splat_at(z, i + 2), inverse, is_tame), _high(splat_at(z, i + 3), inverse, is_tame)
+        c, d = _high(splat_at(z, i + 2), inverse, grid, is_tame), _high(splat_at(z, i + 3), inverse, grid, is_tame)
         even, odd = fma(c, c, even), fma(d, d, odd)
-        e, f = _high(splat_at(z, i + 4), inverse, is_tame), _high(splat_at(z, i + 5), inverse, is_tame)
+        e, f = _high(splat_at(z, i + 4), inverse, grid, is_tame), _high(splat_at(z, i + 5), inverse, grid, is_tame)
         even, odd = fma(e, e, even), fma(f, f, odd)
-        g, h = _high(splat_at(z, i + 6), inverse, is_tame), _high(splat_at(z, i + 7), inverse, is_tame)
+        g, h = _high(splat_at(z, i + 6), inverse, grid, is_tame), _high(splat_at(z, i + 7), inverse, grid, is_tame)
         even, odd = fma(g, g, even), fma(h, h, odd)
         if transformed:
             a, b, c, d, e, f, g, h = _eight(a, b, c, d, e, f, g, h)
@@ -227,14 +227,14 @@ def _round_high(z, at, width, inverse, left, start, is_tame, transformed):
 
 
 @njit(cache=True, nogil=True)
-def _low(x, inverse, fed):
+def _low(x, inverse, grid, fed):
     """What the nearest codes leave of x with `fed` added."""
-    steps = fma(x, inverse, splat(_MIDPOINT)) + fed
-    return steps - _nearest(steps)
+    steps = fma(x, inverse, grid[0]) + fed
+    return steps - _nearest(steps, grid)
 
 
 @njit(cache=True, nogil=True)
-def _round_low(z, at, width, inverse, rows, fed, transformed):
+def _round_low(z, at, width, inverse, grid, rows, fed, transformed):
     """The sum of squares of `_low` of z[at : at + width]; `fed` is multiplied as in `_round_high` before."""
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for first in range(0, width, 8):
@@ -244,61 +244,76 @@ def _round_low(z, at, width, inverse, rows, fed, transformed):
         if transformed:
             a, b, c, d, e, f, g, h = _eight(a, b, c, d, e, f, g, h)
             _store_eight(rows, start, a, b, c, d, e, f, g, h)
-        a, b = _low(splat_at(z, i), inverse, a), _low(splat_at(z, i + 1), inverse, b)
+        a, b = _low(splat_at(z, i), inverse, grid, a), _low(splat_at(z, i + 1), inverse, grid, b)
         even, odd = fma(a, a, even), fma(b, b, odd)
-        c, d = _low(splat_at(z, i + 2), inverse, c), _low(splat_at(z, i + 3), inverse, d)
+        c, d = _low(splat_at(z, i + 2), inverse, grid, c), _low(splat_at(z, i + 3), inverse, grid, d)
         even, odd = fma(c, c, even), fma(d, d, odd)
-        e, f = _low(splat_at(z, i + 4), inverse, e), _low(splat_at(z, i + 5), inverse, f)
+        e, f = _low(splat_at(z, i + 4), inverse, grid, e), _low(splat_at(z, i + 5), inverse, grid, f)
         even, odd = fma(e, e, even), fma(f, f, odd)
-        g, h = _low(splat_at(z, i + 6), inverse, g), _low(splat_at(z, i + 7), inverse, h)
+        g, h = _low(splat_at(z, i + 6), inverse, grid, g), _low(splat_at(z, i + 7), inverse, grid, h)
         even, odd = fma(g, g, even), fma(h, h, odd)
     return even + odd
 
 
 @njit(cache=True, nogil=True)
-def _try_scales(z, at, width, scale, inverse, is_tame, feedback, first, structured, rows, left, fed):
+def _try_scales(z, at, width, scale, inverse, grid, is_tame, feedback, first, structured, rows, left, fed):
     """The number of the scale that leaves the least of z[at : at + 2 · width].
 
     rows: from element `fed` on <- what the first half is rounded with; `left`: the same unless not `structured`.
     """
-    error = _round_high(z, at + width, width, inverse, rows, left, is_tame, structured)
+    error = _round_high(z, at + width, width, inverse, grid, rows, left, is_tame, structured)
     error = error * splat(np.float32(1) / (_GRID * _GRID))
     if structured:
         _feed_back(rows, left, width, feedback, first)
     else:
         _feed_back_by(rows, left, width, feedback, first, fed)
-    error = error + _round_low(z, at, width, inverse, rows, fed, structured)
+    error = error + _round_low(z, at, width, inverse, grid, rows, fed, structured)
     return first_least(error * scale * scale)
 
 
 @njit(cache=True, nogil=True)
-def _store_codes(z, at, width, scale, inverse, rows, fed, raw, code_at):
-    """Store the codes with the scale that was chosen, and leave in z what they left of it."""
-    midpoint = splat(_MIDPOINT)
-    for d in range(0, width, WIDTH):
-        x, y = load(z, at + d), load(z, at + width + d)
-        low = _nearest(fma(x, inverse, midpoint) + load_every(rows, fed + d * WIDTH, WIDTH))
-        high = _nearest(fma(y, inverse, midpoint))
+def _store_pair(low, high, bits, d, width, codes, raw, code_at):
+    """The codes of dimensions d .. d + 7 of both halves. Of 4 bits they go to the pool at once, others to `codes`."""
+    if bits == 4:
         store_bytes(raw, code_at + d, fma(high, splat(np.float32(16)), low))
-        store(z, at + d, x - (low - midpoint) * scale)
-        store(z, at + width + d, y - (high - midpoint) * scale)
+    else:
+        store_bytes(codes, d, low)
+        store_bytes(codes, width + d, high)
 
 
 @njit(cache=True, nogil=True)
-def encode(z, count, size, feedback, first, structured, spare, raw, code_at, scales):
+def _store_codes(z, at, width, scale, inverse, grid, rows, fed, bits, codes, raw, code_at):
+    """Store the codes with the scale that was chosen, and leave in z what they left of it."""
+    midpoint = grid[0]
+    for d in range(0, width, WIDTH):
+        x, y = load(z, at + d), load(z, at + width + d)
+        low = _nearest(fma(x, inverse, midpoint) + load_every(rows, fed + d * WIDTH, WIDTH), grid)
+        high = _nearest(fma(y, inverse, midpoint), grid)
+        _store_pair(low, high, bits, d, width, codes, raw, code_at)
+        store(z, at + d, x - (low - midpoint) * scale)
+        store(z, at + width + d, y - (high - midpoint) * scale)
+    if bits != 4:
+        pack_codes(codes, bits, raw[code_at : code_at + 2 * width * bits // 8])
+
+
+@njit(cache=True, nogil=True)
+def encode(z, count, size, bits, numbers, feedback, first, structured, spare, codes, raw, code_at, scales):
     """Store the codes of `count` vectors of z (rows of `size`, flat), and leave in their place what they left of them.
 
-    feedback: from element `first`, of `spectrum_of` if `structured`, else F divided by FEEDBACK_GRID. spare: 3 · D/2 ·
-    WIDTH float32. raw: the pool's bytes. code_at: (count,) where they go. scales: (count,) float32 <- the scales, NaN
+    numbers: edge, midpoint and largest code of the grid. feedback: from element `first`, of `spectrum_of` if
+    `structured`, else F divided by FEEDBACK_GRID. spare: 3 · D/2 · WIDTH float32. codes: (D,) uint8, spare. raw: the
+    pool's bytes. code_at: (count,) where they go. scales: (count,) float32 <- the scales, NaN
     where z holds NaN or infinity.
     """
     width = size // 2
     rows = width * WIDTH
+    edge, midpoint, levels = numbers
+    grid = splat(midpoint), splat(levels)
     choices, inverses = np.empty(count * WIDTH, np.float32), np.empty(count * WIDTH, np.float32)
     tame, best = np.empty(count, np.bool_), np.empty(count, np.int64)
     fractions = np.empty(WIDTH, np.float32)
     for n in range(WIDTH):
-        fractions[n] = _CHOICES[n] / _EDGE
+        fractions[n] = (_CHOICES_OF_3[n] if bits == 3 else _CHOICES_OF_4[n]) / edge
     # One loop a step, so that no vector waits for the end of a chain of another
     for t in range(count):
         most, is_whole = extent(z, t * size, size)
@@ -314,13 +329,13 @@ def encode(z, count, size, feedback, first, structured, spare, raw, code_at, sca
             left = fed if structured else 2 * rows
             scale, inverse = load(choices, t * WIDTH), load(inverses, t * WIDTH)
             best[t] = t * WIDTH + _try_scales(
-                z, t * size, width, scale, inverse, tame[t], feedback, first, structured, spare, left, fed
+                z, t * size, width, scale, inverse, grid, tame[t], feedback, first, structured, spare, left, fed
             )
         if t > 0:
             n, chosen = t - 1, best[t - 1]
             scale, inverse = splat_at(choices, chosen), splat_at(inverses, chosen)
             fed = n % 2 * rows + chosen - n * WIDTH
-            _store_codes(z, n * size, width, scale, inverse, spare, fed, raw, code_at[n])
+            _store_codes(z, n * size, width, scale, inverse, grid, spare, fed, bits, codes, raw, code_at[n])
             scales[n] += choices[chosen]
 
 
@@ -331,24 +346,28 @@ def scale_of(most, edge):
 
 
 @njit(cache=True, nogil=True)
-def encode_residual(z, at, size, raw, code_at, residual, residual_at):
-    """Code what `encode` left at z[at : at + size] like an ordinary vector of 4 bits. Returns its scale.
+def encode_residual(z, at, size, bits, numbers, codes, raw, code_at, residual, residual_at):
+    """Code what `encode` left at z[at : at + size] like an ordinary vector. Returns its scale.
 
     The codes go to raw[code_at], unless that is negative, and what they stand for to residual[residual_at], likewise.
     """
     width = size // 2
+    edge, midpoint_number, levels = numbers
+    grid = splat(midpoint_number), splat(levels)
     most, is_whole = extent(z, at, size)
-    scale = scale_of(most, _EDGE)
+    scale = scale_of(most, edge)
     inverse = splat(np.float32(1)) / splat(scale)
     if not is_whole:
         scale = np.float32(np.nan)
-    step, midpoint = splat(scale), splat(_MIDPOINT)
+    step, midpoint = splat(scale), grid[0]
     for d in range(0, width, WIDTH):
-        low = _nearest(fma(load(z, at + d), inverse, midpoint))
-        high = _nearest(fma(load(z, at + width + d), inverse, midpoint))
+        low = _nearest(fma(load(z, at + d), inverse, midpoint), grid)
+        high = _nearest(fma(load(z, at + width + d), inverse, midpoint), grid)
         if code_at >= 0:
-            store_bytes(raw, code_at + d, fma(high, splat(np.float32(16)), low))
+            _store_pair(low, high, bits, d, width, codes, raw, code_at)
         if residual_at >= 0:
             store(residual, residual_at + d, (low - midpoint) * step)
             store(residual, residual_at + width + d, (high - midpoint) * step)
+    if code_at >= 0 and bits != 4:
+        pack_codes(codes, bits, raw[code_at : code_at + size * bits // 8])
     return scale

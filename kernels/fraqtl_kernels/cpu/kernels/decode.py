@@ -58,7 +58,7 @@ def attend_run(
     k_midpoint, v_midpoint = pages.k_midpoint, pages.v_midpoint
     queries, size = q.shape
     together = positions.shape[0] == 1  # all queries see the same keys
-    k_direct, v_direct = are_direct(pages.k_bits, k_groups), are_direct(pages.v_bits, v_groups)
+    k_direct, v_direct = are_direct(pages.k_bits, k_groups, size), are_direct(pages.v_bits, v_groups, size)
     gang = max(1, (TILE_TOKENS if k_direct and v_direct else TILE_FLOATS // size) // block_size)
     tokens = gang * block_size
     tile = np.empty((1 if k_direct and v_direct else tokens, size), np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from fraqtl_kernels.cpu.kernels.calibrated import scale_of
+from fraqtl_kernels.cpu.kernels.codes import pack_codes
 from fraqtl_kernels.cpu.kernels.lanes import half_bits
 
 _FAST = {"reassoc", "contract", "nsz"}  # not "nnan": NaN must stay NaN
@@ -62,22 +63,6 @@ def _codes_of(x, scale, midpoint, levels, codes):
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
-def _pack(codes, bits, target):
-    """target <- the codes as `reference.pack` packs them."""
-    row = target.shape[0]
-    if bits == 4:  # by itself, because this vectorizes
-        low, high = codes[:row], codes[row:]
-        for i in range(row):
-            target[i] = low[i] | (high[i] << np.uint8(4))
-        return
-    for i in range(row):
-        packed = codes[i]
-        for j in range(1, 8 // bits):
-            packed |= codes[j * row + i] << np.uint8(j * bits)
-        target[i] = packed
-
-
-@njit(fastmath=_FAST, cache=True, nogil=True)
 def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at):
     """Store the codes and scales of x (D,), and leave in its place what they left of it. codes: (D,) uint8, spare."""
     edge, midpoint, levels = numbers
@@ -90,7 +75,7 @@ def encode_plain(x, codes, bits, groups, numbers, raw, raw16, code_at, scale_at)
         _codes_of(part, scale, midpoint, levels, part_codes)
         for d in range(width):
             part[d] -= (np.float32(part_codes[d]) - midpoint) * scale
-    _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
+    pack_codes(codes, bits, raw[code_at : code_at + size * bits // 8])
 
 
 @njit(fastmath=_FAST, cache=True, nogil=True)
@@ -110,4 +95,4 @@ def encode_plain_residual(x, codes, bits, groups, numbers, raw, raw16, code_at, 
             for d in range(width):
                 target[d] = (np.float32(part_codes[d]) - midpoint) * scale
     if code_at >= 0:
-        _pack(codes, bits, raw[code_at : code_at + size * bits // 8])
+        pack_codes(codes, bits, raw[code_at : code_at + size * bits // 8])

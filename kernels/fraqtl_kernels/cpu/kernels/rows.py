@@ -3,8 +3,9 @@
     scores:  scores[m, n] = queries[m] · row n         values:  values[m] += Σ_n weights[m, n] · row n
 
 A chunk of a row is eight bytes of codes, or eight floats; it becomes one vector of eight numbers a part: a byte holds
-two 4-bit codes, D / 2 dimensions from each other. Up to QUERIES queries go over a row together, so that it is unpacked
-once, and the scores of several rows are added up across their lanes together.
+two 4-bit codes, D / 2 dimensions from each other, and four of the lower two bits of 3-bit codes. Up to QUERIES queries
+go over a row together, so that it is unpacked once, and the scores of several rows are added up across their lanes
+together.
 
 One function is made for each kind of row and head size, because loops of a known length are twice as fast, and handed
 to compiled code as its address.
@@ -23,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fraqtl_kernels.cpu.kernels.lanes import WIDTH, constant, fused, half_as_float, ints, spread
+from fraqtl_kernels.formats import TOP_BITS
 
 QUERIES = 4  # queries that go over a row together
 FLOATS = 32  # bits of rows that are floats already
@@ -33,11 +35,11 @@ _FLOATS, _INTS = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
 
 @dataclass(frozen=True)
 class _Kind:
-    """How rows are stored: bytes of a chunk, and the vectors it becomes, part by part."""
+    """How rows are stored: bits of a number, and the vectors that a chunk becomes, part by part."""
 
-    chunk: int
+    bits: int
     parts: int
-    unpack: Callable[[Any, Any], list[Any]]
+    unpack: Callable[[_Loops, Any, Any], list[Any]]  # of the row at a place, its chunk of some number
 
 
 def _read(builder: Any, place: Any, kind: Any) -> Any:
@@ -46,34 +48,64 @@ def _read(builder: Any, place: Any, kind: Any) -> Any:
     return found
 
 
-def _nibbles(builder: Any, place: Any) -> list[Any]:
-    codes = builder.zext(_read(builder, place, _I8), _INTS)
+def _chunk(loops: _Loops, row: Any, chunk: Any, kind: Any, each: int) -> Any:
+    """Eight numbers of `each` bytes."""
+    builder = loops.builder
+    return _read(builder, builder.gep(row, [builder.mul(chunk, _I64(each * WIDTH))]), kind)
+
+
+def _codes(loops: _Loops, row: Any, chunk: Any) -> Any:
+    return loops.builder.zext(_chunk(loops, row, chunk, _I8, 1), _INTS)
+
+
+def _triples(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    """Where a chunk's third bits lie in one half of their bytes, see `codes.are_direct`."""
+    builder, eighth = loops.builder, loops.size // 8
+    lower, at = _codes(loops, row, chunk), builder.mul(chunk, _I64(WIDTH))
+    in_upper_half = builder.icmp_signed(">=", at, _I64(eighth))
+    at = builder.sub(builder.add(at, _I64(2 * eighth)), builder.select(in_upper_half, _I64(eighth), _I64(0)))
+    third = builder.zext(_read(builder, builder.gep(row, [at]), _I8), _INTS)
+    third = builder.lshr(third, spread(builder, builder.select(in_upper_half, _I32(4), _I32(0))))
+    parts = []
+    for part, bit in enumerate(TOP_BITS):
+        low = builder.and_(builder.lshr(lower, ints(2 * part)), ints(3))
+        top = builder.and_(builder.shl(builder.lshr(third, ints(bit)), ints(2)), ints(4))
+        parts.append(builder.sitofp(builder.or_(low, top), _FLOATS))
+    return parts
+
+
+def _nibbles(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    builder, codes = loops.builder, _codes(loops, row, chunk)
     return [builder.sitofp(x, _FLOATS) for x in (builder.and_(codes, ints(15)), builder.lshr(codes, ints(4)))]
 
 
-def _bytes(builder: Any, place: Any) -> list[Any]:
-    return [builder.sitofp(builder.zext(_read(builder, place, _I8), _INTS), _FLOATS)]
+def _bytes(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    return [loops.builder.sitofp(_codes(loops, row, chunk), _FLOATS)]
 
 
-def _bfloat16(builder: Any, place: Any) -> list[Any]:
-    words = builder.zext(_read(builder, place, ir.IntType(16)), _INTS)
-    return [builder.bitcast(builder.shl(words, ints(16)), _FLOATS)]
+def _words(loops: _Loops, row: Any, chunk: Any) -> Any:
+    return loops.builder.zext(_chunk(loops, row, chunk, ir.IntType(16), 2), _INTS)
 
 
-def _float16(builder: Any, place: Any) -> list[Any]:
-    return [half_as_float(builder, builder.zext(_read(builder, place, ir.IntType(16)), _INTS))]
+def _bfloat16(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    return [loops.builder.bitcast(loops.builder.shl(_words(loops, row, chunk), ints(16)), _FLOATS)]
 
 
-def _float32(builder: Any, place: Any) -> list[Any]:
-    return [_read(builder, place, _F32)]
+def _float16(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    return [half_as_float(loops.builder, _words(loops, row, chunk))]
 
 
-_KINDS = {  # by the bits that name them, see `decode.page_sizes`
-    4: _Kind(WIDTH, 2, _nibbles),
-    8: _Kind(WIDTH, 1, _bytes),
-    16: _Kind(2 * WIDTH, 1, _bfloat16),
-    17: _Kind(2 * WIDTH, 1, _float16),
-    FLOATS: _Kind(4 * WIDTH, 1, _float32),
+def _float32(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
+    return [_chunk(loops, row, chunk, _F32, 4)]
+
+
+_KINDS = {  # by the bits that name them, see `records.PAGES`
+    3: _Kind(3, 4, _triples),
+    4: _Kind(4, 2, _nibbles),
+    8: _Kind(8, 1, _bytes),
+    16: _Kind(16, 1, _bfloat16),
+    17: _Kind(16, 1, _float16),
+    FLOATS: _Kind(32, 1, _float32),
 }
 
 
@@ -97,7 +129,7 @@ class _Loops:
         self.table = builder.inttoptr(given["table"], _I32.as_pointer())
         self.width = size // self.kind.parts  # dimensions from one part to the next
         self.chunks = self.width // WIDTH
-        self.row_bytes = self.chunks * self.kind.chunk
+        self.row_bytes = size * self.kind.bits // 8
 
     def build(self, body: Callable[[_Loops], None]) -> None:
         """`body` for QUERIES queries, as often as there are, and for the rest of them."""
@@ -157,8 +189,7 @@ class _Loops:
 
     def unpacked(self, row: Any, chunk: Any) -> list[Any]:
         """The parts of a chunk of the row at `row`."""
-        place = self.builder.gep(row, [self.builder.mul(chunk, _I64(self.kind.chunk))])
-        return self.kind.unpack(self.builder, place)
+        return self.kind.unpack(self, row, chunk)
 
     def accumulate(self, variable: Any, a: Any, b: Any) -> None:
         self.builder.store(fused(self.builder, a, b, self.builder.load(variable)), variable)

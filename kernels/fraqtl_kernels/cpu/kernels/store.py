@@ -123,7 +123,8 @@ def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
                 signs[t] = _choose_center(z, t * size, size, table, center + size, x, stream.edge)
         if feeds_back:
             feedback = matrix + size * size
-            encode(z, count, size, table, feedback, stream.is_structured == 1, spare, pool.raw, code_at, scales)
+            structured = stream.is_structured == 1
+            encode(z, count, size, bits, numbers, table, feedback, structured, spare, codes, pool.raw, code_at, scales)
     for t in range(count):
         token = token_of[t]
         slot = slots[token]
@@ -152,7 +153,9 @@ def store_tile(head, first, last, batch, stream_index, slots, pool, spaces):
         if residual_code_at < 0 and residual_at < 0:
             continue
         if feeds_back:
-            scale = encode_residual(z, t * size, size, pool.raw, residual_code_at, residual, residual_at)
+            scale = encode_residual(
+                z, t * size, size, bits, numbers, codes, pool.raw, residual_code_at, residual, residual_at
+            )
             if residual_code_at >= 0:
                 pool.raw16[residual_scale_at // 2] = np.uint16(half_bits(scale))
         else:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fraqtl_kernels.gpu.kernels.parts import round16
-from fraqtl_kernels.gpu.kernels.unpack import unpack_bytes, unpack_nibbles, unpack_pairs, unpack_words
+from fraqtl_kernels.gpu.kernels.unpack import unpack_bytes, unpack_nibbles, unpack_pairs, unpack_triples, unpack_words
 
 
 @triton.jit
@@ -46,6 +46,11 @@ def load_codes(
         low = load_packed(row + column, real, VECTOR)
         high = load_packed(row + VECTOR.COLUMNS + column, real, VECTOR)
         return unpack_bytes(low, DTYPE, PTX), unpack_bytes(high, DTYPE, PTX)
+    elif VECTOR.BITS == 3:
+        HALF: tl.constexpr = VECTOR.COLUMNS // 2
+        lower = load_packed(row + column, real, VECTOR)
+        upper = load_packed(row + VECTOR.COLUMNS + column % HALF, real, VECTOR)
+        return unpack_triples(lower, upper, tl.broadcast_to(column >= HALF, lower.shape), DTYPE, PTX)
     else:
         codes = load_packed(row + column, real, VECTOR)
         if VECTOR.BITS == 4:

@@ -139,6 +139,92 @@ _PAIRS_BF16 = """{
     fma.rn.bf16x2 $6, $6, o, m;
     fma.rn.bf16x2 $7, $7, o, m;
 }"""
+# 3-bit codes: their lower two bits as above in $8, the third bits of two times four codes in $9. $10 is 0xff in the
+# bytes whose codes have theirs in the upper half of the byte. Those of the four codes, from the lowest bit, belong to
+# the first, third, second and fourth: so two shifts put them above the lower two in fp16.
+_TRIPLES_FP16 = """{
+    .reg .b32 a, b, c, d, m, n;
+    shr.u32 n, $9, 4;
+    lop3.b32 m, $9, 0x0f0f0f0f, $10, 0x40;
+    lop3.b32 n, n, 0x0f0f0f0f, $10, 0x80;
+    or.b32 n, n, m;
+    prmt.b32 a, $8, 0, 0x4140;
+    prmt.b32 b, $8, 0, 0x4342;
+    prmt.b32 c, n, 0, 0x4140;
+    prmt.b32 d, n, 0, 0x4342;
+    shl.b32 c, c, 2;
+    shl.b32 d, d, 2;
+    lop3.b32 $0, c, 0x00040004, 0x64006400, 0xea;
+    lop3.b32 $1, d, 0x00040004, 0x64006400, 0xea;
+    lop3.b32 $2, c, 0x00100010, 0x5c005c00, 0xea;
+    lop3.b32 $3, d, 0x00100010, 0x5c005c00, 0xea;
+    shl.b32 c, c, 3;
+    shl.b32 d, d, 3;
+    lop3.b32 $4, c, 0x00400040, 0x54005400, 0xea;
+    lop3.b32 $5, d, 0x00400040, 0x54005400, 0xea;
+    lop3.b32 $6, c, 0x01000100, 0x4c004c00, 0xea;
+    lop3.b32 $7, d, 0x01000100, 0x4c004c00, 0xea;
+    lop3.b32 $0, a, 0x00030003, $0, 0xea;
+    lop3.b32 $1, b, 0x00030003, $1, 0xea;
+    lop3.b32 $2, a, 0x000c000c, $2, 0xea;
+    lop3.b32 $3, b, 0x000c000c, $3, 0xea;
+    lop3.b32 $4, a, 0x00300030, $4, 0xea;
+    lop3.b32 $5, b, 0x00300030, $5, 0xea;
+    lop3.b32 $6, a, 0x00c000c0, $6, 0xea;
+    lop3.b32 $7, b, 0x00c000c0, $7, 0xea;
+    mov.b32 m, 0x64046404;
+    sub.rn.f16x2 $0, $0, m;
+    sub.rn.f16x2 $1, $1, m;
+    mov.b32 m, 0x5c105c10;
+    sub.rn.f16x2 $2, $2, m;
+    sub.rn.f16x2 $3, $3, m;
+    mov.b32 m, 0x54405440;
+    sub.rn.f16x2 $4, $4, m;
+    sub.rn.f16x2 $5, $5, m;
+    mov.b32 m, 0x4d004d00;
+    sub.rn.f16x2 $6, $6, m;
+    sub.rn.f16x2 $7, $7, m;
+}"""
+# And in bf16: 128 + code, less 132.
+_TRIPLES_BF16 = """{
+    .reg .b32 a, b, c, d, m, n, o;
+    shr.u32 n, $9, 4;
+    lop3.b32 m, $9, 0x0f0f0f0f, $10, 0x40;
+    lop3.b32 n, n, 0x0f0f0f0f, $10, 0x80;
+    or.b32 n, n, m;
+    shr.u32 b, $8, 2;
+    shr.u32 c, $8, 4;
+    shr.u32 d, $8, 6;
+    and.b32 a, $8, 0x03030303;
+    and.b32 b, b, 0x03030303;
+    and.b32 c, c, 0x03030303;
+    and.b32 d, d, 0x03030303;
+    shl.b32 m, n, 2;
+    lop3.b32 a, m, 0x04040404, a, 0xea;
+    lop3.b32 b, n, 0x04040404, b, 0xea;
+    shl.b32 m, n, 1;
+    lop3.b32 c, m, 0x04040404, c, 0xea;
+    shr.u32 m, n, 1;
+    lop3.b32 d, m, 0x04040404, d, 0xea;
+    prmt.b32 $0, a, 0x43434343, 0x4140;
+    prmt.b32 $1, a, 0x43434343, 0x4342;
+    prmt.b32 $2, b, 0x43434343, 0x4140;
+    prmt.b32 $3, b, 0x43434343, 0x4342;
+    prmt.b32 $4, c, 0x43434343, 0x4140;
+    prmt.b32 $5, c, 0x43434343, 0x4342;
+    prmt.b32 $6, d, 0x43434343, 0x4140;
+    prmt.b32 $7, d, 0x43434343, 0x4342;
+    mov.b32 m, 0xc304c304;
+    mov.b32 o, 0x3f803f80;
+    fma.rn.bf16x2 $0, $0, o, m;
+    fma.rn.bf16x2 $1, $1, o, m;
+    fma.rn.bf16x2 $2, $2, o, m;
+    fma.rn.bf16x2 $3, $3, o, m;
+    fma.rn.bf16x2 $4, $4, o, m;
+    fma.rn.bf16x2 $5, $5, o, m;
+    fma.rn.bf16x2 $6, $6, o, m;
+    fma.rn.bf16x2 $7, $7, o, m;
+}"""
 # 8-bit codes in fp16: 1024 + c, less 1152. (bf16 has too few bits for the trick: the portable way serves it.)
 _BYTES_FP16 = """{
     .reg .b32 m;
@@ -159,6 +245,8 @@ WORDS_BF16 = tl.constexpr(_WORDS_BF16 + "}")
 WORDS_BF16_SYMMETRIC = tl.constexpr(_WORDS_BF16 + _SYMMETRIC_BF16 + "}")
 PAIRS_FP16 = tl.constexpr(_PAIRS_FP16)
 PAIRS_BF16 = tl.constexpr(_PAIRS_BF16)
+TRIPLES_FP16 = tl.constexpr(_TRIPLES_FP16)
+TRIPLES_BF16 = tl.constexpr(_TRIPLES_BF16)
 BYTES_FP16 = tl.constexpr(_BYTES_FP16)
 FOUR_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,r")
 EIGHT_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
@@ -218,6 +306,31 @@ def unpack_pairs(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):
     else:
         shifted = (codes & 3, (codes >> 2) & 3, (codes >> 4) & 3, codes >> 6)
         return [x.to(tl.float32).to(DTYPE) for x in shifted]
+
+
+@triton.jit
+def unpack_triples(lower, upper, in_upper_half, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The four 3-bit codes of every column from their 2-bit codes and their third bits, as `unpack_pairs`.
+
+    lower, upper: uint8 tiles of any shape. in_upper_half: of the same shape, whether a column's third bits are in the
+    upper half of its byte of `upper`.
+    """
+    if PTX:
+        chosen = tl.where(in_upper_half, 255, 0).to(tl.uint8)
+        constraints: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r"
+        if DTYPE == tl.float16:
+            return tl.inline_asm_elementwise(
+                TRIPLES_FP16, constraints, [lower, upper, chosen], dtype=(tl.float16,) * 4, is_pure=True, pack=4
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                TRIPLES_BF16, constraints, [lower, upper, chosen], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=4
+            )
+    else:
+        upper = tl.where(in_upper_half, upper >> 4, upper)
+        first, second = (lower & 3) | ((upper & 1) << 2), ((lower >> 2) & 3) | (upper & 4)
+        third, fourth = ((lower >> 4) & 3) | ((upper & 2) << 1), (lower >> 6) | ((upper & 8) >> 1)
+        return [x.to(tl.float32).to(DTYPE) for x in (first, second, third, fourth)]
 
 
 @triton.jit

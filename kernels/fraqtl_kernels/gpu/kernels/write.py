@@ -25,9 +25,8 @@ from fraqtl_kernels.residual import DISTANCE
 
 _DISTANCE = tl.constexpr(DISTANCE)
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
-_CHOICES = tl.constexpr(len(SCALE_CHOICES))
-_FIRST_CHOICE = tl.constexpr(SCALE_CHOICES[0])
-_BETWEEN_CHOICES = tl.constexpr(SCALE_CHOICES[1] - SCALE_CHOICES[0])
+_CHOICES = tl.constexpr(len(SCALE_CHOICES[4]))
+_BETWEEN_CHOICES = tl.constexpr(SCALE_CHOICES[4][1] - SCALE_CHOICES[4][0])
 _GRID = tl.constexpr(float(FEEDBACK_GRID))
 _LIMIT = tl.constexpr(FEEDBACK_LIMIT)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and subtracting it rounds half to even
@@ -109,7 +108,7 @@ def codes_with_feedback(parts, feedback, VECTOR: tl.constexpr):
     best_scale = tl.zeros(largest.shape, tl.float16)
     least = largest
     for number in tl.range(_CHOICES):
-        choice = _FIRST_CHOICE + number * _BETWEEN_CHOICES
+        choice = VECTOR.FIRST_CHOICE + number * _BETWEEN_CHOICES
         scale = tl.minimum(largest * (choice / edge), _LARGEST_SCALE).to(tl.float16)
         step = scale.to(tl.float32)
         steps = tl.div_rn(high, step[:, None]) + VECTOR.MIDPOINT
@@ -133,7 +132,9 @@ def store_codes(row, codes, mask, VECTOR: tl.constexpr):
     """Pack int32 codes of the parts and store them. row: (TOKENS, 1) pointers; mask: (TOKENS, 1)."""
     PARTS: tl.constexpr = VECTOR.PARTS
     column, real = part_columns(VECTOR)
-    if VECTOR.BITS == 8:
+    if VECTOR.BITS == 3:
+        store_triples(row, codes, mask, VECTOR)
+    elif VECTOR.BITS == 8:
         for part in tl.static_range(PARTS):
             tl.store(row + part * VECTOR.COLUMNS + column, codes[part].to(tl.uint8), mask=mask & real)
     else:
@@ -141,6 +142,32 @@ def store_codes(row, codes, mask, VECTOR: tl.constexpr):
         for part in tl.static_range(1, PARTS):
             packed = packed | (codes[part] << (part * VECTOR.BITS))
         tl.store(row + column, packed.to(tl.uint8), mask=mask & real)
+
+
+@triton.jit
+def store_triples(row, codes, mask, VECTOR: tl.constexpr):
+    """The same of 3-bit codes, in halves. A byte holds codes of several columns: products with powers of two add them
+    up, all of them whole numbers below 256."""
+    WIDTH: tl.constexpr = VECTOR.WIDTH
+    QUARTER: tl.constexpr = VECTOR.COLUMNS // 2
+    source, target = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    real = source < VECTOR.COLUMNS
+    # Of dimension `source` of a half in byte `target`: the lower two bits, and the third
+    same, next_quarter = source == target, source == target + QUARTER
+    pair_value = tl.where(real, tl.where(same, 1.0, tl.where(next_quarter, 4.0, 0.0)), 0.0).to(tl.float16)
+    quarter, at = source // QUARTER, source % QUARTER
+    eighth: tl.constexpr = QUARTER // 2
+    bit = tl.where(quarter == 0, 1.0, 4.0) * tl.where(at >= eighth, 16.0, 1.0)
+    bit_value = tl.where(real & (at % eighth == target), bit, 0.0).to(tl.float16)
+    lower = tl.zeros(codes[0].shape, tl.float32)
+    upper = lower
+    for half in tl.static_range(2):
+        lower += (15 * half + 1) * dot16(
+            (codes[half] & 3).to(tl.float16), pair_value, tl.zeros(lower.shape, tl.float32)
+        )
+        upper += (half + 1) * dot16((codes[half] >> 2).to(tl.float16), bit_value, tl.zeros(lower.shape, tl.float32))
+    tl.store(row + target, lower.to(tl.int32).to(tl.uint8), mask=mask & (target < QUARTER))
+    tl.store(row + QUARTER + target, upper.to(tl.int32).to(tl.uint8), mask=mask & (target < eighth))
 
 
 @triton.jit
