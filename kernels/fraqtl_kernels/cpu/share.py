@@ -21,13 +21,11 @@ _team_of: int | None = None  # the process whose threads they are; a forked chil
 
 
 def share(run: Callable[[int, int], None], parts: int) -> None:
-    """run(begin, end) over parts 0 .. parts - 1, in as many even pieces as Numba has threads.
+    """run(begin, end) over parts 0 .. parts - 1, in as many even pieces as `team_size` says.
 
-    Raises what one of them raises. Where torch's OpenMP library isn't found, and in a child that was forked after its
-    parent had threads, the pieces come one after another.
+    Raises what one of them raises.
     """
-    global _team_of
-    threads = max(1, min(get_num_threads(), parts))
+    threads = team_size(parts)
     pieces = iter(list(pairwise(parts * i // threads for i in range(threads + 1))))
     failed: list[BaseException] = []
 
@@ -39,11 +37,22 @@ def share(run: Callable[[int, int], None], parts: int) -> None:
         except BaseException as error:
             failed.append(error)
 
-    library = openmp()
-    if library is None or threads == 1 or _team_of not in (None, os.getpid()):
+    if threads == 1:
         take(None)
     else:
-        _team_of = os.getpid()
-        library.GOMP_parallel(_Region(take), None, threads, 0)
+        openmp().GOMP_parallel(_Region(take), None, threads, 0)
     if failed:
         raise failed[0]
+
+
+def team_size(parts: int) -> int:
+    """How many threads a call may take for so many parts: as many as Numba has.
+
+    1 where torch's OpenMP library isn't found, and in a child that was forked after its parent had threads.
+    """
+    global _team_of
+    threads = max(1, min(get_num_threads(), parts))
+    if threads == 1 or openmp() is None or _team_of not in (None, os.getpid()):
+        return 1
+    _team_of = os.getpid()
+    return threads

@@ -15,31 +15,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads
 from torch import Tensor
 
-from fraqtl_kernels.cpu.kernels.step import Layer, Paging, Tensors, Work, run_step
+from fraqtl_kernels.cpu.kernels.step import Layer, Paging, Tensors, Work, run_parts, run_step
+from fraqtl_kernels.cpu.kernels.team import address_of
 from fraqtl_kernels.cpu.layers.bits import bits_of
 from fraqtl_kernels.cpu.operands import LayerOperands
 from fraqtl_kernels.cpu.pages import Pool
 from fraqtl_kernels.cpu.plan import Softmax, StepPlan
-from fraqtl_kernels.cpu.share import share
+from fraqtl_kernels.cpu.share import team_size
 from fraqtl_kernels.cpu.write import batch_of
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
 
-def _run_all(tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
-    """All steps, on as many threads as Numba has where that pays."""
-    threads, items, work = get_num_threads(), tokens * heads, runs * heads
-    if threads == 1 or work < 2:
-        run_step(0, 0, items, *arguments)
-    elif items >= threads:
-        share(lambda begin, end: run_step(0, begin, end, *arguments), items)
+def _run_all(address: int, tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
+    """All steps, on as many threads as Numba has. address: of `run_parts` for these arguments."""
+    items, work = tokens * heads, runs * heads
+    threads = team_size(work)
+    if threads <= items:
+        run_step(address, threads, 0, items, *arguments)
     else:
-        run_step(1, 0, items, *arguments)
-        share(lambda begin, end: run_step(2, begin, end, *arguments), work)
-        run_step(3, 0, items, *arguments)
+        run_step(address, 1, 1, items, *arguments)
+        run_step(address, threads, 2, work, *arguments)
+        run_step(address, 1, 3, items, *arguments)
 
 
 class DecodeStep:
@@ -62,6 +61,7 @@ class DecodeStep:
         self._pages = Pool.of(pool, layout, with_residual=True)
         limits = np.float32(softmax.scale), *softmax.limits, softmax.sinks(pool.shape[1])
         self._layer = Layer(operands.to_basis, operands.from_basis, *limits)
+        self._address: int | None = None
         self._dtype = dtype
         self._like = bits_of(torch.zeros(1, dtype=dtype))
 
@@ -92,8 +92,10 @@ class DecodeStep:
             np.empty(values.shape[:3], np.float32),
             values,
         )
-        batch = batch_of(self.operands, k, v, None)
-        _run_all(count, len(runs), heads, (tensors, paging, self._pages, batch, self._layer, work))
+        arguments = tensors, paging, self._pages, batch_of(self.operands, k, v, None), self._layer, work
+        if self._address is None:
+            self._address = address_of(run_parts, 0, *arguments)
+        _run_all(self._address, count, len(runs), heads, arguments)
 
 
 def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:

@@ -12,6 +12,7 @@ from fraqtl_kernels.cpu.kernels.decode import attend_run
 from fraqtl_kernels.cpu.kernels.products import ROWS, multiply
 from fraqtl_kernels.cpu.kernels.softmax import share_of_keys
 from fraqtl_kernels.cpu.kernels.store import make_spaces, store_tile
+from fraqtl_kernels.cpu.kernels.team import in_team
 from fraqtl_kernels.cpu.kernels.tensors import prepare_query, row_at
 from fraqtl_kernels.cpu.layers.bits import from_float
 
@@ -168,7 +169,7 @@ def _finish(item, tensors, starts, layer, work):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def run_step(number, begin, end, tensors, paging, pool, batch, layer, work):
+def run_parts(begin, end, number, tensors, paging, pool, batch, layer, work):
     """Parts begin .. end - 1 of step `number` of the docstring of `step.py`, or of all of them if it is 0.
 
     A part is a (token, KV head), in step 2 a (run, KV head). pool: `pages.Pool`. batch: `store.Batch`.
@@ -202,3 +203,9 @@ def run_step(number, begin, end, tensors, paging, pool, batch, layer, work):
             )
         if number == 0 or number == 3:
             _finish(part, tensors, paging.starts, layer, work)
+
+
+@njit(cache=True, nogil=True)
+def run_step(address, threads, number, parts, tensors, paging, pool, batch, layer, work):
+    """All parts of `run_parts`, which begins at `address`, on `threads` threads."""
+    in_team(address, threads, parts, (number, tensors, paging, pool, batch, layer, work))
