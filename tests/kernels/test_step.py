@@ -5,6 +5,7 @@ import torch
 
 from fraqtl_kernels import reference
 from fraqtl_kernels.cpu import DecodeStep, LayerOperands, StepPlan
+from fraqtl_kernels.cpu import step as steps
 from fraqtl_kernels.formats import CPU_HEAD_SIZES, FORMATS
 from tests.kernels.conftest import PagedBatch, make_batch, make_sink_batch, relative_error, without_key_constants
 from tests.kernels.on_cpu import cpu_write, decode_step
@@ -110,6 +111,36 @@ def test_step_writes_what_write_does_and_attends_as_the_reference(
     output, expected, pool = step_and_reference(batch)
     assert relative_error(output, expected) < TOLERANCE[dtype]
     assert torch.equal(batch.pool, pool)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("seq_lens", [(1,), (1700,), (900, 17)])
+def test_any_way_to_share_it_out(
+    seq_lens: tuple[int, ...], threads: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_at_once", lambda *_: at_once)
+    monkeypatch.setattr(steps, "team_size", lambda _: threads)
+    batch = make_batch(
+        "k4v4",
+        seq_lens=seq_lens,
+        queries=(1,) * len(seq_lens),
+        dtype=torch.float32,
+        kv_heads=3,
+        group=3,
+        calibrated=True,
+        stored=False,
+    )
+    output, expected, pool = step_and_reference(batch)
+    assert relative_error(output, expected) < TOLERANCE[torch.float32]
+    assert torch.equal(batch.pool, pool)
+
+
+def test_steps_of_a_part_follow_each_other_where_threads_stay_busy() -> None:
+    assert steps._at_once(tokens=4, runs=8, heads=3, threads=2)
+    assert steps._at_once(tokens=1, runs=1, heads=3, threads=2)  # nothing to share out
+    assert not steps._at_once(tokens=1, runs=6, heads=3, threads=2)  # 2 parts beside 1
+    assert not steps._at_once(tokens=1, runs=6, heads=1, threads=2)
 
 
 @pytest.mark.parametrize("head_size", CPU_HEAD_SIZES)

@@ -11,8 +11,6 @@ than on its arithmetic. Tensors come as addresses, which cost nothing to hand ov
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,17 +26,14 @@ from fraqtl_kernels.cpu.write import batch_of
 from fraqtl_kernels.formats import DEFAULT_FORMAT, KVFormat, get_format
 from fraqtl_kernels.pages import PageLayout
 
+EVEN = 1.25  # times the shortest time: longer than that, and a step's parts are shared out anew
 
-def _run_all(address: int, tokens: int, runs: int, heads: int, arguments: tuple[Any, ...]) -> None:
-    """All steps, on as many threads as Numba has. address: of `run_parts` for these arguments."""
-    items, work = tokens * heads, runs * heads
-    threads = team_size(work)
-    if threads <= items:
-        run_step(address, threads, 0, items, *arguments)
-    else:
-        run_step(address, 1, 1, items, *arguments)
-        run_step(address, threads, 2, work, *arguments)
-        run_step(address, 1, 3, items, *arguments)
+
+def _at_once(tokens: int, runs: int, heads: int, threads: int) -> bool:
+    """Whether all threads have work to the end if each goes through the steps of its own parts."""
+    parts = tokens * heads
+    most = -(-parts // threads) * threads
+    return runs == tokens or most <= EVEN * parts
 
 
 class DecodeStep:
@@ -95,7 +90,8 @@ class DecodeStep:
         arguments = tensors, paging, self._pages, batch_of(self.operands, k, v, None), self._layer, work
         if self._address is None:
             self._address = address_of(run_parts, 0, *arguments)
-        _run_all(self._address, count, len(runs), heads, arguments)
+        threads = team_size(len(runs) * heads)
+        run_step(self._address, threads, _at_once(count, len(runs), heads, threads), *arguments)
 
 
 def warm_up_step(dtype: torch.dtype = torch.bfloat16) -> None:

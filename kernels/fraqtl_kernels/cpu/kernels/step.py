@@ -206,6 +206,15 @@ def run_parts(begin, end, number, tensors, paging, pool, batch, layer, work):
 
 
 @njit(cache=True, nogil=True)
-def run_step(address, threads, number, parts, tensors, paging, pool, batch, layer, work):
-    """All parts of `run_parts`, which begins at `address`, on `threads` threads."""
-    in_team(address, threads, parts, (number, tensors, paging, pool, batch, layer, work))
+def run_step(address, threads, at_once, tensors, paging, pool, batch, layer, work):
+    """All parts of all steps on `threads` threads: the steps of a part one after another if `at_once`, else those of
+    all parts, which is more even where requests are few. address: of `run_parts`.
+    """
+    heads = work.q.shape[1]
+    parts, runs = paging.positions.shape[0] * heads, paging.runs.shape[0] * heads
+    if at_once:
+        in_team(address, min(threads, parts), parts, (0, tensors, paging, pool, batch, layer, work))
+        return
+    in_team(address, min(threads, parts), parts, (1, tensors, paging, pool, batch, layer, work))
+    in_team(address, min(threads, runs), runs, (2, tensors, paging, pool, batch, layer, work))
+    in_team(address, min(threads, parts), parts, (3, tensors, paging, pool, batch, layer, work))
