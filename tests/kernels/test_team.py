@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,11 @@ from numba import njit
 
 from fraqtl_kernels.cpu import share
 from fraqtl_kernels.cpu.kernels.team import address_of, in_team
+
+STEP = (
+    "from fraqtl_kernels.cpu import share; from fraqtl_kernels.cpu.step import warm_up_step; "
+    "print(share.team_size(1)); warm_up_step(); print(share.team_size(9))"
+)
 
 
 @njit(nogil=True)
@@ -46,5 +53,33 @@ def test_a_team_is_as_large_as_the_work_and_numba_allow(monkeypatch: pytest.Monk
     monkeypatch.setattr(share, "_team_of", None)
     monkeypatch.setattr(share, "get_num_threads", lambda: 4)
     assert [share.team_size(parts) for parts in (0, 1, 3, 9)] == [1, 1, 3, 4]
-    monkeypatch.setattr(share, "openmp", lambda: None)
+    monkeypatch.setattr(share, "HAS_TEAMS", False)
     assert share.team_size(9) == 1
+
+
+@njit(nogil=True)
+def fail(begin: Any, end: Any, at: Any) -> None:
+    for part in range(begin, end):
+        if part == at:
+            raise ValueError("this part")
+
+
+@njit(nogil=True)
+def fail_all(address: Any, threads: Any, parts: Any, at: Any) -> None:
+    in_team(address, threads, parts, (at,))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_part_that_fails_is_heard_of(threads: int) -> None:
+    address = address_of(fail, 8)
+    for at in (0, 5, 8):
+        with pytest.raises(RuntimeError, match="a part of the work failed"):
+            fail_all(address, threads, 9, at)
+    fail_all(address, threads, 9, 9)
+
+
+def test_a_step_without_the_openmp_library() -> None:
+    """Its names must stand for something, or compiled code can't be loaded."""
+    code = "from fraqtl_kernels import threads; threads.openmp = lambda: None; " + STEP
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

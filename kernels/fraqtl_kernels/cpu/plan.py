@@ -112,7 +112,7 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         rows = torch.arange(len(self.seq_lens)) if self.token_rows is None else self.token_rows
-        self.rows = rows.numpy()
+        self.rows = rows.contiguous().numpy()
         self.positions = (self.seq_lens.long() - 1)[:, None].numpy()
         self.table = self.block_table.int().contiguous().numpy()
         self.slots = self.slot_mapping.long().contiguous().numpy()

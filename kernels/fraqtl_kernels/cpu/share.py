@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from numba import get_num_threads
 
+from fraqtl_kernels.cpu.kernels.team import HAS_TEAMS
 from fraqtl_kernels.threads import openmp
 
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -48,11 +49,11 @@ def share(run: Callable[[int, int], None], parts: int) -> None:
 def team_size(parts: int) -> int:
     """How many threads a call may take for so many parts: as many as Numba has.
 
-    1 where torch's OpenMP library isn't found, and in a child that was forked after its parent had threads.
+    1 where torch's OpenMP library isn't found, and in a child that was forked after its parent was told more.
     """
     global _team_of
     threads = max(1, min(get_num_threads(), parts))
-    if threads == 1 or openmp() is None or _team_of not in (None, os.getpid()):
+    if threads == 1 or not HAS_TEAMS or _team_of not in (None, os.getpid()):
         return 1
     _team_of = os.getpid()
     return threads
