@@ -25,7 +25,7 @@ from fraqtl_serve.cli.model_config import read_layer_kinds
 from fraqtl_serve.cli.model_states import STATE_LAYERS
 from fraqtl_vllm.start import progress
 
-SEARCH = 1  # another number makes every profile that was found before unknown
+SEARCH = 2  # another number makes every profile that was found before unknown
 PROFILE = "fraqtl-profile.json"
 NOTES = "notes.jsonl"  # what each layer costs, which takes nearly all of a search and is the same for every budget
 COMMAND = (sys.executable, "-m", "fraqtl_bench", "quality")

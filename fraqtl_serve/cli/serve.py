@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-kv-calibration",
         dest="kv_calibration",
         action="store_false",
-        help="don't run the built-in calibration prompt at start-up; 4-bit keys are coarser then",
+        help="don't run the built-in calibration prompt at start-up; keys of 3 or 4 bits are coarser then",
     )
     group.add_argument(
         "--kv-calibration-cache",

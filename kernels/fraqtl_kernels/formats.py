@@ -31,8 +31,9 @@ PART = 256  # dimensions; a larger head takes as many bytes as heads of so many 
 SCALE_DTYPE = torch.float16
 SCALE_BYTES = 2
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
-# Of max|z| / edge, by the bits of a code: which is best is mostly a matter of luck. Fewer codes clip more.
-SCALE_CHOICES = {3: tuple(n / 32 for n in range(24, 32)), 4: tuple(n / 32 for n in range(28, 36))}
+# Of max|z| / edge, by the bits of a code, eight from the first on: which is best is mostly a matter of luck. With fewer
+# codes it pays to clip more.
+SCALE_CHOICES = {bits: tuple((first + n) / 32 for n in range(8)) for bits, first in ((3, 24), (4, 28))}
 FEEDBACK_GRID = 128  # rounding errors are fed back in 1/128 of a step, which 16-bit numbers hold exactly up to 2 steps
 FEEDBACK_LIMIT = 2.0
 CODE_BITS = (2, 3, 4, 8)
@@ -186,7 +187,7 @@ FORMATS: dict[str, KVFormat] = {
         KVFormat("k4v4-channel", INT4_CHANNEL, INT4_CHANNEL, "the published recipe, to compare with"),
         KVFormat("k4v3", INT4_KEY, INT3, "a little less memory than the default"),
         KVFormat("k3v3", INT3, INT3, "least memory, where a loss is acceptable"),
-        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "to compare with: larger than k3v3, and loses more"),
+        KVFormat("k4v2", INT4_KEY, INT2_VALUE, "to compare with k3v3, which is smaller"),
     )
 }
 DEFAULT_FORMAT = "k4v4"

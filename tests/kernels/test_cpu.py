@@ -316,7 +316,7 @@ def test_bytes_of_a_token_do_not_depend_on_its_batch(name: str) -> None:
     assert torch.equal(pools[0], pools[1]) and torch.equal(pools[0], pools[2])
 
 
-@pytest.mark.parametrize("name", ["k8v8", "k4v4", "k4v2"])
+@pytest.mark.parametrize("name", ["k8v8", "k4v4", "k3v3", "k4v2"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_scales_are_rounded_like_torch_rounds(name: str, calibrated: bool) -> None:
     """Zero, tiny (subnormal scales), huge (clamped), and broken vectors, next to ordinary ones."""

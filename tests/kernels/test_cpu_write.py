@@ -28,21 +28,19 @@ from tests.kernels.conftest import make_pool
 from tests.kernels.on_cpu import cpu_write
 from tests.kernels.transforms import random_constants
 
-K4V4 = FORMATS["k4v4"]
 
-
-def made(size: int, tokens: int = 100, heads: int = 2) -> tuple[Tensor, Tensor, LayerConstants]:
+def made(size: int, tokens: int = 100, heads: int = 2, name: str = "k4v4") -> tuple[Tensor, Tensor, LayerConstants]:
     """Correlated keys and values (tokens, KV heads, D) with a few sinks, bfloat16, and constants that fit them."""
     mix = torch.randn(size, size) / size**0.5 + torch.eye(size) * torch.logspace(0.7, -0.7, size)
     key, value = (torch.randn(2, tokens, heads, size) @ mix).unbind()
     key[::11] += 20 * key[0]
     key, value = key.bfloat16(), value.bfloat16()
-    return key, value, calibrate(K4V4, key, torch.randn(tokens, 2 * heads, size), value)
+    return key, value, calibrate(FORMATS[name], key, torch.randn(tokens, 2 * heads, size), value)
 
 
-def written(key: Tensor, value: Tensor, constants: LayerConstants, pieces: list[int]) -> Tensor:
+def written(key: Tensor, value: Tensor, constants: LayerConstants, pieces: list[int], name: str = "k4v4") -> Tensor:
     """The pool after the tokens came in pieces of these lengths."""
-    pool = make_pool(layout := PageLayout(K4V4, key.shape[-1], 32), 4, key.shape[1])
+    pool = make_pool(layout := PageLayout(FORMATS[name], key.shape[-1], 32), 4, key.shape[1])
     start = 0
     for count in pieces:
         row = slice(start, start + count)
@@ -65,13 +63,14 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(size: int) -> None:
         assert (some[:count] == whole[TILE - count :]).all()
 
 
+@pytest.mark.parametrize("name", ["k4v4", "k3v3"])
 @pytest.mark.parametrize("size", CPU_HEAD_SIZES)
-def test_bytes_of_a_token_do_not_depend_on_its_tile(size: int) -> None:
+def test_bytes_of_a_token_do_not_depend_on_its_tile(size: int, name: str) -> None:
     """One by one, in pieces around the limits of a tile, and with more than one thread."""
-    key, value, constants = made(size)
-    pool = written(key, value, constants, [100])
+    key, value, constants = made(size, name=name)
+    pool = written(key, value, constants, [100], name)
     for pieces in ([1] * 100, [2, 3, 4, 5, 6, 7, 23, 24, 25, 1], [TILE, TILE - 1, 53], [99, 1]):
-        assert torch.equal(written(key, value, constants, pieces), pool), pieces
+        assert torch.equal(written(key, value, constants, pieces, name), pool), pieces
 
 
 def test_the_comparison_of_bytes_sees_a_token_in_another_place() -> None:
@@ -99,14 +98,22 @@ def test_feedback_of_a_power_of_two_is_a_spectrum(size: int) -> None:
     assert other is not None and spectrum_of(other.feedback) is None
 
 
+@pytest.mark.parametrize("name", ["k4v4", "k4v3", "k3v3"])
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
-def test_codes_are_the_same_by_spectrum_and_by_matrix(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_are_those_of_the_reference_by_spectrum_and_by_matrix(
+    size: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for numbers on the edge of two codes."""
-    key, value, constants = made(size)
-    pool = written(key, value, constants, [100])
+    key, value, constants = made(size, name=name)
+    pool, exact = written(key, value, constants, [100], name), make_pool(PageLayout(FORMATS[name], size, 32), 4, 2)
+    reference.write(exact, PageLayout(FORMATS[name], size, 32), key, value, torch.arange(100), constants)
+    compare(pool, exact, size, name)
     monkeypatch.setattr(operands, "spectrum_of", lambda feedback: None)
-    other = written(key, value, constants, [100])
-    planes = [PageLayout(K4V4, size, 32).planes(p) for p in (pool, other)]
+    compare(written(key, value, constants, [100], name), exact, size, name)
+
+
+def compare(pool: Tensor, exact: Tensor, size: int, name: str) -> None:
+    planes = [PageLayout(FORMATS[name], size, 32).planes(p) for p in (pool, exact)]
     for first, second in ((planes[0].k, planes[1].k), (planes[0].v, planes[1].v)):
         same = (first == second).all(-1)[:3]
         assert same.float().mean() > 0.97
@@ -122,10 +129,10 @@ def test_equal_numbers_of_any_dtype_and_strides_become_equal_bytes(dtype: torch.
     assert torch.equal(written(*apart, constants, [100]), pool)
 
 
-@pytest.mark.parametrize("name", ["k4v4", "k4v2"])
+@pytest.mark.parametrize("name", ["k4v4", "k3v3", "k4v2"])
 def test_tokens_without_a_residual_have_none(name: str) -> None:
     """Those that skip their slot, and those near the end of their block: attention may multiply them by zero."""
-    key, value, constants = made(64, tokens=64)
+    key, value, constants = made(64, tokens=64, name=name)
     layout, slots = PageLayout(FORMATS[name], 64, 16), torch.arange(64)
     slots[[5, 40]] = -1
     running = cpu_write(make_pool(layout, 4, 2), layout, key, value, slots, constants)

@@ -16,7 +16,7 @@ from fraqtl_kernels.rotation import hadamard
 from tests.kernels.conftest import make_batch, make_pool, make_sink_batch, relative_error
 
 QUANTIZED = [name for name, f in FORMATS.items() if f.is_quantized]
-VECTORS = [VectorFormat(4), VectorFormat(8), VectorFormat(2), VectorFormat(2, groups=4)]
+VECTORS = [VectorFormat(4), VectorFormat(8), VectorFormat(3), VectorFormat(2), VectorFormat(2, groups=4)]
 
 
 @pytest.mark.parametrize("size", CPU_HEAD_SIZES)

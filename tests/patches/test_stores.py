@@ -27,7 +27,12 @@ from fraqtl_vllm.stores import fingerprint
 from fraqtl_vllm.stores.memory import MemoryWorker
 
 BLOCKS, CHUNKS = 40, 30
-PLANES = {"k8v8": (1024, 2048, 2080, 2112), "k4v4": (512, 1024, 1056, 1088), "k3v3": (384, 768, 800, 832)}
+PLANES = {
+    "k8v8": (1024, 2048, 2080, 2112),
+    "k4v4": (512, 1024, 1056, 1088),
+    "k3v3": (384, 768, 800, 832),
+    "k4v2": (512, 768, 800, 928),
+}
 PAGES = (96, 160)  # bytes of two layers, each a group of its own
 
 
@@ -150,6 +155,7 @@ def test_another_layout_needs_another_number(monkeypatch: pytest.MonkeyPatch) ->
         assert (page.v_offset, page.k_scale_offset, page.v_scale_offset, page.page_bytes) == planes
     codes = torch.arange(8)
     assert pack(codes, get_format("k4v4").k).tolist() == [64, 81, 98, 115]
+    assert pack(codes, get_format("k3v3").k).tolist() == [136, 221, 170]
     assert get_format("k8v8").k == VectorFormat(8, rotated=True, calibrated=True)
     assert fingerprint.LAYOUT_VERSION == 2
     before = fingerprint.of_worker(make_rank())

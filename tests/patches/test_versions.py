@@ -114,8 +114,8 @@ def test_vllm_takes_the_name_of_every_format(name: str) -> None:
 
 
 def test_vllm_refuses_other_names() -> None:
-    with pytest.raises(ValidationError, match="fraqtl_k3v3"):
-        CacheConfig(cache_dtype="fraqtl_k3v3")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="fraqtl_int3"):
+        CacheConfig(cache_dtype="fraqtl_int3")  # type: ignore[arg-type]
 
 
 def test_the_settings_have_the_named_format() -> None:

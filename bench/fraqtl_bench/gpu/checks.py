@@ -53,7 +53,7 @@ def decode(device: str) -> dict[str, Any]:
     """Errors of one write and one decode step per format. Ends with status 1 if one is wrong."""
     found: dict[str, Any] = {}
     inputs = Inputs.random(Shape.parse(SHAPES[device]), 16, 0, torch.device(device))
-    for name in ("bf16", "k8v8", "k4v4"):
+    for name in ("bf16", "k8v8", "k4v4", "k3v3"):
         found[name] = errors_of(PackedOnGpu(FORMATS[name]).prepare(inputs), inputs)
     return found
 

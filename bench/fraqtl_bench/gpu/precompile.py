@@ -47,6 +47,7 @@ def jobs() -> Iterator[Job]:
         yield "bf16", shape, None
     for shape in (*GPU.error_shapes, CHECK_SHAPES["cuda"]):
         yield from ((format, shape, None) for format in ("bf16", "k8v8", "k8v4", "k4v4"))
+    yield "k3v3", CHECK_SHAPES["cuda"], None
 
 
 def empty_inputs(shape: Shape, block_size: int, dtype: torch.dtype) -> Inputs:

@@ -116,7 +116,8 @@ def has_kernels(format: KVFormat) -> bool:
     k, v = format.k, format.v
     if _asks_for_more(k) or _asks_for_more(v):
         return False
-    return k.bits in (3, 4, 8, 16) and k.groups == 1 and v.bits in (2, 3, 4, 8, 16) and v.groups in (1, 8 // v.bits)
+    groups = (1,) if v.bits == 3 else (1, 8 // v.bits)  # else a scale for each code of a byte
+    return k.bits in (3, 4, 8, 16) and k.groups == 1 and v.bits in (2, 3, 4, 8, 16) and v.groups in groups
 
 
 def _asks_for_more(vector: VectorFormat) -> bool:

@@ -188,7 +188,7 @@ def test_packing_is_bit_exact(name: str) -> None:
     assert torch.equal(written(layout, key, value, slots, constants), theirs)
 
 
-@pytest.mark.parametrize("name", ["k4v4", "k8v8", "k4v2"])
+@pytest.mark.parametrize("name", ["k4v4", "k8v8", "k3v3", "k4v2"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_zero_tiny_huge_and_broken_vectors(name: str, calibrated: bool) -> None:
     layout = PageLayout(FORMATS[name], 64, 16)

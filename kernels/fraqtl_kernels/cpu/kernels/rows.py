@@ -60,6 +60,7 @@ def _codes(loops: _Loops, row: Any, chunk: Any) -> Any:
 
 def _triples(loops: _Loops, row: Any, chunk: Any) -> list[Any]:
     """Where a chunk's third bits lie in one half of their bytes, see `codes.are_direct`."""
+    assert loops.size % (8 * WIDTH) == 0
     builder, eighth = loops.builder, loops.size // 8
     lower, at = _codes(loops, row, chunk), builder.mul(chunk, _I64(WIDTH))
     in_upper_half = builder.icmp_signed(">=", at, _I64(eighth))

@@ -25,6 +25,7 @@ from fraqtl_kernels.residual import DISTANCE
 
 _DISTANCE = tl.constexpr(DISTANCE)
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
+# Those of all bits are as many and as far from each other, see `formats.py`
 _CHOICES = tl.constexpr(len(SCALE_CHOICES[4]))
 _BETWEEN_CHOICES = tl.constexpr(SCALE_CHOICES[4][1] - SCALE_CHOICES[4][0])
 _GRID = tl.constexpr(float(FEEDBACK_GRID))
