@@ -9,6 +9,7 @@ from fraqtl_bench.reporting.pages.numbers import change, fixed, share
 from fraqtl_bench.reporting.pages.results import MODELS, Result, block, load, source
 
 REAL = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b", "gemma3-270m")
+THREE_BITS = dict(zip(REAL, ("smollm2", "qwen2.5", "gemma3"), strict=True))  # how result files end
 STORED_AS = (
     ("fp16", "`fp16`"),
     ("k8v8", "`k8v8`"),
@@ -155,12 +156,15 @@ def through_server() -> Iterator[str]:
         "k8v8": "`k8v8`",
         "k4v4": "`k4v4`, no residual",
         "k4v4_refined": "`k4v4` as served",
+        "k4v3_refined": "`k4v3` as served",
+        "k3v3_refined": "`k3v3` as served",
         "k4v2_refined": "`k4v2` as served",
     }
+    small = "k4v3_refined", "k3v3_refined"
     runs = {
         "demo": ("quality/through", ("bf16", "k4v4", "k4v4_refined")),
-        "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined", "k4v2_refined")),
-        "qwen2.5-coder-0.5b": ("real/through_qwen2.5", ("k4v2_refined",)),
+        "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined", *small, "k4v2_refined")),
+        "qwen2.5-coder-0.5b": ("real/through_qwen2.5", ("k3v3_refined", "k4v2_refined")),
         "gemma3-270m": ("real/through_gemma3", ("bf16", "k8v8", "k4v4_refined")),
     }
     files, rows = [], []
@@ -258,6 +262,10 @@ def floors() -> Iterator[str]:
     for name, file in real.items():
         for kv_format in ("k8v8", "k4v4", "k4v4-channel"):
             rows.append([MODELS[name], f"`{kv_format}`", f"perplexity {change(_increase(file, kv_format))}", file.link])
+        small = load(f"cpu/real/three_bits_{THREE_BITS[name]}.json")
+        for kv_format in ("k4v3", "k3v3"):
+            told = f"perplexity {change(_increase(small, kv_format + '+residual'))}"
+            rows.append([MODELS[name], f"`{kv_format}`", told, small.link])
     link = load("cpu/quantiser.json").link
     labels = {"k8v4": "`k8v4`", "k4v4": "`k4v4`", "k4v4, not calibrated": "`k4v4`, `--no-kv-calibration`"}
     labels |= {"k4v4-channel": "`k4v4-channel`", "k4v2": "`k4v2`"}

@@ -13,15 +13,16 @@ from fraqtl_bench.reporting.pages.numbers import change, fixed, share
 from fraqtl_bench.reporting.pages.results import MODELS, Result, block, load, source
 
 FILES = {
-    "smollm2-135m-instruct": ("rivals_smollm2", "residual_smollm2"),
-    "qwen2.5-coder-0.5b": ("rivals_qwen2.5",),
-    "gemma3-270m": ("rivals_gemma3",),
+    "smollm2-135m-instruct": ("rivals_smollm2", "residual_smollm2", "three_bits_smollm2"),
+    "qwen2.5-coder-0.5b": ("rivals_qwen2.5", "three_bits_qwen2.5"),
+    "gemma3-270m": ("rivals_gemma3", "three_bits_gemma3"),
 }
 SERVED = {
     "k8v8": "`k8v8`",
     "k8v4+residual": "`k8v4`",
     "k4v4+residual": "`k4v4`",
-    "k4v2+residual": "`k4v2`",
+    "k4v3+residual": "`k4v3`",
+    "k3v3+residual": "`k3v3`",
 }
 """What a server offers, by the method that simulates it as it is served."""
 OTHERS = {
