@@ -9,8 +9,8 @@ values are weighted by how much their errors matter (`importance.py`). What each
 **The basis.** In y = x G^½ an error costs its square. Let s_1 >= .. >= s_D be the standard deviations of y along its
 principal axes. D codes of 4 bits, or 3, spent evenly, cost in proportion to the mean of s_i²; at best, with more bits
 where s is large, to the geometric mean. Instead of other numbers of bits, axis i is paired with axis D+1-i. Let a >= b
-be their deviations and u, v the two coordinates, each divided by its own. Turned by c = sqrt(b / (a + b)), s = sqrt(a /
-(a + b)),
+be their deviations and u, v the two coordinates, each divided by its own. Turned by c = sqrt(b / (a + b)),
+s = sqrt(a / (a + b)),
 
     z_1 = c u + s v,   z_2 = c v - s u,      error² = ab · ((e_1 - f e_2)² + e_2²),   f = (a - b) / sqrt(ab).
 

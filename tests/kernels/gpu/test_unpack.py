@@ -201,10 +201,12 @@ def test_every_code_in_every_place(kind: str, symmetric: bool, ptx: bool, dtype:
     vector = VectorFormat(bits)
     zeros = zero_points(vector, dtype, symmetric=symmetric, ptx=ptx, words=kind == "words")
     for part in range(parts):
-        exact = ((numbers >> (bits * part)) & vector.levels) - vector.midpoint
         if kind == "triples":
             third = third_bits.int() >> (4 * in_upper_half.int() + TOP_BITS[part]) & 1
-            exact = ((numbers >> (2 * part)) & 3) + 4 * third - vector.midpoint
+            stored = ((numbers >> (2 * part)) & 3) + 4 * third
+        else:
+            stored = (numbers >> (bits * part)) & vector.levels
+        exact = stored - vector.midpoint
         assert torch.equal(found[part].cpu().double() - zeros[part], exact.double())
 
 

@@ -273,7 +273,7 @@ def _try_scales(z, at, width, scale, inverse, grid, is_tame, feedback, first, st
 
 @njit(cache=True, nogil=True)
 def _store_pair(low, high, bits, d, width, codes, raw, code_at):
-    """The codes of dimensions d .. d + 7 of both halves. Of 4 bits they go to the pool at once, others to `codes`."""
+    """Store the codes of dimensions d .. d + 7 of both halves: those of 4 bits in the pool, others in `codes`."""
     if bits == 4:
         store_bytes(raw, code_at + d, fma(high, splat(np.float32(16)), low))
     else:
@@ -302,8 +302,8 @@ def encode(z, count, size, bits, numbers, feedback, first, structured, spare, co
 
     numbers: edge, midpoint and largest code of the grid. feedback: from element `first`, of `spectrum_of` if
     `structured`, else F divided by FEEDBACK_GRID. spare: 3 · D/2 · WIDTH float32. codes: (D,) uint8, spare. raw: the
-    pool's bytes. code_at: (count,) where they go. scales: (count,) float32 <- the scales, NaN
-    where z holds NaN or infinity.
+    pool's bytes. code_at: (count,) where they go. scales: (count,) float32 <- the scales, NaN where z holds NaN or
+    infinity.
     """
     width = size // 2
     rows = width * WIDTH

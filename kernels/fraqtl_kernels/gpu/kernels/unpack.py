@@ -312,8 +312,8 @@ def unpack_pairs(codes, DTYPE: tl.constexpr, PTX: tl.constexpr):
 def unpack_triples(lower, upper, in_upper_half, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """The four 3-bit codes of every column from their 2-bit codes and their third bits, as `unpack_pairs`.
 
-    lower, upper: uint8 tiles of any shape. in_upper_half: of the same shape, whether a column's third bits are in the
-    upper half of its byte of `upper`.
+    lower, upper: uint8 tiles of any shape, the third bits in the order of `formats.TOP_BITS`. in_upper_half: of the
+    same shape, whether a column's third bits are in the upper half of its byte of `upper`.
     """
     if PTX:
         chosen = tl.where(in_upper_half, 255, 0).to(tl.uint8)

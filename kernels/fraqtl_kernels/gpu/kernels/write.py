@@ -156,7 +156,7 @@ def store_triples(row, codes, mask, VECTOR: tl.constexpr):
     # Of dimension `source` of a half in byte `target`: the lower two bits, and the third
     same, next_quarter = source == target, source == target + QUARTER
     pair_value = tl.where(real, tl.where(same, 1.0, tl.where(next_quarter, 4.0, 0.0)), 0.0).to(tl.float16)
-    quarter, at = source // QUARTER, source % QUARTER
+    quarter, at = source // QUARTER, source % QUARTER  # third bits stand as `formats.TOP_BITS` says
     eighth: tl.constexpr = QUARTER // 2
     bit = tl.where(quarter == 0, 1.0, 4.0) * tl.where(at >= eighth, 16.0, 1.0)
     bit_value = tl.where(real & (at % eighth == target), bit, 0.0).to(tl.float16)
