@@ -16,7 +16,7 @@ from fraqtl_kernels.cpu.share import share
 @pytest.fixture(params=["a team", "a team of one", "no library"])
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "no library":
-        monkeypatch.setattr(share_module, "openmp", lambda: None)
+        monkeypatch.setattr(share_module, "HAS_TEAMS", False)
     elif request.param == "a team of one":  # OpenMP gives as many threads as it sees fit
         alone = SimpleNamespace(GOMP_parallel=lambda take, data, _threads, _flags: take(data))
         monkeypatch.setattr(share_module, "openmp", lambda: alone)

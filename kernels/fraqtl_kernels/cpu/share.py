@@ -14,9 +14,10 @@ from itertools import pairwise
 
 from numba import get_num_threads
 
-from fraqtl_kernels.cpu.kernels.team import HAS_TEAMS
+from fraqtl_kernels.cpu.kernels.team import register
 from fraqtl_kernels.threads import openmp
 
+HAS_TEAMS = register(openmp())
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _team_of: int | None = None  # the process whose threads they are; a forked child waits for them for ever
 

@@ -63,7 +63,19 @@ def attend_drafts(
     weight, bias, silu = layer.conv1d.weight.flatten(1), layer.conv1d.bias, layer.activation == "silu"
     convolved = convolve_drafts(mixed_qkv, weight, bias, kept, rows[:, 0], accepted, starts, silu)
     query, key, value = (x.squeeze(0) for x in layer.rearrange_mixed_qkv(convolved))
-    softplus = 1.0, 20.0  # beta and threshold: torch's and vLLM's defaults
     return delta_drafts(
-        layer.A_log, layer.dt_bias, query, key, value, a, b, states, rows, accepted, starts, True, *softplus
+        layer.A_log,
+        layer.dt_bias,
+        query,
+        key,
+        value,
+        a,
+        b,
+        states,
+        rows,
+        accepted,
+        starts,
+        is_normed=True,
+        softplus_beta=1.0,  # this and the threshold: torch's and vLLM's defaults
+        softplus_threshold=20.0,
     )

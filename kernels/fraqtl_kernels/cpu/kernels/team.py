@@ -17,8 +17,6 @@ from numba import typeof, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fraqtl_kernels.threads import openmp
-
 _I32, _I64, _BYTES, _VOID = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer(), ir.VoidType()
 _FINE, _FAILING = _I64(0), _I64(1)
 _SYMBOLS = {  # of libgomp: name here, name there
@@ -31,19 +29,16 @@ _nothing = _Nothing(lambda: None)  # kept, because compiled code has its address
 _FAILED = "a part of the work failed: memory may have run out"
 
 
-def _register() -> bool:
+def register(library: Any) -> bool:
     """Make libgomp's functions known to compiled code, also to that from Numba's cache. Whether it has them all.
 
-    Compiled code can't be loaded without the names, so that they stand for something where teams have one thread.
+    library: of `threads.openmp`, or None. Compiled code can't be loaded without the names, so that they stand for
+    something where teams have one thread.
     """
-    library = openmp()
     functions = [getattr(library, symbol, None) for symbol in _SYMBOLS.values()]
     for name, function in zip(_SYMBOLS, functions, strict=True):
         binding.add_symbol(name, ctypes.cast(function or _nothing, ctypes.c_void_p).value or 0)
     return all(functions)
-
-
-HAS_TEAMS = _register()
 
 
 def address_of(function: Any, *given: Any) -> int:
@@ -58,8 +53,8 @@ def address_of(function: Any, *given: Any) -> int:
 def in_team(typingctx: Any, address: Any, threads: Any, parts: Any, given: Any) -> Any:
     """function(begin, end, *given) over parts 0 .. parts - 1 in even pieces, one a thread of a team of `threads`.
 
-    address: of `address_of` the function and what is given. It returns nothing. threads: 1 unless `HAS_TEAMS`. Raises
-    RuntimeError if the function raises.
+    address: of `address_of` the function and what is given. It returns nothing. threads: 1 unless `register` found all.
+    Raises RuntimeError if the function raises.
     """
     argument_types = types.intp, types.intp, *given.types
 
