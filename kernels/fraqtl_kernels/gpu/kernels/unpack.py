@@ -84,6 +84,37 @@ _WORDS_BF16 = """{
     lop3.b32 $2, b, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 $3, c, 0x000f000f, 0x43004300, 0xea;
 """
+# Bytes of codes in a to d -> bf16 128 + code in $0 to $7, less what -m holds
+_WIDENED = """
+    prmt.b32 $0, a, 0x43434343, 0x4140;
+    prmt.b32 $1, a, 0x43434343, 0x4342;
+    prmt.b32 $2, b, 0x43434343, 0x4140;
+    prmt.b32 $3, b, 0x43434343, 0x4342;
+    prmt.b32 $4, c, 0x43434343, 0x4140;
+    prmt.b32 $5, c, 0x43434343, 0x4342;
+    prmt.b32 $6, d, 0x43434343, 0x4140;
+    prmt.b32 $7, d, 0x43434343, 0x4342;
+    mov.b32 o, 0x3f803f80;
+    fma.rn.bf16x2 $0, $0, o, m;
+    fma.rn.bf16x2 $1, $1, o, m;
+    fma.rn.bf16x2 $2, $2, o, m;
+    fma.rn.bf16x2 $3, $3, o, m;
+    fma.rn.bf16x2 $4, $4, o, m;
+    fma.rn.bf16x2 $5, $5, o, m;
+    fma.rn.bf16x2 $6, $6, o, m;
+    fma.rn.bf16x2 $7, $7, o, m;
+}"""
+
+
+def _less(*biases: str) -> str:
+    """The end of what leaves four pairs of fp16 in $0 to $7: each pair less a bias."""
+    lines = (
+        f"mov.b32 m, {bias}; sub.rn.f16x2 ${i}, ${i}, m; sub.rn.f16x2 ${i + 1}, ${i + 1}, m;"
+        for i, bias in zip(range(0, 8, 2), biases, strict=True)
+    )
+    return "\n".join(lines) + "\n}"
+
+
 # Four 2-bit codes a byte, in fp16: bits 0..1 below 1024, 2..3 below 256, 4..5 below 64, 6..7 below 16.
 _PAIRS_FP16 = """{
     .reg .b32 a, b, m;
@@ -97,21 +128,10 @@ _PAIRS_FP16 = """{
     lop3.b32 $5, b, 0x00300030, 0x54005400, 0xea;
     lop3.b32 $6, a, 0x00c000c0, 0x4c004c00, 0xea;
     lop3.b32 $7, b, 0x00c000c0, 0x4c004c00, 0xea;
-    mov.b32 m, 0x64026402;
-    sub.rn.f16x2 $0, $0, m;
-    sub.rn.f16x2 $1, $1, m;
-    mov.b32 m, 0x5c085c08;
-    sub.rn.f16x2 $2, $2, m;
-    sub.rn.f16x2 $3, $3, m;
-    mov.b32 m, 0x54205420;
-    sub.rn.f16x2 $4, $4, m;
-    sub.rn.f16x2 $5, $5, m;
-    mov.b32 m, 0x4c804c80;
-    sub.rn.f16x2 $6, $6, m;
-    sub.rn.f16x2 $7, $7, m;
-}"""
+""" + _less("0x64026402", "0x5c085c08", "0x54205420", "0x4c804c80")
 # And in bf16: 128 + code, less 130.
-_PAIRS_BF16 = """{
+_PAIRS_BF16 = (
+    """{
     .reg .b32 a, b, c, d, m, o;
     shr.u32 b, $8, 2;
     shr.u32 c, $8, 4;
@@ -120,25 +140,10 @@ _PAIRS_BF16 = """{
     and.b32 b, b, 0x03030303;
     and.b32 c, c, 0x03030303;
     and.b32 d, d, 0x03030303;
-    prmt.b32 $0, a, 0x43434343, 0x4140;
-    prmt.b32 $1, a, 0x43434343, 0x4342;
-    prmt.b32 $2, b, 0x43434343, 0x4140;
-    prmt.b32 $3, b, 0x43434343, 0x4342;
-    prmt.b32 $4, c, 0x43434343, 0x4140;
-    prmt.b32 $5, c, 0x43434343, 0x4342;
-    prmt.b32 $6, d, 0x43434343, 0x4140;
-    prmt.b32 $7, d, 0x43434343, 0x4342;
     mov.b32 m, 0xc302c302;
-    mov.b32 o, 0x3f803f80;
-    fma.rn.bf16x2 $0, $0, o, m;
-    fma.rn.bf16x2 $1, $1, o, m;
-    fma.rn.bf16x2 $2, $2, o, m;
-    fma.rn.bf16x2 $3, $3, o, m;
-    fma.rn.bf16x2 $4, $4, o, m;
-    fma.rn.bf16x2 $5, $5, o, m;
-    fma.rn.bf16x2 $6, $6, o, m;
-    fma.rn.bf16x2 $7, $7, o, m;
-}"""
+"""
+    + _WIDENED
+)
 # 3-bit codes: their lower two bits as above in $8, the third bits of two times four codes in $9. $10 is 0xff in the
 # bytes whose codes have theirs in the upper half of the byte. Those of the four codes, from the lowest bit, belong to
 # the first, third, second and fourth: so two shifts put them above the lower two in fp16.
@@ -172,21 +177,10 @@ _TRIPLES_FP16 = """{
     lop3.b32 $5, b, 0x00300030, $5, 0xea;
     lop3.b32 $6, a, 0x00c000c0, $6, 0xea;
     lop3.b32 $7, b, 0x00c000c0, $7, 0xea;
-    mov.b32 m, 0x64046404;
-    sub.rn.f16x2 $0, $0, m;
-    sub.rn.f16x2 $1, $1, m;
-    mov.b32 m, 0x5c105c10;
-    sub.rn.f16x2 $2, $2, m;
-    sub.rn.f16x2 $3, $3, m;
-    mov.b32 m, 0x54405440;
-    sub.rn.f16x2 $4, $4, m;
-    sub.rn.f16x2 $5, $5, m;
-    mov.b32 m, 0x4d004d00;
-    sub.rn.f16x2 $6, $6, m;
-    sub.rn.f16x2 $7, $7, m;
-}"""
+""" + _less("0x64046404", "0x5c105c10", "0x54405440", "0x4d004d00")
 # And in bf16: 128 + code, less 132.
-_TRIPLES_BF16 = """{
+_TRIPLES_BF16 = (
+    """{
     .reg .b32 a, b, c, d, m, n, o;
     shr.u32 n, $9, 4;
     lop3.b32 m, $9, 0x0f0f0f0f, $10, 0x40;
@@ -206,25 +200,10 @@ _TRIPLES_BF16 = """{
     lop3.b32 c, m, 0x04040404, c, 0xea;
     shr.u32 m, n, 1;
     lop3.b32 d, m, 0x04040404, d, 0xea;
-    prmt.b32 $0, a, 0x43434343, 0x4140;
-    prmt.b32 $1, a, 0x43434343, 0x4342;
-    prmt.b32 $2, b, 0x43434343, 0x4140;
-    prmt.b32 $3, b, 0x43434343, 0x4342;
-    prmt.b32 $4, c, 0x43434343, 0x4140;
-    prmt.b32 $5, c, 0x43434343, 0x4342;
-    prmt.b32 $6, d, 0x43434343, 0x4140;
-    prmt.b32 $7, d, 0x43434343, 0x4342;
     mov.b32 m, 0xc304c304;
-    mov.b32 o, 0x3f803f80;
-    fma.rn.bf16x2 $0, $0, o, m;
-    fma.rn.bf16x2 $1, $1, o, m;
-    fma.rn.bf16x2 $2, $2, o, m;
-    fma.rn.bf16x2 $3, $3, o, m;
-    fma.rn.bf16x2 $4, $4, o, m;
-    fma.rn.bf16x2 $5, $5, o, m;
-    fma.rn.bf16x2 $6, $6, o, m;
-    fma.rn.bf16x2 $7, $7, o, m;
-}"""
+"""
+    + _WIDENED
+)
 # 8-bit codes in fp16: 1024 + c, less 1152. (bf16 has too few bits for the trick: the portable way serves it.)
 _BYTES_FP16 = """{
     .reg .b32 m;
