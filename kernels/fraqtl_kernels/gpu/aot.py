@@ -148,6 +148,8 @@ def variants(quick: bool = False) -> Iterator[Variant]:
     for dtype in DTYPES:
         for kernel, size in product(("decode", "transposed", "write"), (128,) if quick else HEAD_SIZES):
             yield Variant(kernel, "k4v4", dtype, size)
+            if size not in MAIN_HEAD_SIZES:
+                yield Variant(kernel, "k3v3", dtype, size)
         for size in () if quick else MAIN_HEAD_SIZES:
             yield from _main_variants(dtype, size)
     if quick:

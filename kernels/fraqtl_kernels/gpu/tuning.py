@@ -58,6 +58,6 @@ def transposed_tuning(layout: PageLayout, columns: int, *, half: bool = False) -
     large = layout.head_size > 128 or min(layout.format.k.bits, layout.format.v.bits) >= 8
     warps = 1 if columns <= 8 else 2 if columns <= 32 else 4
     tile = 32 if large or columns > 16 else 64
-    if layout.head_size > 128 and 3 in (layout.format.k.bits, layout.format.v.bits):
-        tile = 16  # with 32 ptxas spills
+    if layout.head_size not in (64, 128) and 3 in (layout.format.k.bits, layout.format.v.bits):
+        tile = 16  # with more ptxas spills
     return Tuning(tile, warps, 5, 255, 8 // warps, min_tiles=256 // tile, transposed=True, half=half)
