@@ -165,7 +165,7 @@ def through_server() -> Iterator[str]:
         "demo": ("quality/through", ("bf16", "k4v4", "k4v4_refined")),
         "smollm2-135m-instruct": ("real/through", ("bf16", "k4v4", "k4v4_refined", *small, "k4v2_refined")),
         "qwen2.5-coder-0.5b": ("real/through_qwen2.5", ("k3v3_refined", "k4v2_refined")),
-        "gemma3-270m": ("real/through_gemma3", ("bf16", "k8v8", "k4v4_refined")),
+        "gemma3-270m": ("real/through_gemma3", ("bf16", "k8v8", "k4v4_refined", "k3v3_refined")),
     }
     files, rows = [], []
     for model, (start, of_model) in runs.items():
